@@ -1,0 +1,171 @@
+"""The vocabulary. Read this first: every other file speaks in these words.
+
+========== =================================================================================
+Params     trainable tensors by dotted name, the names of ``module.named_parameters()``
+Mean       ``(total, weight)``: what a loss and a metric *are*; combined by ``+``, divided once
+TrainState all that a step reads and writes: tensors only
+Gradients  what one pass over a batch adds up; pieces of a batch combine by addition
+Step       ``(state, batch) -> (state, metrics)``, pure
+Transform  ``(init, update)``: a rule that turns gradients into updates
+Schedule   ``step -> value``, tensors in and out
+========== =================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Params: TypeAlias = dict[str, Tensor]
+Buffers: TypeAlias = dict[str, Tensor]
+Batch: TypeAlias = Any  # a tree of tensors whose first dimension is the row
+Tree: TypeAlias = Any  # dicts, lists, tuples and NamedTuples of tensors
+
+
+class Mean(NamedTuple):
+    """A weighted mean that has not been divided yet: ``total / weight``.
+
+    Two means combine by ``+``, which is exact for any split of the rows; a mean of means can't be written.
+
+    Attributes:
+        total: Sum of the weighted values, any shape (a scalar for a loss).
+        weight: Sum of the weights, broadcastable to ``total``.
+
+    >>> import torch
+    >>> ragged = Mean.of(torch.tensor([1.0, 1.0, 4.0])) + Mean.of(torch.tensor([10.0]))
+    >>> ragged.value.item()
+    4.0
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def of(values: Tensor, weights: Tensor | None = None) -> Mean:
+        """The mean of ``values`` (any shape), weighted by ``weights`` (broadcastable; a mask will do).
+
+        >>> import torch
+        >>> Mean.of(torch.tensor([1.0, 9.0]), torch.tensor([True, False])).value.item()
+        1.0
+        """
+        values = values if values.is_floating_point() else values.float()
+        if weights is None:
+            return Mean(values.sum(), torch.full((), values.numel(), dtype=torch.float32, device=values.device))
+        weights = weights.to(values.dtype).expand_as(values)
+        return Mean((values * weights).sum(), weights.sum().float())
+
+    @property
+    def value(self) -> Tensor:
+        """``total / weight``, a tensor; NaN where the weight is 0, for there is no mean of nothing."""
+        return self.total / self.weight
+
+    def __add__(self, other: object) -> Mean:  # type: ignore[override]
+        """Combine two means of disjoint rows into the mean of all of them."""
+        if not isinstance(other, Mean):
+            return NotImplemented
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def __radd__(self, other: object) -> Mean:
+        """So that ``sum(means)`` works, which starts from 0."""
+        return self if other == 0 else NotImplemented
+
+    def __repr__(self) -> str:
+        if self.total.numel() == 1 and not self.total.is_meta:
+            return f"Mean({float(self.value):.6g} over weight {float(self.weight):g})"
+        return f"Mean(total={self.total!r}, weight={self.weight!r})"
+
+
+Metrics: TypeAlias = dict[str, Mean]
+LossOutput: TypeAlias = "Mean | tuple[Mean, Metrics] | Tensor"
+Loss: TypeAlias = Callable[[Any, Batch], "Mean | tuple[Mean, Metrics] | Tensor"]
+Schedule: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class TrainState(NamedTuple):
+    """Everything a training step reads and writes, as one immutable tree of tensors.
+
+    Made by `trainfn.init`, which returns a subclass that remembers the module: structure lives in the
+    type, numbers in the value, so `_replace`, `optree.tree_map` and friends keep it.
+
+    Attributes:
+        step: Completed optimizer updates, ``int64[]``.
+        params: What the optimizer updates, by name.
+        buffers: Everything else the module holds: its buffers, frozen and non-float parameters, by name.
+        opt_state: The optimizer's own tree.
+        key: Source of all randomness, ``int64[2]``; never changes: each step folds `step` into it.
+        extra: What step transforms keep, such as an exponential moving average.
+    """
+
+    step: Tensor
+    params: Params
+    buffers: Buffers
+    opt_state: Tree
+    key: Tensor
+    extra: dict[str, Tree]
+
+    module = None  # the user's nn.Module; set on the subclass that `init` makes
+    sites = ()  # where each named tensor sits in the module; see _module.py
+
+    def __repr__(self) -> str:
+        numel = sum(p.numel() for p in self.params.values() if isinstance(p, Tensor))
+        name = "functions" if self.module is None else type(self.module).__name__
+        step = int(self.step) if isinstance(self.step, Tensor) and not self.step.is_meta else "?"
+        extra = f", extra={sorted(self.extra)}" if self.extra else ""
+        return f"TrainState({name}, step={step}, params={len(self.params)} tensors / {numel:,} numbers{extra})"
+
+
+class Gradients(NamedTuple):
+    """Sums over the rows of one batch or micro-batch; two of them combine by adding all but the buffers.
+
+    Attributes:
+        loss: Total and weight of the loss.
+        grads: d loss.total / d params, by name: a sum, not yet divided by the weight.
+        metrics: The loss function's metrics.
+        buffers: The module's buffers after the forward pass.
+    """
+
+    loss: Mean
+    grads: Params
+    metrics: Metrics
+    buffers: Buffers
+
+
+class Transform(NamedTuple):
+    """A gradient transformation: a pair of pure functions (optax's grammar).
+
+    Attributes:
+        init: ``params -> state``.
+        update: ``(updates, state, params) -> (updates, state)``; what comes out of the last one is added
+            to the parameters.
+    """
+
+    init: Callable[[Params], Tree]
+    update: Callable[[Params, Tree, Params], tuple[Params, Tree]]
+
+
+class Step(Protocol):
+    """A pure training step: same state and batch, same bits out."""
+
+    def __call__(self, state: TrainState, batch: Batch, /) -> tuple[TrainState, Metrics]:
+        """Return the next state and the metrics of this batch."""
+        ...
+
+
+class StepInfo(NamedTuple):
+    """What the driver yields after each step, and what callbacks see.
+
+    Attributes:
+        n: Completed steps: the value of ``state.step``.
+        state: The state after step ``n``. With a donating step it is valid until the next step;
+            `trainfn.copy` keeps it.
+        metrics: This step's metrics, on the device, undivided.
+        seconds: Wall time since the previous step's end, data loading included.
+    """
+
+    n: int
+    state: TrainState
+    metrics: Metrics
+    seconds: float

@@ -1,0 +1,50 @@
+"""Every error of ours, in one place.
+
+::
+
+    TrainfnError
+    ├── DonatedStateError     a state was used after a donating step consumed it
+    ├── CaptureError          a step can't be captured as one graph
+    ├── RecompileError        a step was compiled for more shapes than its budget allows
+    ├── RandomnessError       a step would draw from a generator outside the state
+    ├── NonFiniteError        the loss became NaN or infinite
+    └── CheckpointError       a checkpoint can't be read, or does not fit
+    InexactLossWarning        a loss returned a bare scalar; see `trainfn.Mean`
+
+A wrong argument is a plain ``ValueError`` or ``TypeError``. Every message says what was called, with what,
+why that can't work, and the line to write instead.
+"""
+
+from __future__ import annotations
+
+
+class TrainfnError(Exception):
+    """The base of this package's own errors."""
+
+
+class DonatedStateError(TrainfnError):
+    """A state was used after a donating step had consumed it."""
+
+
+class CaptureError(TrainfnError):
+    """A step can't be captured as one graph."""
+
+
+class RecompileError(TrainfnError):
+    """A step needs more compiled variants than its budget allows."""
+
+
+class RandomnessError(TrainfnError):
+    """A step would draw from a generator that is not part of the state."""
+
+
+class NonFiniteError(TrainfnError):
+    """The loss of a step is NaN or infinite."""
+
+
+class CheckpointError(TrainfnError):
+    """A checkpoint can't be read, or does not fit the state it should fill."""
+
+
+class InexactLossWarning(UserWarning):
+    """A loss returned a bare scalar, so its exact weight is unknown."""

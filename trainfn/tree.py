@@ -1,0 +1,183 @@
+"""Arithmetic on trees of tensors, so that an optimizer reads like its equations.
+
+A tree is any nesting of dicts, lists, tuples and NamedTuples. The vector operations (`add`, `mul`, `lerp`, …)
+take trees of one structure and use PyTorch's multi-tensor kernels: one launch, one graph node, for all leaves.
+`map` is for everything else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from trainfn._types import Tree
+
+
+def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001
+    """Apply ``fn`` leaf by leaf; the result has the structure of the first tree.
+
+    >>> map(lambda x: x + 1, {"a": 1, "b": (2, 3)})
+    {'a': 2, 'b': (3, 4)}
+    """
+    return optree.tree_map(fn, tree, *rest)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """The leaves, in optree's order (dict keys sorted)."""
+    return optree.tree_leaves(tree)
+
+
+def named_leaves(tree: Tree) -> dict[str, Any]:
+    """The leaves by path, joined with ``/``: field names, dict keys and indices.
+
+    >>> named_leaves({"a": 1, "b": (2, 3)})
+    {'a': 1, 'b/0': 2, 'b/1': 3}
+    """
+    accessors, values, _ = optree.tree_flatten_with_accessor(tree)
+    return {"/".join(_entry(e) for e in path): value for path, value in zip(accessors, values, strict=True)}
+
+
+def _entry(entry: Any) -> str:
+    return str(entry.field) if isinstance(entry, optree.NamedTupleEntry) else str(entry.entry)
+
+
+def _apply(op: Callable[..., Any], tree: Tree, *others: Any, **kwargs: Any) -> Tree:
+    """Run a ``torch._foreach_*`` function over the leaves; a tree argument is flattened, a number is passed on."""
+    flat, treedef = optree.tree_flatten(tree)
+    if not flat:
+        return tree
+    args = [other if isinstance(other, int | float | Tensor) else optree.tree_leaves(other) for other in others]
+    return optree.tree_unflatten(treedef, op(flat, *args, **kwargs))
+
+
+def add(a: Tree, b: Tree | float, *, alpha: float = 1.0) -> Tree:
+    """``a + alpha * b``, leaf by leaf."""
+    if isinstance(b, int | float):
+        return _apply(torch._foreach_add, a, alpha * b)
+    return _apply(torch._foreach_add, a, b, alpha=alpha)
+
+
+def sub(a: Tree, b: Tree) -> Tree:
+    """``a - b``, leaf by leaf."""
+    return _apply(torch._foreach_sub, a, b)
+
+
+def mul(a: Tree, b: Tree | Tensor | float) -> Tree:
+    """``a * b``, where ``b`` is a tree, a number or a scalar tensor."""
+    return _apply(torch._foreach_mul, a, b)
+
+
+def div(a: Tree, b: Tree | Tensor | float) -> Tree:
+    """``a / b``, where ``b`` is a tree, a number or a scalar tensor."""
+    return _apply(torch._foreach_div, a, b)
+
+
+def sqrt(a: Tree) -> Tree:
+    """The square root of every leaf."""
+    return _apply(torch._foreach_sqrt, a)
+
+
+def lerp(a: Tree, b: Tree, weight: float) -> Tree:
+    """``a + weight * (b - a)``: an exponential moving average with decay ``1 - weight``."""
+    return _apply(torch._foreach_lerp, a, b, weight)
+
+
+def addcmul(a: Tree, b: Tree, c: Tree, value: float = 1.0) -> Tree:
+    """``a + value * b * c``, leaf by leaf."""
+    return _apply(torch._foreach_addcmul, a, b, c, value=value)
+
+
+def where(condition: Tensor, a: Tree, b: Tree) -> Tree:
+    """``a`` if the scalar ``condition`` is true, else ``b``: without a branch, so it compiles."""
+    return map(lambda x, y: torch.where(condition, x, y), a, b)
+
+
+def zeros_like(tree: Tree, dtype: torch.dtype | None = None) -> Tree:
+    """A tree of zeros with the same shapes and devices."""
+    return map(lambda x: torch.zeros_like(x, dtype=dtype), tree)
+
+
+def cast(tree: Tree, dtype: torch.dtype) -> Tree:
+    """Every floating-point leaf in ``dtype``, the others as they are."""
+    return map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
+
+
+def cast_like(tree: Tree, like: Tree) -> Tree:
+    """Every leaf in the dtype of its counterpart."""
+    return map(lambda x, y: x.to(y.dtype), tree, like)
+
+
+def copy(tree: Tree) -> Tree:
+    """A tree whose tensors share no memory with the given one.
+
+    The way to keep a state that a donating step is about to overwrite.
+    """
+    return map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
+
+
+def global_norm(tree: Tree) -> Tensor:
+    """The 2-norm of all leaves seen as one vector, ``float32[]``; 0 for an empty tree."""
+    flat: list[Tensor] = optree.tree_leaves(tree)
+    if not flat:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(flat)]))
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether the regular expression ``pattern`` occurs in ``name`` (case-insensitive).
+
+    >>> matches("blocks.0.ln1.weight", r"(ln|norm)\\d*\\.weight$")
+    True
+    """
+    return re.search(pattern, name, re.IGNORECASE) is not None
+
+
+def row_count(batch: Tree) -> int:
+    """The number of rows: the first dimension of the batch's first tensor that has one.
+
+    >>> import torch
+    >>> row_count({"scale": torch.tensor(1.0), "x": torch.zeros(4, 2)})
+    4
+    """
+    for leaf in optree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    return 1
+
+
+def split(batch: Tree, num: int) -> Iterator[tuple[Tree, int]]:
+    """Cut a batch into ``num`` pieces along the rows, sizes as equal as can be; yield (piece, first row).
+
+    Tensors without dimensions and values that are no tensors go to every piece.
+
+    Raises:
+        ValueError: If the batch has fewer rows than pieces, or its tensors disagree on the number of rows.
+
+    >>> import torch
+    >>> [(piece["x"].tolist(), row) for piece, row in split({"x": torch.arange(5)}, 2)]
+    [([0, 1, 2], 0), ([3, 4], 3)]
+    """
+    rows = row_count(batch)
+    for name, leaf in named_leaves(batch).items():
+        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] != rows:
+            raise ValueError(
+                f"a batch is split along its rows, but its tensors disagree on how many there are: {rows} in the first"
+                f" and {leaf.shape[0]} in batch[{name!r}] of shape {list(leaf.shape)}. Give every tensor the rows as"
+                " its first dimension, or make it a scalar, which every micro-batch gets whole."
+            )
+    if rows < num:
+        raise ValueError(
+            f"accumulate={num} needs at least {num} rows, and this batch has {rows}. Use accumulate={rows} or less, or"
+            " a larger batch."
+        )
+    first = 0
+    for i in range(num):
+        size = rows // num + (i < rows % num)
+        cut = slice(first, first + size)
+        yield map(lambda x, c=cut: x[c] if isinstance(x, Tensor) and x.dim() > 0 else x, batch), first
+        first += size
