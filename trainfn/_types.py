@@ -108,6 +108,7 @@ class TrainState(NamedTuple):
 
     module = None  # the user's nn.Module; set on the subclass that `init` makes
     sites = ()  # where each named tensor sits in the module; see _module.py
+    modes = ()  # the module's submodules, and which of them train
 
     def __repr__(self) -> str:
         numel = sum(p.numel() for p in self.params.values() if isinstance(p, Tensor))

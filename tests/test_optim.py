@@ -1,0 +1,178 @@
+"""The laws that every optimizer obeys: a table of optimizers times a list of laws."""
+
+import pytest
+import torch
+from optimizers import OPTIMIZERS, net, train_reference
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from trainfn import optim, tree
+
+ALL = pytest.mark.parametrize("optimizer", [pytest.param(row[1], id=row[0]) for row in OPTIMIZERS])
+SHAPES = {"fc.weight": (3, 4), "fc.bias": (3,), "ln.weight": (4,), "conv.weight": (2, 2, 3), "temperature": ()}
+
+
+def tensors(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+
+
+def signature(t):
+    return {name: (x.dtype, x.shape) for name, x in tree.named_leaves(t).items()}
+
+
+def assert_equal(a, b):
+    assert signature(a) == signature(b)
+    for name, x in tree.named_leaves(a).items():
+        assert torch.equal(x, tree.named_leaves(b)[name]), name
+
+
+def run(optimizer, params, num_steps, dtype=torch.float32):
+    state = optimizer.init(params)
+    for n in range(num_steps):
+        updates, state = optimizer.update(tensors(n, dtype), state, params)
+        params = tree.add(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reference"), [pytest.param(*row[1:], id=row[0]) for row in OPTIMIZERS]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_matches_the_reference(optimizer, reference, dtype):
+    """On the gradients of the reference's own path, so that no chaos in the loss enlarges a rounding."""
+    params = {name: p.detach().clone() for name, p in net(dtype).named_parameters()}
+    state = optimizer.init(params)
+    for grads, expected in train_reference(reference, 60, dtype):
+        updates, state = optimizer.update(grads, state, params)
+        params = tree.add(params, updates)
+        for name in expected:
+            torch.testing.assert_close(params[name], expected[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+@ALL
+def test_learns(optimizer):
+    torch.manual_seed(1)
+    params = {"fc.weight": torch.ones(4, 4), "fc.bias": torch.ones(4)}
+    state, initial = optimizer.init(params), tree.global_norm(params)
+    for _ in range(100):
+        updates, state = optimizer.update(params, state, params)
+        params = tree.add(params, updates)
+    assert tree.global_norm(params) < initial
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes_and_shapes_are_stable(optimizer, dtype):
+    params = tensors(0, dtype)
+    updates, state = optimizer.update(tensors(1, dtype), optimizer.init(params), params)
+    assert signature(updates) == signature(params)
+    assert signature(state) == signature(optimizer.init(params))
+    assert all(isinstance(leaf, torch.Tensor) for leaf in tree.leaves(state))
+
+
+@ALL
+def test_update_is_pure(optimizer):
+    params, grads = tensors(0), tensors(1)
+    state = optimizer.init(params)
+    before = tree.copy((params, grads, state))
+    first = optimizer.update(grads, state, params)
+    assert_equal(before, (params, grads, state))
+    assert_equal(first, optimizer.update(grads, state, params))
+
+
+@ALL
+def test_state_shares_no_memory_with_the_parameters(optimizer):
+    params = tensors(0)
+    theirs = {p.data_ptr() for p in params.values()}
+    assert not theirs & {x.data_ptr() for x in tree.leaves(optimizer.init(params)) if x.numel()}
+
+
+@ALL
+def test_compiles_once_and_equals_eager(optimizer):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    update = torch.compile(optimizer.update, backend=counter, fullgraph=True)
+    params = expected_params = tensors(0)
+    state = expected = optimizer.init(params)
+    for n in range(3):
+        updates, state = update(tensors(n), state, params)
+        params = tree.add(params, updates)
+        expected_updates, expected = optimizer.update(tensors(n), expected, expected_params)
+        expected_params = tree.add(expected_params, expected_updates)
+    assert counter.frame_count == 1
+    assert_equal((params, state), (expected_params, expected))
+
+
+@ALL
+def test_empty_params(optimizer):
+    updates, _ = optimizer.update({}, optimizer.init({}), {})
+    assert updates == {}
+
+
+@ALL
+def test_works_inside_the_combinators(optimizer):
+    """A chain with identity changes nothing; a mask and a partition act as if the others weren't there."""
+    params = tensors(0)
+    expected, _ = run(optimizer, params, 3)
+    assert_equal(run(optim.chain(optim.identity(), optimizer), params, 3)[0], expected)
+    assert_equal(run(optim.masked(optimizer, None), params, 3)[0], expected)
+    assert_equal(run(optim.partition({"all": optimizer}, lambda name, p: "all"), params, 3)[0], expected)
+
+
+@ALL
+def test_meta_tensors_get_a_state_without_memory(optimizer):
+    params = tree.map(lambda x: x.to("meta"), tensors(0))
+    updates, state = optimizer.update(params, optimizer.init(params), params)
+    assert all(x.is_meta for x in tree.leaves((updates, state)))
+
+
+NUMBERS = [
+    ("sgd", optim.sgd, {"learning_rate": 0.1, "momentum": 0.9, "dampening": 0.2}),
+    ("adam", optim.adam, {"learning_rate": 0.1}),
+    ("adamw", optim.adamw, {"learning_rate": 0.1, "weight_decay": 0.1}),
+    ("lion", optim.lion, {"learning_rate": 0.1, "weight_decay": 0.1}),
+    ("rmsprop", optim.rmsprop, {"learning_rate": 0.1, "momentum": 0.5, "centered": True}),
+    ("adagrad", optim.adagrad, {"learning_rate": 0.1}),
+    ("adafactor", optim.adafactor, {"learning_rate": 0.1, "b1": 0.9, "weight_decay": 0.1}),
+    ("muon", optim.muon, {"learning_rate": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("factory", "numbers"), [pytest.param(*row[1:], id=row[0]) for row in NUMBERS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_may_be_tensors(factory, numbers, dtype):
+    """And numbers in the state: injected equals plain, and changing one doesn't recompile."""
+    plain, injected = factory(**numbers), optim.inject_hyperparams(factory)(**numbers)
+    params = tensors(0, dtype)
+    expected, actual = run(plain, params, 5, dtype)[0], run(injected, params, 5, dtype)[0]
+    tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-5}
+    torch.testing.assert_close(actual, expected, **tolerance)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    update = torch.compile(injected.update, backend=counter, fullgraph=True)
+    state = injected.init(params)
+    updates, after = update(tensors(1, dtype), state, params)
+    assert signature(after) == signature(state)
+    none, _ = update(tensors(1, dtype), optim.set_hyperparams(state, learning_rate=0.0), params)
+    assert counter.frame_count == 1
+    assert tree.global_norm(updates) > 0
+    assert tree.global_norm(none) == 0
+
+
+@pytest.mark.parametrize("name", ["mu_dtype", "nu_dtype"])
+def test_moments_in_another_dtype(name):
+    optimizer = optim.adamw(1e-3, **{name: torch.float32})
+    params = tensors(0, torch.bfloat16)
+    updates, state = optimizer.update(params, optimizer.init(params), params)
+    moment = getattr(state[0], name[:2])
+    assert {x.dtype for x in moment.values()} == {torch.float32}
+    assert signature(updates) == signature(params)
+    assert signature(state) == signature(optimizer.init(params))
+
+
+def test_generic_trees():
+    params = {"a": [torch.ones(2), (torch.ones(3), torch.ones(()))]}
+    for optimizer in (optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(0.1)), optim.lion(0.1)):
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        assert signature(updates) == signature(params)

@@ -1,0 +1,46 @@
+"""trainfn: training as a pure function, compiled whole, with a thin driver around it.
+
+::
+
+    nn.Module ──init──▶ TrainState ─┐                              pure, one compiled program
+                           ▲        ├─▶ step(state, batch) ─▶ (state', metrics)
+    batches ───────────────┼────────┘         │                   │
+                           │                  gradients ▸ sum ▸ ÷ weight ▸ optimizer ▸ add
+              restore(path, like=state)                           │
+                           │                                      ▼
+    checkpoint ◀───────── save ◀──── callbacks(StepInfo) ◀──── steps(): a generator; fit() loops over it
+
+Reading order: `_types.py` (the vocabulary), `_step.py` (the step), `_driver.py` (the loop).
+"""
+
+from trainfn import errors as errors
+from trainfn import losses as losses
+from trainfn import metrics as metrics
+from trainfn import optim as optim
+from trainfn import random as random
+from trainfn import schedules as schedules
+from trainfn import transforms as transforms
+from trainfn import tree as tree
+from trainfn._compile import Buckets as Buckets
+from trainfn._compile import Compiled as Compiled
+from trainfn._compile import Report as Report
+from trainfn._compile import jit as jit
+from trainfn._grad import value_and_grad as value_and_grad
+from trainfn._keyed import keyed as keyed
+from trainfn._module import export as export
+from trainfn._module import init as init
+from trainfn._step import TrainStep as TrainStep
+from trainfn._step import accumulate as accumulate
+from trainfn._step import eval_step as eval_step
+from trainfn._step import train_step as train_step
+from trainfn._types import Gradients as Gradients
+from trainfn._types import Mean as Mean
+from trainfn._types import Metrics as Metrics
+from trainfn._types import Schedule as Schedule
+from trainfn._types import Step as Step
+from trainfn._types import StepInfo as StepInfo
+from trainfn._types import TrainState as TrainState
+from trainfn._types import Transform as Transform
+from trainfn.tree import copy as copy
+
+__version__ = "0.1.0"

@@ -1,0 +1,6 @@
+"""From a pure step to one compiled program."""
+
+from trainfn._compile._buckets import Buckets as Buckets
+from trainfn._compile._jit import Compiled as Compiled
+from trainfn._compile._jit import jit as jit
+from trainfn._compile._report import Report as Report

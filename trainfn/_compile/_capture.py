@@ -1,0 +1,70 @@
+"""The conditions under which a step is captured, and what to say when it can't be."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._dynamo.variables.torch import get_overridable_functions
+
+from trainfn._keyed import HANDLERS
+from trainfn.errors import CaptureError
+
+# Which cause a message of torch's points to, and the remedy. The first that matches is told.
+_REMEDIES = (
+    (
+        r"\.item\(\)|Tensor\.item|_local_scalar_dense|__float__|__int__|tolist|\.numpy\(\)",
+        "a number was taken out of a tensor. Keep it a tensor; what should be logged goes into the metrics,"
+        ' `return mean, {"name": tfn.Mean.of(x)}`, and reaches the callbacks as a number.',
+    ),
+    (
+        r"[Dd]ata-dependent|torch\.cond|dynamic control flow|Data dependent",
+        "a branch depends on a tensor's values. Choose with `torch.where(condition, a, b)`.",
+    ),
+    (
+        r"nonzero|masked_select|dynamic shape operator|boolean|unique",
+        "a shape depends on a tensor's values. Keep the shape and weigh with a mask: `tfn.Mean.of(values, mask)`.",
+    ),
+    (r"print|logging", "it prints. Return a metric and print it in a callback: `tfn.callbacks.every(100, print)`."),
+)
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Settings of torch's tracer for the time of one compilation; all are put back afterwards."""
+    quiet = {getattr(logging.Logger, name) for name in dir(logging.Logger) if not name.startswith("_")}
+    config = torch._dynamo.config
+    # A warning or a log line of a library's forward pass can't run in a graph; it would be all that breaks it.
+    logging_option = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
+    settings: dict[str, Any] = {
+        "trace_autograd_ops": True,  # the backward pass is part of the graph
+        "recompile_limit": 10_000,  # `max_graphs` is the budget, and its message says more
+        logging_option: getattr(config, logging_option) | quiet | {warnings.warn},
+    }
+    overridable = get_overridable_functions()
+    hidden = {function for function in HANDLERS if function not in overridable}  # torch shows these to modes in eager
+    overridable.update(hidden)
+    try:
+        with config.patch(settings):
+            yield
+    finally:
+        overridable.difference_update(hidden)
+
+
+def capture_error(error: Exception) -> CaptureError:
+    """The error for a step that runs eagerly but can't be captured."""
+    text = str(error)
+    lines = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)', text)
+    own = [line for line in lines if "/trainfn/" not in line[0]] or lines
+    place = f"\n\n  {own[-1][0]}:{own[-1][1]}, in {own[-1][2]}\n    {own[-1][3]}\n" if own else "\n"
+    cause = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, text)), None)
+    reason = cause or f"torch says: {text.strip().splitlines()[0]}"
+    return CaptureError(
+        f"this step runs, but can't be compiled as one graph:{place}\n{reason[0].upper() + reason[1:]}"
+        "\nTo run it as it is, without compiling: `tfn.jit(step, compile=False)`."
+    )

@@ -1,0 +1,107 @@
+"""`jit`: a step in, the same step out, compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trainfn._compile._buckets import Buckets
+from trainfn._compile._donate import check_alive
+from trainfn._compile._program import Program, Settings
+from trainfn._compile._report import Report
+from trainfn._step import TrainStep
+
+
+class Compiled:
+    """A compiled step: call it as the step itself. Made by `jit`."""
+
+    def __init__(self, step: Callable[..., Any], settings: Settings, *, donate: bool, buckets: Buckets | None) -> None:
+        self.step, self.settings, self.buckets = step, settings, buckets
+        self._programs, self._run = _programs(step, settings, donate)
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        """Run the step."""
+        check_alive(state)
+        if self.buckets is not None:
+            batch = self.buckets.apply(batch)
+        with torch.no_grad():
+            return self._run(state, batch)
+
+    def explain(self) -> Report:
+        """Graphs, breaks, compile seconds and cache hits so far; print it."""
+        return sum((program.report for program in self._programs), Report())
+
+    def __repr__(self) -> str:
+        return f"Compiled({self.step!r}, {self.explain()})"
+
+
+def _programs(step: Callable[..., Any], settings: Settings, donate: bool) -> tuple[list[Program], Callable[..., Any]]:
+    if isinstance(step, TrainStep) and step.accumulate != 1:
+        gradients = Program(step.gradients, settings, donate=False, name="gradients")
+        update = Program(step.update, settings, donate=donate, name="update")
+        return [gradients, update], dataclasses.replace(step, gradients=gradients, update=update)
+    if isinstance(step, TrainStep):
+        parts = step
+        whole = Program(lambda s, b: parts.update(s, parts.gradients(s, b)), settings, donate=donate, name="step")
+    else:
+        whole = Program(step, settings, donate=donate, name=getattr(step, "__name__", "step").strip("<>"))
+    return [whole], whole
+
+
+def jit(
+    step: Callable[..., Any],
+    *,
+    compile: bool = True,  # noqa: A002
+    donate: bool = False,
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    options: dict[str, Any] | None = None,
+    max_graphs: int = 8,
+    buckets: Buckets | None = None,
+) -> Compiled:
+    """Compile a pure step whole: forward, loss, backward, optimizer, schedule and metrics in one graph.
+
+    With accumulation there are two graphs, whatever the number of micro-batches: the gradients of one, and the
+    update. Log lines and warnings of a module's forward pass are left out of the compiled program.
+
+    Args:
+        step: ``(state, batch) -> (state, metrics)``, or any pure function of a state and a batch.
+        compile: False runs the same step eagerly, donation and checks included: for debugging.
+        donate: Let the new state take the old one's memory: no second copy of parameters and moments. The old state
+            must not be used again; if it is, a `DonatedStateError` says so.
+        backend: A backend of ``torch.compile``.
+        mode: A mode of ``torch.compile``, such as ``"max-autotune"``.
+        dynamic: None lets torch compile for any size once a size has changed; True does so at once; False never.
+        options: Options of the backend.
+        max_graphs: Compiled graphs allowed per program. One more is a `RecompileError` that names what changed.
+        buckets: Sizes to pad batches to, one compilation each.
+
+    Raises:
+        CaptureError: At the first call, if the step can't be one graph; it shows the line and the remedy.
+        RecompileError: If the budget is exceeded.
+        DonatedStateError: If a donated state is used again.
+
+    >>> import torch, trainfn as tfn
+    >>> optimizer = tfn.optim.sgd(0.5)
+    >>> state = tfn.init({"w": torch.tensor([4.0])}, optimizer)
+    >>> step = jit(tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer), donate=True, backend="aot_eager")
+    >>> state, metrics = step(state, torch.ones(2))
+    >>> state.params["w"], step.explain().graphs
+    (tensor([3.5000]), 1)
+    """
+    if isinstance(step, Compiled):
+        raise TypeError("jit(step): this step is compiled already; `step.step` is the one inside.")
+    if not callable(step):
+        raise TypeError(f"jit(step) takes a function (state, batch) -> (state, metrics), not {type(step).__name__}.")
+    if max_graphs < 1:
+        raise ValueError(f"jit(step, max_graphs={max_graphs}): at least one graph is needed.")
+    if buckets is not None and dynamic is None:
+        dynamic = False  # the sizes are declared: one exact graph for each
+    settings = Settings(
+        compile=compile, backend=backend, mode=mode, dynamic=dynamic, options=options, max_graphs=max_graphs
+    )
+    return Compiled(step, settings, donate=donate, buckets=buckets)

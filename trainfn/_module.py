@@ -1,0 +1,258 @@
+"""From an ``nn.Module`` to a state and back.
+
+A state's *type* remembers the module (`TrainState.module`) and where each named tensor sits in it
+(`TrainState.sites`); its *value* holds the tensors. `bound` puts the tensors in place for the time of one loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trainfn import random, tree
+from trainfn._types import Buffers, Params, TrainState, Transform
+
+
+class Site(NamedTuple):
+    """One place in a module that holds a named tensor; tied tensors have several sites under one name."""
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    is_parameter: bool
+    is_buffer: bool
+
+
+# One state type per live module, so that `init` called twice on it does not compile twice. Values are weak: the
+# module goes when its states do.
+_STATE_TYPES: weakref.WeakValueDictionary[int, type[TrainState]] = weakref.WeakValueDictionary()
+
+
+def init(
+    model: nn.Module | Params,
+    optimizer: Transform,
+    *,
+    seed: int = 0,
+    storage: Literal["copy", "adopt", "move"] = "copy",
+) -> TrainState:
+    """The first state of a training run.
+
+    Floating-point parameters with ``requires_grad`` become ``state.params``; all else the module holds (its
+    buffers, frozen and non-float parameters) becomes ``state.buffers``: saved and used, never updated by the
+    optimizer. Tied weights appear once, under their first name. Submodules that are in eval mode while the
+    module itself is in training mode (a frozen BatchNorm, say) stay in eval mode in every training step.
+
+    Args:
+        model: Any module; or a dict of tensors, which the loss then receives as it is.
+        optimizer: From `trainfn.optim`.
+        seed: For `state.key`; 64 bits.
+        storage: ``"copy"`` leaves the module alone. ``"adopt"`` shares its memory: nothing is held twice, and
+            with a donating step the module always holds the newest parameters. ``"move"`` takes the tensors
+            out of the module, which is left on the meta device until `export` brings them back.
+
+    Raises:
+        TypeError: If ``model`` or ``optimizer`` is of another kind.
+        ValueError: If nothing can be trained, or a lazy module has not seen its first batch.
+
+    >>> import torch, trainfn as tfn
+    >>> init(torch.nn.Linear(2, 1), tfn.optim.sgd(0.1))
+    TrainState(Linear, step=0, params=2 tensors / 3 numbers)
+    """
+    _check(model, optimizer, storage)
+    state_type = _state_type(model) if isinstance(model, nn.Module) else TrainState
+    params, buffers = _tensors(model) if isinstance(model, nn.Module) else (dict(model), {})
+    if not params:
+        raise ValueError(
+            "init(model, ...): no parameter of this model can be trained (floating-point with requires_grad=True)."
+            " Call `model.requires_grad_(True)` on what should learn."
+        )
+    if storage == "copy":
+        params, buffers = tree.copy(params), tree.copy(buffers)
+    elif storage == "move":
+        _empty(state_type.sites)
+    device = next(iter(params.values())).device
+    return state_type(
+        step=torch.zeros((), dtype=torch.int64, device=device),
+        params=params,
+        buffers=buffers,
+        opt_state=optimizer.init(params),
+        key=random.key(seed, device=device),
+        extra={},
+    )
+
+
+def _check(model: object, optimizer: object, storage: str) -> None:
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        raise TypeError(
+            "init(model, ...) got a torch.compile'd module. `trainfn.jit` compiles the whole step, module included:"
+            " pass the module itself, `model._orig_mod`."
+        )
+    if not isinstance(model, nn.Module | dict):
+        raise TypeError(f"init(model, ...) takes an nn.Module or a dict of tensors, not {type(model).__name__}.")
+    if not isinstance(optimizer, Transform):
+        hint = "tfn.optim.adamw(1e-3)"
+        raise TypeError(f"init(model, optimizer) takes a transform such as `{hint}`, not {type(optimizer).__name__}.")
+    if storage not in ("copy", "adopt", "move"):
+        raise ValueError(f"init(..., storage={storage!r}): choose 'copy', 'adopt' or 'move'.")
+    if storage == "move" and not isinstance(model, nn.Module):
+        raise ValueError("init(..., storage='move') empties a module; a dict of tensors has none. Use 'adopt'.")
+
+
+def _state_type(module: nn.Module) -> type[TrainState]:
+    known = _STATE_TYPES.get(id(module))
+    if known is not None and known.module is module:
+        return known
+    body = {
+        "__slots__": (),
+        "__module__": "trainfn",
+        "__doc__": TrainState.__doc__,
+        "module": module,
+        "sites": _sites(module),
+        "modes": _modes(module),
+    }
+    made = type("TrainState", (TrainState,), body)
+    _STATE_TYPES[id(module)] = made
+    return made
+
+
+def _sites(module: nn.Module) -> tuple[Site, ...]:
+    names: dict[int, str] = {}
+    found: list[Site] = []
+    for prefix, owner in module.named_modules():
+        held = [(a, t, True) for a, t in owner._parameters.items()] + [(a, t, False) for a, t in owner._buffers.items()]
+        for attribute, tensor, is_parameter in held:
+            if tensor is None:
+                continue
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                raise ValueError(
+                    f"init(model, ...): {prefix + '.' + attribute!r} of a lazy module has no shape yet. Run one batch"
+                    " through the model first: `model(batch)`."
+                )
+            name = names.setdefault(id(tensor), f"{prefix}.{attribute}" if prefix else attribute)
+            found.append(Site(name, owner, attribute, is_parameter, not is_parameter))
+    return tuple(found)
+
+
+def _modes(module: nn.Module) -> tuple[tuple[nn.Module, bool], ...]:
+    """Which mode each submodule has in a training step: its own, or True if the whole module sleeps in eval."""
+    return tuple((m, m.training or not module.training) for m in module.modules())
+
+
+def _tensors(module: nn.Module) -> tuple[Params, Buffers]:
+    params: Params = {}
+    buffers: Buffers = {}
+    for name, owner, attribute, is_parameter, _ in _sites(module):
+        tensor = getattr(owner, attribute) if not is_parameter else owner._parameters[attribute]
+        assert isinstance(tensor, Tensor)
+        trained = is_parameter and tensor.requires_grad and tensor.is_floating_point()
+        if name not in params and name not in buffers:
+            (params if trained else buffers)[name] = tensor.detach()
+    return params, buffers
+
+
+def _empty(sites: tuple[Site, ...]) -> None:
+    made: dict[str, Tensor] = {}
+    for name, owner, attribute, is_parameter, _ in sites:
+        old = (owner._parameters if is_parameter else owner._buffers)[attribute]
+        assert old is not None
+        if name not in made:
+            meta = torch.empty_like(old, device="meta")
+            made[name] = nn.Parameter(meta, requires_grad=old.requires_grad) if is_parameter else meta
+        (owner._parameters if is_parameter else owner._buffers)[attribute] = made[name]  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def bound(state: TrainState, params: Params, *, training: bool) -> Iterator[tuple[Any, Buffers]]:
+    """Run the state's module on ``params`` and the state's buffers for the time of a ``with`` block.
+
+    Yields the model and a dict that holds the buffers' values when the block ends. Autograd must run inside the
+    block: a checkpointed module computes its forward again during the backward pass, on what it then holds.
+    """
+    module = state.module
+    buffers: Buffers = {}
+    if module is None:
+        yield params, buffers
+        return
+    own = {site.name for site in state.sites if site.is_buffer}
+    # A forward pass may write into its buffers: it gets copies. Frozen parameters are only read.
+    tensors = {name: tensor.clone() if name in own else tensor for name, tensor in state.buffers.items()}
+    tensors.update(params)
+    held = [(site.owner._parameters if site.is_parameter else site.owner._buffers) for site in state.sites]
+    saved = [place[site.attribute] for place, site in zip(held, state.sites, strict=True)]
+    modes = [(m, m.training) for m, _ in state.modes]
+    try:
+        for place, site in zip(held, state.sites, strict=True):
+            place[site.attribute] = tensors[site.name]
+        for submodule, mode in state.modes:
+            submodule.training = training and mode
+        yield module, buffers
+        for place, site in zip(held, state.sites, strict=True):
+            if site.name in state.buffers:
+                now = place[site.attribute]
+                buffers[site.name] = now.detach() if site.is_buffer else state.buffers[site.name]
+    finally:
+        for place, site, old in zip(held, state.sites, saved, strict=True):
+            place[site.attribute] = old
+        for submodule, mode in modes:
+            submodule.training = mode
+
+
+def export(state: TrainState, model: nn.Module | None = None) -> nn.Module:
+    """Write the state's parameters and buffers into a module, and return it.
+
+    Args:
+        state: The state.
+        model: Where to write; by default the module that the state was made from.
+
+    Raises:
+        ValueError: If the module's tensors and the state's differ in name or shape.
+
+    >>> import torch, trainfn as tfn
+    >>> model = torch.nn.Linear(2, 1)
+    >>> state = tfn.init(model, tfn.optim.sgd(0.1))
+    >>> state = state._replace(params={**state.params, "bias": torch.ones(1)})
+    >>> export(state).bias
+    Parameter containing:
+    tensor([1.], requires_grad=True)
+    """
+    target = model if model is not None else state.module
+    if target is None:
+        raise ValueError("export(state): this state was made from a dict of tensors; `state.params` is that dict.")
+    tensors = {**state.buffers, **state.params}
+    sites = _sites(target)
+    _check_fit(tensors, sites)
+    placed: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, owner, attribute, is_parameter, _ in sites:
+            place = owner._parameters if is_parameter else owner._buffers
+            old = place[attribute]
+            assert old is not None
+            if not old.is_meta:
+                old.copy_(tensors[name])
+                continue
+            if name not in placed:
+                value = tensors[name].detach().clone()
+                placed[name] = nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value
+            place[attribute] = placed[name]  # type: ignore[assignment]
+    return target
+
+
+def _check_fit(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> None:
+    shapes = {
+        site.name: list((site.owner._parameters if site.is_parameter else site.owner._buffers)[site.attribute].shape)  # type: ignore[union-attr]
+        for site in sites
+    }
+    wrong = [f"{n}: not in the state" for n in shapes if n not in tensors]
+    wrong += [f"{n}: not in the module" for n in tensors if n not in shapes]
+    wrong += [
+        f"{n}: {list(t.shape)} in the state, {shapes[n]} in the module"
+        for n, t in tensors.items()
+        if n in shapes and list(t.shape) != shapes[n]
+    ]
+    if wrong:
+        raise ValueError("export(state, model): the module does not fit the state:\n  " + "\n  ".join(wrong[:10]))

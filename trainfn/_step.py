@@ -1,0 +1,150 @@
+"""The training step: gradients, then an update. Read this second.
+
+::
+
+    batch ──pieces──▶ gradients(state, piece) ─┐
+                                               + ──▶ update(state, sums) ──▶ state', metrics
+                      gradients(state, piece) ─┘
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+
+from trainfn import random, tree
+from trainfn._grad import GradientFunction, _detached, _exact, summed, value_and_grad
+from trainfn._keyed import keyed
+from trainfn._module import bound
+from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, TrainState, Transform
+
+Update = Callable[[TrainState, Gradients], tuple[TrainState, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """A step in two parts, so that accumulation can repeat the first and transforms can wrap the second.
+
+    Attributes:
+        gradients: ``(state, batch, first_row) -> Gradients``.
+        update: ``(state, Gradients) -> (state, metrics)``.
+        accumulate: Into how many micro-batches a batch is split; ``"stream"`` if it comes as an iterable of them.
+    """
+
+    gradients: GradientFunction
+    update: Update
+    accumulate: int | Literal["stream"] = 1
+
+    def __call__(self, state: TrainState, batch: Batch, /) -> tuple[TrainState, Metrics]:
+        """Return the next state and this batch's metrics."""
+        if self.accumulate == 1:
+            return self.update(state, self.gradients(state, batch))
+        return self.update(state, summed(self.gradients, state, self._pieces(batch), _empty_stream))
+
+    def _pieces(self, batch: Batch) -> Iterator[tuple[Batch, int]]:
+        if self.accumulate != "stream":
+            yield from tree.split(batch, self.accumulate)
+            return
+        first = 0
+        for micro in batch:
+            yield micro, first
+            first += tree.row_count(micro)
+
+
+def _empty_stream() -> str:
+    return 'step(state, batch) with accumulate="stream": the stream of micro-batches was empty.'
+
+
+def train_step(loss: Loss, optimizer: Transform, *, accumulate: int | Literal["stream"] = 1) -> TrainStep:
+    """The step ``(state, batch) -> (state, metrics)`` that follows the gradient of a loss.
+
+    The metrics are ``loss``, ``grad_norm`` (of the mean gradient, before clipping) and the loss function's own.
+    A batch whose weights are all 0 gives zero gradients.
+
+    Args:
+        loss: See `value_and_grad`.
+        optimizer: What `init` was given.
+        accumulate: Into how many micro-batches to split each batch: the update is the same, up to the order of
+            floating-point additions, the memory for activations smaller. ``"stream"``: the batch is an iterable
+            of micro-batches, which need not fit in memory together.
+
+    >>> import torch, trainfn as tfn
+    >>> optimizer = tfn.optim.sgd(0.5)
+    >>> state = tfn.init({"w": torch.tensor([4.0])}, optimizer)
+    >>> step = train_step(lambda p, x: tfn.Mean.of((p["w"] - x) ** 2), optimizer)
+    >>> state, metrics = step(state, torch.tensor([1.0, 1.0]))
+    >>> state.params["w"], metrics["loss"]
+    (tensor([1.]), Mean(9 over weight 2))
+    """
+    if not isinstance(optimizer, Transform):
+        raise TypeError(
+            f"train_step(loss, optimizer) takes the transform that `init` was given, such as `tfn.optim.adamw(1e-3)`,"
+            f" not {type(optimizer).__name__}."
+        )
+    step = TrainStep(gradients=value_and_grad(loss), update=_update(optimizer))
+    return step if accumulate == 1 else _accumulated(step, accumulate)
+
+
+def _update(optimizer: Transform) -> Update:
+    def update(state: TrainState, sums: Gradients) -> tuple[TrainState, Metrics]:
+        weight = sums.loss.weight
+        weight = torch.where(weight == 0, torch.ones_like(weight), weight)  # nothing counted: the sums are 0 too
+        grads = tree.cast_like(tree.div(sums.grads, weight), state.params)
+        norm = tree.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = state._replace(
+            step=state.step + 1,
+            params=tree.cast_like(tree.add(state.params, updates), state.params),
+            buffers=sums.buffers,
+            opt_state=opt_state,
+        )
+        return new, {"loss": sums.loss, "grad_norm": Mean(norm, torch.ones_like(norm)), **sums.metrics}
+
+    return update
+
+
+def accumulate(
+    step: TrainStep | GradientFunction, num: int | Literal["stream"]
+) -> TrainStep | Callable[[TrainState, Batch], Gradients]:
+    """Compute a step, or a gradient function, in ``num`` micro-batches one after the other.
+
+    Compiled, it is one program for the gradients of a micro-batch and one for the update, whatever ``num`` is.
+
+    >>> import torch, trainfn as tfn
+    >>> state = tfn.init({"w": torch.tensor([3.0])}, tfn.optim.sgd(0.1))
+    >>> grads = tfn.value_and_grad(lambda p, x: tfn.Mean.of(p["w"] * x))
+    >>> accumulate(grads, 2)(state, torch.tensor([1.0, 2.0, 3.0])).loss
+    Mean(6 over weight 3)
+    """
+    if isinstance(step, TrainStep):
+        return _accumulated(step, num)
+    whole = _accumulated(TrainStep(gradients=step, update=lambda state, sums: (state, {})), num)
+    return lambda state, batch: summed(step, state, whole._pieces(batch), _empty_stream)
+
+
+def _accumulated(step: TrainStep, num: int | Literal["stream"]) -> TrainStep:
+    if num != "stream" and (isinstance(num, bool) or not isinstance(num, int) or num < 1):
+        raise ValueError(f'accumulate={num!r}: give a number of micro-batches, 1 or more, or "stream".')
+    return dataclasses.replace(step, accumulate=num)
+
+
+def eval_step(loss: Loss) -> Callable[[TrainState, Batch], Metrics]:
+    """The function ``(state, batch) -> metrics`` of a loss: the module in eval mode, no gradients.
+
+    >>> import torch, trainfn as tfn
+    >>> state = tfn.init({"w": torch.tensor([3.0])}, tfn.optim.sgd(0.1))
+    >>> eval_step(lambda p, x: tfn.Mean.of(p["w"] * x))(state, torch.tensor([1.0, 2.0]))
+    {'loss': Mean(4.5 over weight 2)}
+    """
+
+    def evaluate_batch(state: TrainState, batch: Batch, /) -> Metrics:
+        key = random.fold_in(state.key, state.step)
+        rows = tree.row_count(batch)
+        with torch.no_grad(), keyed(key, rows=rows), bound(state, state.params, training=False) as (model, _):
+            mean, metrics = _exact(loss(model, batch), rows)
+        return {"loss": _detached(mean), **{name: _detached(metric) for name, metric in metrics.items()}}
+
+    return evaluate_batch

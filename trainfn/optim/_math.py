@@ -1,0 +1,106 @@
+"""What every rule needs: arithmetic with numbers that may be tensors, the step count, checks of arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from trainfn import tree
+from trainfn._types import Schedule, Tree
+
+Scalar: TypeAlias = float | Tensor
+"""A number: a float, or a ``float32[]`` tensor that may change without a recompile."""
+
+Rate: TypeAlias = float | Tensor | Schedule
+"""A learning rate: a `Scalar`, or a function of the number of completed updates."""
+
+
+def times(a: Tree, scalar: Scalar) -> Tree:
+    """``scalar * a`` in the dtypes of ``a``.
+
+    A 0-dim leaf times a 0-dim tensor would be promoted: hence the cast, which is free for all other leaves.
+    """
+    return tree.cast_like(tree.mul(a, scalar), a) if isinstance(scalar, Tensor) else tree.mul(a, scalar)
+
+
+def plus(a: Tree, scalar: Scalar) -> Tree:
+    """``a + scalar``, in the dtypes of ``a``."""
+    return (
+        tree.map(lambda x: (x + scalar).to(x.dtype), a) if isinstance(scalar, Tensor) else tree.add(a, scalar)
+    )
+
+
+def average(old: Tree, new: Tree, decay: Scalar) -> Tree:
+    """``decay * old + (1 - decay) * new`` in the dtypes of ``old``.
+
+    `torch._foreach_lerp` would read a tensor's value on the host: a sync, and a graph break.
+    """
+    new = tree.cast_like(new, old)
+    if isinstance(decay, Tensor):
+        return tree.add(old, times(tree.sub(new, old), 1 - decay))
+    return tree.lerp(old, new, 1 - decay)
+
+
+def square(a: Tree) -> Tree:
+    """``a²``, leaf by leaf."""
+    return tree.mul(a, a)
+
+
+def unbias(moment: Tree, decay: Scalar, count: Tensor) -> Tree:
+    """``moment / (1 - decay^count)``: a moving average that started at 0, corrected (Kingma & Ba, section 3).
+
+    ``expm1`` keeps all digits where ``1 - 0.999^1`` in float32 keeps four.
+    """
+    wide = any(x.dtype == torch.float64 for x in optree.tree_leaves(moment))
+    t = count.to(torch.float64 if wide else torch.float32)
+    log_decay = torch.log(decay) if isinstance(decay, Tensor) else math.log(decay) if decay else -math.inf
+    correction = -torch.expm1(t * log_decay)
+    return tree.cast_like(tree.div(moment, correction), moment)
+
+
+def device_of(params: Tree) -> torch.device:
+    """Where the first leaf lives; the CPU if there is none."""
+    leaves = optree.tree_leaves(params)
+    return leaves[0].device if leaves else torch.device("cpu")
+
+
+def zero_count(params: Tree) -> Tensor:
+    """The number of completed updates before the first: ``int64[]``, on the parameters' device."""
+    return torch.zeros((), dtype=torch.int64, device=device_of(params))
+
+
+def nonnegative(call: str, **values: Any) -> None:
+    """Raise a ValueError for every number below 0 (tensors and schedules are not looked at)."""
+    _check(call, values, lambda v: v >= 0, "it must be 0 or more", abs)
+
+
+def fraction(call: str, **values: Any) -> None:
+    """Raise a ValueError for every number outside [0, 1)."""
+    _check(
+        call,
+        values,
+        lambda v: 0 <= v < 1,
+        "it is the share of the past that a step keeps, in [0, 1)",
+        lambda _: 0.9,
+    )
+
+
+def positive(call: str, **values: Any) -> None:
+    """Raise a ValueError for every number that is not above 0."""
+    _check(call, values, lambda v: v > 0, "it must be above 0", lambda v: abs(v) or 1.0)
+
+
+def _check(
+    call: str, values: dict[str, Any], good: Callable[[Any], bool], why: str, instead: Callable[[Any], Any]
+) -> None:
+    for name, value in values.items():
+        if isinstance(value, int | float) and not good(value):
+            raise ValueError(
+                f"`{call}({name}={value!r})` can't work: {why}. Write for example"
+                f" `{call}({name}={instead(value)!r})`."
+            )
