@@ -13,6 +13,7 @@
 Reading order: `_types.py` (the vocabulary), `_step.py` (the step), `_driver.py` (the loop).
 """
 
+from trainfn import callbacks as callbacks
 from trainfn import errors as errors
 from trainfn import losses as losses
 from trainfn import metrics as metrics
@@ -21,10 +22,15 @@ from trainfn import random as random
 from trainfn import schedules as schedules
 from trainfn import transforms as transforms
 from trainfn import tree as tree
+from trainfn._checkpoint import restore as restore
+from trainfn._checkpoint import save as save
 from trainfn._compile import Buckets as Buckets
 from trainfn._compile import Compiled as Compiled
 from trainfn._compile import Report as Report
 from trainfn._compile import jit as jit
+from trainfn._driver import evaluate as evaluate
+from trainfn._driver import fit as fit
+from trainfn._driver import steps as steps
 from trainfn._grad import value_and_grad as value_and_grad
 from trainfn._keyed import keyed as keyed
 from trainfn._module import export as export

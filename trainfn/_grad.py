@@ -55,7 +55,10 @@ def value_and_grad(loss: Loss) -> GradientFunction:
         rows = tree.row_count(batch)
         with torch.enable_grad():
             params = {name: p.detach().requires_grad_() for name, p in state.params.items()}
-            with keyed(key, rows=rows, first_row=first_row), bound(state, params, training=True) as (model, buffers):
+            with (
+                keyed(key, rows=rows, first_row=first_row),
+                bound(state, params, training=True) as (model, buffers),
+            ):
                 mean, metrics = _exact(loss(model, batch), rows)
                 grads = _derivatives(mean.total, params)
         return Gradients(_detached(mean), grads, {k: _detached(m) for k, m in metrics.items()}, buffers)
@@ -91,7 +94,9 @@ def _exact(output: object, rows: int) -> tuple[Mean, Metrics]:
                         ' is a dict of metrics: `return mean, {"accuracy": tfn.metrics.accuracy(logits, y)}`.')  # fmt: skip
     for name, metric in metrics.items():
         if name in _RESERVED:
-            raise ValueError(f"loss(model, batch) returned a metric named {name!r}, which the step reports itself.")
+            raise ValueError(
+                f"loss(model, batch) returned a metric named {name!r}, which the step reports itself."
+            )
         if not isinstance(metric, Mean):
             raise TypeError(f"metric {name!r} is a {type(metric).__name__}. Make it `tfn.Mean.of(values)`.")
     return mean, metrics
@@ -110,7 +115,10 @@ def _warn_inexact() -> bool:
 
 
 def summed(
-    gradients: GradientFunction, state: TrainState, pieces: Iterable[tuple[Batch, int]], report: Callable[[], str]
+    gradients: GradientFunction,
+    state: TrainState,
+    pieces: Iterable[tuple[Batch, int]],
+    report: Callable[[], str],
 ) -> Gradients:
     """Add up the gradients of pieces of a batch, one at a time; the buffers are threaded through.
 

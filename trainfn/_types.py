@@ -53,7 +53,9 @@ class Mean(NamedTuple):
         """
         values = values if values.is_floating_point() else values.float()
         if weights is None:
-            return Mean(values.sum(), torch.full((), values.numel(), dtype=torch.float32, device=values.device))
+            return Mean(
+                values.sum(), torch.full((), values.numel(), dtype=torch.float32, device=values.device)
+            )
         weights = weights.to(values.dtype).expand_as(values)
         return Mean((values * weights).sum(), weights.sum().float())
 
@@ -74,7 +76,7 @@ class Mean(NamedTuple):
 
     def __repr__(self) -> str:
         if self.total.numel() == 1 and not self.total.is_meta:
-            return f"Mean({float(self.value):.6g} over weight {float(self.weight):g})"
+            return f"Mean({float(self.value.detach()):.6g} over weight {float(self.weight):g})"
         return f"Mean(total={self.total!r}, weight={self.weight!r})"
 
 
@@ -115,7 +117,9 @@ class TrainState(NamedTuple):
         name = "functions" if self.module is None else type(self.module).__name__
         step = int(self.step) if isinstance(self.step, Tensor) and not self.step.is_meta else "?"
         extra = f", extra={sorted(self.extra)}" if self.extra else ""
-        return f"TrainState({name}, step={step}, params={len(self.params)} tensors / {numel:,} numbers{extra})"
+        return (
+            f"TrainState({name}, step={step}, params={len(self.params)} tensors / {numel:,} numbers{extra})"
+        )
 
 
 class Gradients(NamedTuple):
@@ -164,9 +168,11 @@ class StepInfo(NamedTuple):
             `trainfn.copy` keeps it.
         metrics: This step's metrics, on the device, undivided.
         seconds: Wall time since the previous step's end, data loading included.
+        until: The step at which the run will end, where that is known.
     """
 
     n: int
     state: TrainState
     metrics: Metrics
     seconds: float
+    until: int | None = None

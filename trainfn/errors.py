@@ -10,6 +10,7 @@
     ├── NonFiniteError        the loss became NaN or infinite
     └── CheckpointError       a checkpoint can't be read, or does not fit
     InexactLossWarning        a loss returned a bare scalar; see `trainfn.Mean`
+    NonFiniteWarning          a step with a NaN or infinite loss was skipped, or let through as asked
 
 A wrong argument is a plain ``ValueError`` or ``TypeError``. Every message says what was called, with what,
 why that can't work, and the line to write instead.
@@ -48,3 +49,7 @@ class CheckpointError(TrainfnError):
 
 class InexactLossWarning(UserWarning):
     """A loss returned a bare scalar, so its exact weight is unknown."""
+
+
+class NonFiniteWarning(UserWarning):
+    """A step with a NaN or infinite loss was skipped, or let through as asked."""

@@ -41,7 +41,9 @@ class StepTransform(NamedTuple):
         return self.wrap(step)
 
 
-def after(change: Callable[[TrainState, TrainState, Metrics], tuple[TrainState, Metrics]]) -> Callable[[Any], Any]:
+def after(
+    change: Callable[[TrainState, TrainState, Metrics], tuple[TrainState, Metrics]],
+) -> Callable[[Any], Any]:
     """A step transform from a pure function ``(old_state, new_state, metrics) -> (state, metrics)``.
 
     >>> import trainfn as tfn

@@ -51,7 +51,9 @@ def _apply(op: Callable[..., Any], tree: Tree, *others: Any, **kwargs: Any) -> T
     flat, treedef = optree.tree_flatten(tree)
     if not flat:
         return tree
-    args = [other if isinstance(other, int | float | Tensor) else optree.tree_leaves(other) for other in others]
+    args = [
+        other if isinstance(other, int | float | Tensor) else optree.tree_leaves(other) for other in others
+    ]
     return optree.tree_unflatten(treedef, op(flat, *args, **kwargs))
 
 

@@ -30,7 +30,10 @@ _REMEDIES = (
         r"nonzero|masked_select|dynamic shape operator|boolean|unique",
         "a shape depends on a tensor's values. Keep the shape and weigh with a mask: `tfn.Mean.of(values, mask)`.",
     ),
-    (r"print|logging", "it prints. Return a metric and print it in a callback: `tfn.callbacks.every(100, print)`."),
+    (
+        r"print|logging",
+        "it prints. Return a metric and print it in a callback: `tfn.callbacks.every(100, print)`.",
+    ),
 )
 
 
@@ -40,14 +43,18 @@ def capturing() -> Iterator[None]:
     quiet = {getattr(logging.Logger, name) for name in dir(logging.Logger) if not name.startswith("_")}
     config = torch._dynamo.config
     # A warning or a log line of a library's forward pass can't run in a graph; it would be all that breaks it.
-    logging_option = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
+    logging_option = (
+        "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
+    )
     settings: dict[str, Any] = {
         "trace_autograd_ops": True,  # the backward pass is part of the graph
         "recompile_limit": 10_000,  # `max_graphs` is the budget, and its message says more
         logging_option: getattr(config, logging_option) | quiet | {warnings.warn},
     }
     overridable = get_overridable_functions()
-    hidden = {function for function in HANDLERS if function not in overridable}  # torch shows these to modes in eager
+    hidden = {
+        function for function in HANDLERS if function not in overridable
+    }  # torch shows these to modes in eager
     overridable.update(hidden)
     try:
         with config.patch(settings):

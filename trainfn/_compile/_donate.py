@@ -35,7 +35,9 @@ class _Donated:
     def _refuse(self, *_: object) -> NoReturn:
         raise DonatedStateError(f"arithmetic with a donated tensor: {_MESSAGE}")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = (
+        _refuse
+    )
     __matmul__ = __rmatmul__ = __pow__ = __getitem__ = __len__ = __float__ = __int__ = __bool__ = _refuse  # type: ignore[assignment]
 
     def __repr__(self) -> str:
@@ -67,7 +69,13 @@ def overwrite(old: Tree, new: Tree) -> list[Tensor]:
 
 
 def _pair(
-    old: Tree, new: Tree, pairs: list[tuple[Tensor, Tensor]], fresh: list[Tensor], *, replaceable: bool, path: str
+    old: Tree,
+    new: Tree,
+    pairs: list[tuple[Tensor, Tensor]],
+    fresh: list[Tensor],
+    *,
+    replaceable: bool,
+    path: str,
 ) -> None:
     if isinstance(old, Tensor):
         _same(isinstance(new, Tensor) and new.shape == old.shape and new.dtype == old.dtype, path)

@@ -18,7 +18,9 @@ from trainfn._step import TrainStep
 class Compiled:
     """A compiled step: call it as the step itself. Made by `jit`."""
 
-    def __init__(self, step: Callable[..., Any], settings: Settings, *, donate: bool, buckets: Buckets | None) -> None:
+    def __init__(
+        self, step: Callable[..., Any], settings: Settings, *, donate: bool, buckets: Buckets | None
+    ) -> None:
         self.step, self.settings, self.buckets = step, settings, buckets
         self._programs, self._run = _programs(step, settings, donate)
 
@@ -38,14 +40,18 @@ class Compiled:
         return f"Compiled({self.step!r}, {self.explain()})"
 
 
-def _programs(step: Callable[..., Any], settings: Settings, donate: bool) -> tuple[list[Program], Callable[..., Any]]:
+def _programs(
+    step: Callable[..., Any], settings: Settings, donate: bool
+) -> tuple[list[Program], Callable[..., Any]]:
     if isinstance(step, TrainStep) and step.accumulate != 1:
         gradients = Program(step.gradients, settings, donate=False, name="gradients")
         update = Program(step.update, settings, donate=donate, name="update")
         return [gradients, update], dataclasses.replace(step, gradients=gradients, update=update)
     if isinstance(step, TrainStep):
         parts = step
-        whole = Program(lambda s, b: parts.update(s, parts.gradients(s, b)), settings, donate=donate, name="step")
+        whole = Program(
+            lambda s, b: parts.update(s, parts.gradients(s, b)), settings, donate=donate, name="step"
+        )
     else:
         whole = Program(step, settings, donate=donate, name=getattr(step, "__name__", "step").strip("<>"))
     return [whole], whole
@@ -96,7 +102,9 @@ def jit(
     if isinstance(step, Compiled):
         raise TypeError("jit(step): this step is compiled already; `step.step` is the one inside.")
     if not callable(step):
-        raise TypeError(f"jit(step) takes a function (state, batch) -> (state, metrics), not {type(step).__name__}.")
+        raise TypeError(
+            f"jit(step) takes a function (state, batch) -> (state, metrics), not {type(step).__name__}."
+        )
     if max_graphs < 1:
         raise ValueError(f"jit(step, max_graphs={max_graphs}): at least one graph is needed.")
     if buckets is not None and dynamic is None:

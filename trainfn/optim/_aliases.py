@@ -209,7 +209,7 @@ def rmsprop(
     )
 
 
-def adagrad(learning_rate: Rate, *, initial: float = 0.0, eps: Scalar = 1e-10) -> Transform:
+def adagrad(learning_rate: Rate, *, initial: Scalar = 0.0, eps: Scalar = 1e-10) -> Transform:
     """Adagrad; the arithmetic of `torch.optim.Adagrad`, whose ``initial_accumulator_value`` is ``initial``.
 
     Duchi, Hazan & Singer 2011, https://jmlr.org/papers/v12/duchi11a.html.

@@ -263,7 +263,7 @@ def scale_by_rms(decay: Scalar = 0.99, eps: Scalar = 1e-8, *, centered: bool = F
     return Transform(init, update)
 
 
-def scale_by_adagrad(initial: float = 0.0, eps: Scalar = 1e-10) -> Transform:
+def scale_by_adagrad(initial: Scalar = 0.0, eps: Scalar = 1e-10) -> Transform:
     """Divide the updates by the root of the sum of their squares so far: ``g / (√Σg² + eps)``.
 
     Duchi, Hazan & Singer 2011, https://jmlr.org/papers/v12/duchi11a.html.
@@ -283,7 +283,7 @@ def scale_by_adagrad(initial: float = 0.0, eps: Scalar = 1e-10) -> Transform:
     nonnegative("scale_by_adagrad", initial=initial, eps=eps)
 
     def init(params: Params) -> Tree:
-        return ScaleByAdagradState(tree.add(tree.zeros_like(params), initial))
+        return ScaleByAdagradState(plus(tree.zeros_like(params), initial))
 
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         total = tree.addcmul(state.total, updates, updates)

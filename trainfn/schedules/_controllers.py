@@ -161,9 +161,9 @@ def greedy(
 
     def init() -> GreedyState:
         window = torch.zeros(window_size if smooth else 1, dtype=torch.float64)
-        none = _whole(0)
+        zeros = [_whole(0) for _ in range(5)]  # apart, for a donating caller overwrites each
         return GreedyState(
-            _real(learning_rate), _worst(mode), none, none, none, none, _whole(reset_start), window, none
+            _real(learning_rate), _worst(mode), *zeros[:4], _whole(reset_start), window, zeros[4]
         )
 
     def update(metric: Tensor | float, state: GreedyState) -> GreedyState:

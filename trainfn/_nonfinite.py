@@ -1,0 +1,82 @@
+"""Finding the step whose loss became NaN or infinite, without waiting for the device."""
+
+from __future__ import annotations
+
+import collections
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trainfn._types import Mean, Metrics
+from trainfn.errors import NonFiniteError, NonFiniteWarning
+
+Policy = Literal["raise", "skip", "continue"]
+
+
+class Watch:
+    """Looks at each step's loss as soon as it is known.
+
+    On a CPU that is at once. On an accelerator the flag travels to the host behind the computation and is read when
+    it has arrived, a step or two later; the report names the step it belongs to.
+    """
+
+    def __init__(self, policy: Policy | None) -> None:
+        if policy not in (None, "raise", "skip", "continue"):
+            raise ValueError(f'nonfinite={policy!r}: choose "raise", "skip" or "continue".')
+        self.policy = policy
+        self._pending: collections.deque[tuple[int, Tensor, torch.Event | None, bool]] = collections.deque()
+
+    def see(self, n: int, metrics: Metrics) -> None:
+        """Take note of step ``n``; report what has arrived.
+
+        Raises:
+            NonFiniteError: If the policy is to raise.
+        """
+        loss = metrics.get("loss")
+        if loss is None:
+            return
+        skips = "skipped" in metrics
+        if self.policy == "skip" and not skips:
+            raise ValueError(
+                'nonfinite="skip" needs a step that skips, for only it can keep the state as it was. Compose it before'
+                " compiling: `tfn.jit(tfn.transforms.skip_nonfinite()(tfn.train_step(loss, optimizer)))`."
+            )
+        self._pending.append((n, *_flag(loss), skips))
+        self.report(wait=False)
+
+    def report(self, *, wait: bool) -> None:
+        """Report the flags that have arrived, or wait for all of them."""
+        while self._pending:
+            n, flag, event, skips = self._pending[0]
+            if event is not None and not wait and not event.query():
+                return
+            if event is not None:
+                event.synchronize()
+            self._pending.popleft()
+            if not bool(flag):
+                self._tell(n, skips)
+
+    def _tell(self, n: int, skips: bool) -> None:
+        policy = self.policy or ("skip" if skips else "raise")
+        if policy == "raise":
+            raise NonFiniteError(
+                f"the loss of step {n} is NaN or infinite. Lower the learning rate, clip the gradient"
+                " (`tfn.optim.clip_by_global_norm(1.0)`), or look at that step's batch. To go on without such steps,"
+                ' compose `tfn.transforms.skip_nonfinite()`; to let them through, `nonfinite="continue"`.'
+            )
+        done = "skipped: the state is as it was before it" if policy == "skip" else "let through, as asked"
+        warnings.warn(
+            f"the loss of step {n} is NaN or infinite; the step was {done}.", NonFiniteWarning, stacklevel=2
+        )
+
+
+def _flag(loss: Mean) -> tuple[Tensor, torch.Event | None]:
+    finite = torch.isfinite(loss.total).all()
+    if finite.device.type == "cpu":
+        return finite, None
+    arrived = finite.to("cpu", non_blocking=True)
+    event = torch.Event(device=finite.device)
+    event.record()
+    return arrived, event
