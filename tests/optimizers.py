@@ -137,9 +137,7 @@ OPTIMIZERS = [
     (
         "adamw without decay of norms and biases",
         optim.adamw(LR, weight_decay=0.1, mask=optim.decay_mask),
-        lambda p: t.AdamW(
-            [{"params": [x], "weight_decay": 0.1 if x.dim() >= 2 else 0.0} for x in p], LR
-        ),
+        lambda p: t.AdamW([{"params": [x], "weight_decay": 0.1 if x.dim() >= 2 else 0.0} for x in p], LR),
     ),
     ("lion", optim.lion(LR, weight_decay=0.1), lambda p: Reference(p, lion_rule)),
     ("rmsprop", optim.rmsprop(LR), lambda p: t.RMSprop(p, LR)),
@@ -163,9 +161,7 @@ OPTIMIZERS = [
     (
         "adafactor scale, b1, decay",
         optim.adafactor(LR, b1=0.9, weight_decay=0.1, decay_rate=-0.5, clip_threshold=0.7),
-        hf_adafactor(
-            lr=LR, scale_parameter=True, beta1=0.9, weight_decay=0.1, decay_rate=-0.5, clip_threshold=0.7
-        ),
+        hf_adafactor(lr=LR, scale_parameter=True, beta1=0.9, weight_decay=0.1, decay_rate=-0.5, clip_threshold=0.7),
     ),
     ("muon", optim.muon(LR), torch_muon),
     (

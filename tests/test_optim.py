@@ -8,7 +8,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from trainfn import optim, tree
 
 ALL = pytest.mark.parametrize("optimizer", [pytest.param(row[1], id=row[0]) for row in OPTIMIZERS])
-SHAPES = {"fc.weight": (3, 4), "fc.bias": (3,), "ln.weight": (4,), "conv.weight": (2, 2, 3), "temperature": ()}
+SHAPES = {
+    "fc.weight": (3, 4),
+    "fc.bias": (3,),
+    "ln.weight": (4,),
+    "conv.weight": (2, 2, 3),
+    "temperature": (),
+}
 
 
 def tensors(seed, dtype=torch.float32):
@@ -34,19 +40,22 @@ def run(optimizer, params, num_steps, dtype=torch.float32):
     return params, state
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "reference"), [pytest.param(*row[1:], id=row[0]) for row in OPTIMIZERS]
-)
+@pytest.mark.parametrize(("optimizer", "reference"), [pytest.param(*row[1:], id=row[0]) for row in OPTIMIZERS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_matches_the_reference(optimizer, reference, dtype):
-    """On the gradients of the reference's own path, so that no chaos in the loss enlarges a rounding."""
+    """On the gradients of the reference's own path, so that no chaos in the loss enlarges a rounding.
+
+    60 steps round 60 times, in float32 by up to 6e-8 each; in float64 only the factors of some rules are
+    float32.
+    """
+    tolerance = {"rtol": 3e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-8, "atol": 2e-8}
     params = {name: p.detach().clone() for name, p in net(dtype).named_parameters()}
     state = optimizer.init(params)
     for grads, expected in train_reference(reference, 60, dtype):
         updates, state = optimizer.update(grads, state, params)
         params = tree.add(params, updates)
         for name in expected:
-            torch.testing.assert_close(params[name], expected[name], rtol=1e-6, atol=1e-6, msg=name)
+            torch.testing.assert_close(params[name], expected[name], **tolerance, msg=name)
 
 
 @ALL
@@ -138,23 +147,32 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("factory", "numbers"), [pytest.param(*row[1:], id=row[0]) for row in NUMBERS])
+FACTORIES = pytest.mark.parametrize(("factory", "numbers"), [pytest.param(*row[1:], id=row[0]) for row in NUMBERS])
+
+
+@FACTORIES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_may_be_tensors(factory, numbers, dtype):
-    """And numbers in the state: injected equals plain, and changing one doesn't recompile."""
+def test_injected_numbers_give_the_same_steps(factory, numbers, dtype):
     plain, injected = factory(**numbers), optim.inject_hyperparams(factory)(**numbers)
     params = tensors(0, dtype)
-    expected, actual = run(plain, params, 5, dtype)[0], run(injected, params, 5, dtype)[0]
+    expected, (actual, state) = run(plain, params, 5, dtype)[0], run(injected, params, 5, dtype)
     tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-5}
     torch.testing.assert_close(actual, expected, **tolerance)
+    assert signature(state) == signature(injected.init(params))
+
+
+@FACTORIES
+def test_injected_numbers_are_never_read_and_change_without_a_recompile(factory, numbers):
+    optimizer, params = optim.inject_hyperparams(factory)(**numbers), tensors(0)
+    on_meta = tree.map(lambda x: x.to("meta"), params)
+    optimizer.update(on_meta, optimizer.init(on_meta), on_meta)  # there is nothing to read on meta
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    update = torch.compile(injected.update, backend=counter, fullgraph=True)
-    state = injected.init(params)
-    updates, after = update(tensors(1, dtype), state, params)
-    assert signature(after) == signature(state)
-    none, _ = update(tensors(1, dtype), optim.set_hyperparams(state, learning_rate=0.0), params)
+    update = torch.compile(optimizer.update, backend=counter, fullgraph=True)
+    state = optimizer.init(params)
+    updates, _ = update(tensors(1), state, params)
+    none, _ = update(tensors(1), optim.set_hyperparams(state, learning_rate=0.0), params)
     assert counter.frame_count == 1
     assert tree.global_norm(updates) > 0
     assert tree.global_norm(none) == 0

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import optimization as hf
 
 from trainfn import schedules
@@ -121,9 +121,7 @@ def reference(make, num_steps):
     return values
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs", "num_steps"), [pytest.param(*row[1:], id=row[0]) for row in SCHEDULES]
-)
+@pytest.mark.parametrize(("ours", "theirs", "num_steps"), [pytest.param(*row[1:], id=row[0]) for row in SCHEDULES])
 def test_matches_transformers(ours, theirs, num_steps):
     expected = reference(theirs, num_steps)
     assert [at(ours, n) for n in range(num_steps)] == pytest.approx(expected, rel=1e-6, abs=1e-16)

@@ -47,9 +47,7 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
     model, rest = _named(state)
     for name, leaf in rest.items():
         if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"save(path, state): state.{name} is {leaf!r}, not a tensor. Make it `torch.tensor(...)`."
-            )
+            raise TypeError(f"save(path, state): state.{name} is {leaf!r}, not a tensor. Make it `torch.tensor(...)`.")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.writing-{os.getpid()}")
@@ -80,9 +78,7 @@ def restore(path: str | os.PathLike[str], *, like: TrainState) -> TrainState:
     check_alive(like)
     source = Path(path)
     if not (source / "state.json").is_file():
-        raise CheckpointError(
-            f"restore({str(path)!r}): no checkpoint there (no state.json). `tfn.save` writes one."
-        )
+        raise CheckpointError(f"restore({str(path)!r}): no checkpoint there (no state.json). `tfn.save` writes one.")
     try:
         found_format = json.loads((source / "state.json").read_text())["format"]
         found = (load_file(source / "model.safetensors"), load_file(source / "state.safetensors"))
@@ -93,9 +89,7 @@ def restore(path: str | os.PathLike[str], *, like: TrainState) -> TrainState:
             f"restore({str(path)!r}): format {found_format}; this version of trainfn reads {_FORMAT}."
         )
     expected = _named(like)
-    problems = [
-        problem for have, want in zip(found, expected, strict=True) for problem in _problems(have, want)
-    ]
+    problems = [problem for have, want in zip(found, expected, strict=True) for problem in _problems(have, want)]
     if problems:
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(
@@ -121,9 +115,7 @@ def _problems(found: _Named, expected: _Named) -> list[str]:
     for name, want in expected.items():
         have = found.get(name, want)
         if have.shape != want.shape:
-            problems.append(
-                f"shape of {name}: {list(have.shape)} in the checkpoint, {list(want.shape)} in the state"
-            )
+            problems.append(f"shape of {name}: {list(have.shape)} in the checkpoint, {list(want.shape)} in the state")
         elif have.dtype != want.dtype:
             problems.append(f"dtype of {name}: {have.dtype} in the checkpoint, {want.dtype} in the state")
     return problems
@@ -134,10 +126,7 @@ def _storable(named: _Named) -> dict[str, Tensor]:
     cpu = {name: leaf.detach().cpu().contiguous() for name, leaf in named.items()}
     whole = {name: t.untyped_storage().nbytes() == t.numel() * t.element_size() for name, t in cpu.items()}
     owners = {t.untyped_storage().data_ptr(): name for name, t in cpu.items()}
-    return {
-        n: t if whole[n] and owners[t.untyped_storage().data_ptr()] == n else t.clone()
-        for n, t in cpu.items()
-    }
+    return {n: t if whole[n] and owners[t.untyped_storage().data_ptr()] == n else t.clone() for n, t in cpu.items()}
 
 
 def _as(value: Tensor, like: Tensor) -> Tensor:

@@ -94,9 +94,7 @@ def _source(batches: Batches, n: int, until: int | None) -> tuple[Iterator[Batch
         raise TypeError(f"steps(step, state, batches): batches are an iterable, or a function of the step number, not"
                         f" {type(batches).__name__}.")  # fmt: skip
     if until is None:
-        raise ValueError(
-            "steps(step, state, batches) with a function for batches never ends: say `until=1000`."
-        )
+        raise ValueError("steps(step, state, batches) with a function for batches never ends: say `until=1000`.")
     return (batches(i) for i in range(n, until)), until
 
 
@@ -165,9 +163,7 @@ def _call(callback: Callback, info: StepInfo) -> None:
         raise
 
 
-def evaluate(
-    eval_step: Callable[[TrainState, Batch], Metrics], state: TrainState, batches: Iterable[Batch]
-) -> Metrics:
+def evaluate(eval_step: Callable[[TrainState, Batch], Metrics], state: TrainState, batches: Iterable[Batch]) -> Metrics:
     """The metrics over all batches, exact whatever their sizes; sums are kept in float64 where the device has it.
 
     Raises:
@@ -185,9 +181,7 @@ def evaluate(
         metrics = {name: _wide(mean) for name, mean in eval_step(state, _placed(batch, device)).items()}
         total = {name: total[name] + mean for name, mean in metrics.items()} if total else metrics
     if not total:
-        raise ValueError(
-            "evaluate(eval_step, state, batches): there was no batch. An iterator can be used once."
-        )
+        raise ValueError("evaluate(eval_step, state, batches): there was no batch. An iterator can be used once.")
     return total
 
 

@@ -90,13 +90,13 @@ def _exact(output: object, rows: int) -> tuple[Mean, Metrics]:
         shape = f" of shape {list(mean.shape)}" if isinstance(mean, Tensor) else ""
         raise TypeError(f"loss(model, batch) returned a {type(mean).__name__}{shape}. {_HOW_EXACT}")
     if not isinstance(metrics, dict):
-        raise TypeError(f"loss(model, batch) returned ({type(mean).__name__}, {type(metrics).__name__}); the second"
-                        ' is a dict of metrics: `return mean, {"accuracy": tfn.metrics.accuracy(logits, y)}`.')  # fmt: skip
+        raise TypeError(
+            f"loss(model, batch) returned ({type(mean).__name__}, {type(metrics).__name__}); the second is a dict of"
+            ' metrics: `return mean, {"accuracy": tfn.metrics.accuracy(logits, targets)}`.'
+        )
     for name, metric in metrics.items():
         if name in _RESERVED:
-            raise ValueError(
-                f"loss(model, batch) returned a metric named {name!r}, which the step reports itself."
-            )
+            raise ValueError(f"loss(model, batch) returned a metric named {name!r}, which the step reports itself.")
         if not isinstance(metric, Mean):
             raise TypeError(f"metric {name!r} is a {type(metric).__name__}. Make it `tfn.Mean.of(values)`.")
     return mean, metrics

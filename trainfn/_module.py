@@ -93,20 +93,14 @@ def _check(model: object, optimizer: object, storage: str) -> None:
             " pass the module itself, `model._orig_mod`."
         )
     if not isinstance(model, nn.Module | dict):
-        raise TypeError(
-            f"init(model, ...) takes an nn.Module or a dict of tensors, not {type(model).__name__}."
-        )
+        raise TypeError(f"init(model, ...) takes an nn.Module or a dict of tensors, not {type(model).__name__}.")
     if not isinstance(optimizer, Transform):
         hint = "tfn.optim.adamw(1e-3)"
-        raise TypeError(
-            f"init(model, optimizer) takes a transform such as `{hint}`, not {type(optimizer).__name__}."
-        )
+        raise TypeError(f"init(model, optimizer) takes a transform such as `{hint}`, not {type(optimizer).__name__}.")
     if storage not in ("copy", "adopt", "move"):
         raise ValueError(f"init(..., storage={storage!r}): choose 'copy', 'adopt' or 'move'.")
     if storage == "move" and not isinstance(model, nn.Module):
-        raise ValueError(
-            "init(..., storage='move') empties a module; a dict of tensors has none. Use 'adopt'."
-        )
+        raise ValueError("init(..., storage='move') empties a module; a dict of tensors has none. Use 'adopt'.")
 
 
 def _state_type(module: nn.Module) -> type[TrainState]:
@@ -130,9 +124,7 @@ def _sites(module: nn.Module) -> tuple[Site, ...]:
     names: dict[int, str] = {}
     found: list[Site] = []
     for prefix, owner in module.named_modules():
-        held = [(a, t, True) for a, t in owner._parameters.items()] + [
-            (a, t, False) for a, t in owner._buffers.items()
-        ]
+        held = [(a, t, True) for a, t in owner._parameters.items()] + [(a, t, False) for a, t in owner._buffers.items()]
         for attribute, tensor, is_parameter in held:
             if tensor is None:
                 continue
@@ -230,9 +222,7 @@ def export(state: TrainState, model: nn.Module | None = None) -> nn.Module:
     """
     target = model if model is not None else state.module
     if target is None:
-        raise ValueError(
-            "export(state): this state was made from a dict of tensors; `state.params` is that dict."
-        )
+        raise ValueError("export(state): this state was made from a dict of tensors; `state.params` is that dict.")
     tensors = {**state.buffers, **state.params}
     sites = _sites(target)
     _check_fit(tensors, sites)
@@ -254,9 +244,7 @@ def export(state: TrainState, model: nn.Module | None = None) -> nn.Module:
 
 def _check_fit(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> None:
     shapes = {
-        site.name: list(
-            (site.owner._parameters if site.is_parameter else site.owner._buffers)[site.attribute].shape
-        )  # type: ignore[union-attr]
+        site.name: list((site.owner._parameters if site.is_parameter else site.owner._buffers)[site.attribute].shape)  # type: ignore[union-attr]
         for site in sites
     }
     wrong = [f"{n}: not in the state" for n in shapes if n not in tensors]
@@ -267,6 +255,4 @@ def _check_fit(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> None:
         if n in shapes and list(t.shape) != shapes[n]
     ]
     if wrong:
-        raise ValueError(
-            "export(state, model): the module does not fit the state:\n  " + "\n  ".join(wrong[:10])
-        )
+        raise ValueError("export(state, model): the module does not fit the state:\n  " + "\n  ".join(wrong[:10]))

@@ -67,9 +67,7 @@ class Watch:
                 ' compose `tfn.transforms.skip_nonfinite()`; to let them through, `nonfinite="continue"`.'
             )
         done = "skipped: the state is as it was before it" if policy == "skip" else "let through, as asked"
-        warnings.warn(
-            f"the loss of step {n} is NaN or infinite; the step was {done}.", NonFiniteWarning, stacklevel=2
-        )
+        warnings.warn(f"the loss of step {n} is NaN or infinite; the step was {done}.", NonFiniteWarning, stacklevel=2)
 
 
 def _flag(loss: Mean) -> tuple[Tensor, torch.Event | None]:

@@ -91,9 +91,7 @@ def train_step(loss: Loss, optimizer: Transform, *, accumulate: int | Literal["s
 def _update(optimizer: Transform) -> Update:
     def update(state: TrainState, sums: Gradients) -> tuple[TrainState, Metrics]:
         weight = sums.loss.weight
-        weight = torch.where(
-            weight == 0, torch.ones_like(weight), weight
-        )  # nothing counted: the sums are 0 too
+        weight = torch.where(weight == 0, torch.ones_like(weight), weight)  # nothing counted: the sums are 0 too
         grads = tree.cast_like(tree.div(sums.grads, weight), state.params)
         norm = tree.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

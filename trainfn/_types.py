@@ -53,9 +53,7 @@ class Mean(NamedTuple):
         """
         values = values if values.is_floating_point() else values.float()
         if weights is None:
-            return Mean(
-                values.sum(), torch.full((), values.numel(), dtype=torch.float32, device=values.device)
-            )
+            return Mean(values.sum(), torch.full((), values.numel(), dtype=torch.float32, device=values.device))
         weights = weights.to(values.dtype).expand_as(values)
         return Mean((values * weights).sum(), weights.sum().float())
 
@@ -117,9 +115,7 @@ class TrainState(NamedTuple):
         name = "functions" if self.module is None else type(self.module).__name__
         step = int(self.step) if isinstance(self.step, Tensor) and not self.step.is_meta else "?"
         extra = f", extra={sorted(self.extra)}" if self.extra else ""
-        return (
-            f"TrainState({name}, step={step}, params={len(self.params)} tensors / {numel:,} numbers{extra})"
-        )
+        return f"TrainState({name}, step={step}, params={len(self.params)} tensors / {numel:,} numbers{extra})"
 
 
 class Gradients(NamedTuple):

@@ -24,7 +24,7 @@ def values(metrics: Metrics) -> dict[str, float]:
 
 
 def every(n: int, fn: Callable[[StepInfo], object]) -> Callable[[StepInfo], None]:
-    """Call ``fn(info)`` after steps n, 2n, 3n, …
+    """Call ``fn(info)`` after every ``n`` steps.
 
     >>> import torch, trainfn as tfn
     >>> seen = []
@@ -104,7 +104,7 @@ def log(n: int, fn: Callable[[str], object] = print) -> Callable[[StepInfo], Non
     return window(n, line)
 
 
-class progress:  # noqa: N801  (used like a function)
+class progress:
     """A progress bar for terminals and notebooks: mean metrics, steps per second, time left.
 
     Args:
@@ -116,9 +116,7 @@ class progress:  # noqa: N801  (used like a function)
     >>> callbacks = [tfn.callbacks.progress(per_step={"tok": 64 * 128})]
     """
 
-    def __init__(
-        self, *, per_step: dict[str, float] | None = None, seconds: float = 0.5, **options: Any
-    ) -> None:
+    def __init__(self, *, per_step: dict[str, float] | None = None, seconds: float = 0.5, **options: Any) -> None:
         self.per_step, self.seconds, self.options = per_step or {}, seconds, options
 
     def __enter__(self) -> progress:
@@ -140,9 +138,7 @@ class progress:  # noqa: N801  (used like a function)
             self._shown = now
 
     def _show(self, steps: int, info: StepInfo) -> None:
-        rates = {
-            f"{name}/s": f"{amount * steps / info.seconds:,.0f}" for name, amount in self.per_step.items()
-        }
+        rates = {f"{name}/s": f"{amount * steps / info.seconds:,.0f}" for name, amount in self.per_step.items()}
         numbers = {name: f"{number:.4g}" for name, number in values(info.metrics).items()}
         self._bar.set_postfix({**numbers, **rates}, refresh=False)
         self._bar.update(info.n - self._bar.n)

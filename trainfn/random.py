@@ -115,9 +115,7 @@ def uniform(
     return unit if (low, high) == (0.0, 1.0) else unit * (high - low) + low
 
 
-def bernoulli(
-    key: Tensor, p: float | Tensor, shape: Sequence[int] = (), *, first: Tensor | int = 0
-) -> Tensor:
+def bernoulli(key: Tensor, p: float | Tensor, shape: Sequence[int] = (), *, first: Tensor | int = 0) -> Tensor:
     """``bool[shape]``, each true with probability ``p`` (a number, or a tensor broadcastable to ``shape``).
 
     >>> bernoulli(key(0), 1.0, (2,)).tolist()
@@ -167,9 +165,7 @@ def exponential(
     return (-torch.log(half_open) / rate).to(dtype)
 
 
-def randint(
-    key: Tensor, low: int, high: int, shape: Sequence[int] = (), *, first: Tensor | int = 0
-) -> Tensor:
+def randint(key: Tensor, low: int, high: int, shape: Sequence[int] = (), *, first: Tensor | int = 0) -> Tensor:
     """Integers in ``[low, high)``, ``int64[shape]``; the bias is below ``(high - low) / 2**63``.
 
     >>> set(randint(key(0), 3, 5, (100,)).tolist())

@@ -38,9 +38,7 @@ class Buckets:
 
     def __post_init__(self) -> None:
         if not self.sizes or list(self.sizes) != sorted(set(self.sizes)):
-            raise ValueError(
-                f"Buckets(sizes={self.sizes!r}): give one or more sizes, ascending, such as (64, 128)."
-            )
+            raise ValueError(f"Buckets(sizes={self.sizes!r}): give one or more sizes, ascending, such as (64, 128).")
 
     def apply(self, batch: Batch) -> Batch:
         """Pad a batch to the smallest size that holds it."""

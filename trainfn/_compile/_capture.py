@@ -52,9 +52,7 @@ def capturing() -> Iterator[None]:
         logging_option: getattr(config, logging_option) | quiet | {warnings.warn},
     }
     overridable = get_overridable_functions()
-    hidden = {
-        function for function in HANDLERS if function not in overridable
-    }  # torch shows these to modes in eager
+    hidden = {function for function in HANDLERS if function not in overridable}  # torch shows these to modes in eager
     overridable.update(hidden)
     try:
         with config.patch(settings):

@@ -26,6 +26,8 @@ class _Donated:
     """Stands in a consumed state where a tensor was; whatever is done with it raises."""
 
     def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)  # Python's own questions about an object's kind
         raise DonatedStateError(f"`.{name}` of a donated tensor: {_MESSAGE}")
 
     @classmethod
@@ -35,9 +37,7 @@ class _Donated:
     def _refuse(self, *_: object) -> NoReturn:
         raise DonatedStateError(f"arithmetic with a donated tensor: {_MESSAGE}")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = (
-        _refuse
-    )
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
     __matmul__ = __rmatmul__ = __pow__ = __getitem__ = __len__ = __float__ = __int__ = __bool__ = _refuse  # type: ignore[assignment]
 
     def __repr__(self) -> str:

@@ -18,9 +18,7 @@ from trainfn._step import TrainStep
 class Compiled:
     """A compiled step: call it as the step itself. Made by `jit`."""
 
-    def __init__(
-        self, step: Callable[..., Any], settings: Settings, *, donate: bool, buckets: Buckets | None
-    ) -> None:
+    def __init__(self, step: Callable[..., Any], settings: Settings, *, donate: bool, buckets: Buckets | None) -> None:
         self.step, self.settings, self.buckets = step, settings, buckets
         self._programs, self._run = _programs(step, settings, donate)
 
@@ -40,18 +38,14 @@ class Compiled:
         return f"Compiled({self.step!r}, {self.explain()})"
 
 
-def _programs(
-    step: Callable[..., Any], settings: Settings, donate: bool
-) -> tuple[list[Program], Callable[..., Any]]:
+def _programs(step: Callable[..., Any], settings: Settings, donate: bool) -> tuple[list[Program], Callable[..., Any]]:
     if isinstance(step, TrainStep) and step.accumulate != 1:
         gradients = Program(step.gradients, settings, donate=False, name="gradients")
         update = Program(step.update, settings, donate=donate, name="update")
         return [gradients, update], dataclasses.replace(step, gradients=gradients, update=update)
     if isinstance(step, TrainStep):
         parts = step
-        whole = Program(
-            lambda s, b: parts.update(s, parts.gradients(s, b)), settings, donate=donate, name="step"
-        )
+        whole = Program(lambda s, b: parts.update(s, parts.gradients(s, b)), settings, donate=donate, name="step")
     else:
         whole = Program(step, settings, donate=donate, name=getattr(step, "__name__", "step").strip("<>"))
     return [whole], whole
@@ -60,7 +54,7 @@ def _programs(
 def jit(
     step: Callable[..., Any],
     *,
-    compile: bool = True,  # noqa: A002
+    compile: bool = True,
     donate: bool = False,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
@@ -94,17 +88,15 @@ def jit(
     >>> import torch, trainfn as tfn
     >>> optimizer = tfn.optim.sgd(0.5)
     >>> state = tfn.init({"w": torch.tensor([4.0])}, optimizer)
-    >>> step = jit(tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer), donate=True, backend="aot_eager")
+    >>> step = jit(tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer), donate=True, compile=False)
     >>> state, metrics = step(state, torch.ones(2))
-    >>> state.params["w"], step.explain().graphs
-    (tensor([3.5000]), 1)
+    >>> state.params["w"]
+    tensor([3.5000])
     """
     if isinstance(step, Compiled):
         raise TypeError("jit(step): this step is compiled already; `step.step` is the one inside.")
     if not callable(step):
-        raise TypeError(
-            f"jit(step) takes a function (state, batch) -> (state, metrics), not {type(step).__name__}."
-        )
+        raise TypeError(f"jit(step) takes a function (state, batch) -> (state, metrics), not {type(step).__name__}.")
     if max_graphs < 1:
         raise ValueError(f"jit(step, max_graphs={max_graphs}): at least one graph is needed.")
     if buckets is not None and dynamic is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import optree
 import torch
@@ -49,11 +49,7 @@ class Program:
     def __call__(self, state: Any, batch: Any, *rest: Any) -> Any:
         check_alive(state)
         with torch.no_grad():  # one grad mode, one set of guards
-            out = (
-                self._call(state, batch, *rest)
-                if not self.settings.compile
-                else self._run(state, batch, *rest)
-            )
+            out = self._call(state, batch, *rest) if not self.settings.compile else self._run(state, batch, *rest)
         if not self.donate:
             return out
         fresh, metrics = out
@@ -125,9 +121,7 @@ class Program:
         if self.report.graphs < self.settings.max_graphs:
             return
         new, known = _shapes(batch), list(self._known.values())
-        changed = (
-            _difference(new, known) or "not the batch:" + reason.partition("guard failure(s):")[2].rstrip()
-        )
+        changed = _difference(new, known) or "not the batch:" + reason.partition("guard failure(s):")[2].rstrip()
         raise RecompileError(
             f"{self.name}(state, batch) needs another compiled graph, and max_graphs={self.settings.max_graphs} of"
             f" them exist. What changed: {changed}\nIf the sizes of a dimension vary, declare them:"
@@ -165,12 +159,8 @@ def _shapes(batch: Any) -> dict[str, str]:
 
 def _difference(new: dict[str, str], known: list[dict[str, str]]) -> str:
     """What sets ``new`` apart from the known shapes most like it."""
-    nearest = min(
-        known, key=lambda old: sum(old.get(name) != shape for name, shape in new.items()), default={}
-    )
+    nearest = min(known, key=lambda old: sum(old.get(name) != shape for name, shape in new.items()), default={})
     changes = [
-        f"{name} from {nearest.get(name, 'absent')} to {new[name]}"
-        for name in new
-        if nearest.get(name) != new[name]
+        f"{name} from {nearest.get(name, 'absent')} to {new[name]}" for name in new if nearest.get(name) != new[name]
     ]
     return ", ".join(changes[:4])

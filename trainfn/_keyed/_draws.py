@@ -75,9 +75,7 @@ class Draws(TorchFunctionMode):
         if composite is not None and not (func is torch.autograd.grad and torch.compiler.is_compiling()):
             with self:
                 return composite(*args, **(kwargs or {}))
-        if (
-            func is Tensor.unflatten
-        ):  # a Python method that calls super(), which torch.compile can't trace under a mode
+        if func is Tensor.unflatten:  # a Python method that calls super(), which torch.compile can't trace under a mode
             func = torch.unflatten
         return func(*args, **(kwargs or {}))
 
@@ -103,9 +101,7 @@ class Draws(TorchFunctionMode):
             return key, shape, self.first_row * (math.prod(shape) // self.rows)
         return random.fold_in(key, self.first_row), shape, 0
 
-    def uniform(
-        self, shape: Sequence[int], dtype: torch.dtype | None, device: Any, **bounds: float
-    ) -> Tensor:
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype | None, device: Any, **bounds: float) -> Tensor:
         """Uniform numbers for the next draw."""
         key, shape, first = self.next(shape)
         out = random.uniform(key, shape, dtype=dtype or torch.get_default_dtype(), first=first, **bounds)
@@ -119,9 +115,7 @@ class Draws(TorchFunctionMode):
     def normal(self, shape: Sequence[int], dtype: torch.dtype | None, device: Any) -> Tensor:
         """Standard normal numbers for the next draw."""
         key, shape, first = self.next(shape)
-        return _moved(
-            random.normal(key, shape, dtype=dtype or torch.get_default_dtype(), first=first), device
-        )
+        return _moved(random.normal(key, shape, dtype=dtype or torch.get_default_dtype(), first=first), device)
 
     def exponential(self, shape: Sequence[int], dtype: torch.dtype, device: Any) -> Tensor:
         """Standard exponential numbers for the next draw."""

@@ -31,18 +31,14 @@ def _size(size: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def _place(device: Any) -> Any:
-    return (
-        torch.empty(0).device if device is None else device
-    )  # torch's default device, in a way that compiles
+    return torch.empty(0).device if device is None else device  # torch's default device, in a way that compiles
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------
 
 
 def _dropout_of(mask_shape: Callable[[Tensor], tuple[int, ...]]) -> Callable[..., Tensor]:
-    def dropout(
-        d: Draws, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Tensor:
+    def dropout(d: Draws, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0.0:
             return input
         keep = d.keep(1.0 - p, mask_shape(input), input.device)
@@ -59,19 +55,14 @@ def _channels(spatial: int) -> Callable[[Tensor], tuple[int, ...]]:
 
 
 def _alpha(whole_channels: bool) -> Callable[..., Tensor]:
-    def alpha_dropout(
-        d: Draws, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
-    ) -> Tensor:
+    def alpha_dropout(d: Draws, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
         if not training or p == 0.0:
             return input
         shape = tuple(input.shape[:2]) + (1,) * (input.dim() - 2) if whole_channels else tuple(input.shape)
         low = -1.7580993408473766  # -scale * alpha of SELU: what a dropped unit becomes
         a = ((1.0 - p) * (1.0 + p * low**2)) ** -0.5 if p < 1.0 else 0.0
         keep = d.keep(1.0 - p, shape, input.device)
-        out = (
-            torch.where(keep, input, torch.full((), low, dtype=input.dtype, device=input.device)) * a
-            - a * low * p
-        )
+        out = torch.where(keep, input, torch.full((), low, dtype=input.dtype, device=input.device)) * a - a * low * p
         return input.copy_(out) if inplace else out
 
     return alpha_dropout
@@ -131,17 +122,13 @@ def _rand(kind: str) -> Callable[..., Tensor]:
 
 
 def _rand_like(kind: str) -> Callable[..., Tensor]:
-    def rand_like(
-        d: Draws, input: Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any
-    ) -> Tensor:
+    def rand_like(d: Draws, input: Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Tensor:
         return getattr(d, kind)(input.shape, dtype or input.dtype, device or input.device)
 
     return rand_like
 
 
-def _integers(
-    d: Draws, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype, device: Any
-) -> Tensor:
+def _integers(d: Draws, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> Tensor:
     key, shape, first = d.next(shape)
     return random.randint(key, low, high, shape, first=first).to(dtype=dtype, device=device)
 
@@ -168,9 +155,7 @@ def _randint_like(
     return _integers(d, low, high, tuple(input.shape), dtype or input.dtype, input.device)
 
 
-def _randperm(
-    d: Draws, n: int, *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any
-) -> Tensor:
+def _randperm(d: Draws, n: int, *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
     _no_generator(generator)
     out = random.permutation(random.fold_in(random.fold_in(d.key, d.count()), d.first_row), n)
     return out.to(dtype=dtype or torch.int64, device=_place(device))
@@ -179,9 +164,7 @@ def _randperm(
 # --- samples from given parameters ------------------------------------------------------------------------------
 
 
-def _bernoulli(
-    d: Draws, input: Tensor, p: float | None = None, *, generator: Any = None, out: Any = None
-) -> Tensor:
+def _bernoulli(d: Draws, input: Tensor, p: float | None = None, *, generator: Any = None, out: Any = None) -> Tensor:
     _no_generator(generator)
     return d.keep(input if p is None else p, input.shape, input.device).to(input.dtype)
 
@@ -210,11 +193,7 @@ def _multinomial(
 ) -> Tensor:
     _no_generator(generator)
     if not replacement:  # the smallest of exponential clocks with these rates ring first
-        return (
-            (input / d.exponential(input.shape, torch.float32, input.device))
-            .topk(num_samples, dim=-1)
-            .indices
-        )
+        return (input / d.exponential(input.shape, torch.float32, input.device)).topk(num_samples, dim=-1).indices
     cumulative = input.double().cumsum(-1)
     u = d.uniform((*input.shape[:-1], num_samples), torch.float64, input.device)
     picked = torch.searchsorted(cumulative, u * cumulative[..., -1:], right=True)
@@ -274,9 +253,7 @@ _FILLS: dict[Any, Callable[..., Tensor]] = {
     Tensor.normal_: lambda d, x, mean=0.0, std=1.0: d.normal(x.shape, x.dtype, x.device) * std + mean,
     Tensor.bernoulli_: lambda d, x, p=0.5: d.keep(p, x.shape, x.device).to(x.dtype),
     Tensor.exponential_: lambda d, x, lambd=1.0: d.exponential(x.shape, x.dtype, x.device) / lambd,
-    Tensor.log_normal_: lambda d, x, mean=1.0, std=2.0: (
-        d.normal(x.shape, x.dtype, x.device) * std + mean
-    ).exp(),
+    Tensor.log_normal_: lambda d, x, mean=1.0, std=2.0: (d.normal(x.shape, x.dtype, x.device) * std + mean).exp(),
     Tensor.cauchy_: lambda d, x, median=0.0, sigma=1.0: (
         torch.tan(math.pi * (d.uniform(x.shape, x.dtype, x.device) - 0.5)) * sigma + median
     ),
@@ -323,9 +300,7 @@ def _recurrent(func: Any, name: str) -> Callable[..., Any]:
     refused = _refuse(name, "Use one layer per module with nn.Dropout between them, or dropout=0.")
 
     def run(d: Draws, *args: Any, **kwargs: Any) -> Any:
-        at = next(
-            i for i, a in enumerate(args) if isinstance(a, bool)
-        )  # has_biases, num_layers, dropout, train
+        at = next(i for i, a in enumerate(args) if isinstance(a, bool))  # has_biases, num_layers, dropout, train
         if args[at + 2] > 0 and args[at + 3]:
             refused(d)
         return func(*args, **kwargs)

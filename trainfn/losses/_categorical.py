@@ -123,9 +123,7 @@ def next_token(
     targets = F.pad(tokens.long()[..., 1:], (0, 1), value=ignore_index)
     if weights is not None:
         weights = F.pad(weights.expand_as(tokens)[..., 1:], (0, 1))
-    return cross_entropy(
-        logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, weights=weights
-    )
+    return cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, weights=weights)
 
 
 def kl(logits: Tensor, targets: Tensor, *, weights: Tensor | None = None) -> Mean:

@@ -148,9 +148,7 @@ def adafactor(
     >>> optimizer.update({"w": torch.ones(1)}, optimizer.init(params), params)[0]
     {'w': tensor([-0.0010])}
     """
-    nonnegative(
-        "adafactor", learning_rate=learning_rate, eps=eps, eps_param=eps_param, weight_decay=weight_decay
-    )
+    nonnegative("adafactor", learning_rate=learning_rate, eps=eps, eps_param=eps_param, weight_decay=weight_decay)
     fraction("adafactor", b1=b1)
     if warmup_init and learning_rate is not None:
         raise ValueError(
@@ -186,9 +184,7 @@ def _add_scaled_decay(weight_decay: Scalar, size: Transform) -> Transform:
 
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         decay, inner = size.update(params, state.inner, params)
-        return tree.add(updates, scale(weight_decay).update(decay, None, params)[0]), AddScaledDecayState(
-            inner
-        )
+        return tree.add(updates, scale(weight_decay).update(decay, None, params)[0]), AddScaledDecayState(inner)
 
     return Transform(lambda params: AddScaledDecayState(size.init(params)), update)
 

@@ -90,16 +90,12 @@ def masked(transform: Transform, mask: Mask) -> Transform:
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         names = select("masked", mask, params)
         changed, inner = transform.update(_only(updates, names), state.inner, _only(params, names))
-        return {name: changed[name] if name in names else u for name, u in updates.items()}, MaskedState(
-            inner
-        )
+        return {name: changed[name] if name in names else u for name, u in updates.items()}, MaskedState(inner)
 
     return Transform(init, update)
 
 
-def partition(
-    transforms: Mapping[str, Transform], labels: Labels, *, default: str | None = None
-) -> Transform:
+def partition(transforms: Mapping[str, Transform], labels: Labels, *, default: str | None = None) -> Transform:
     """Apply to each parameter the transform of its label.
 
     Args:
@@ -133,9 +129,7 @@ def partition(
 
     def init(params: Params) -> Tree:
         names = groups(params)
-        return PartitionState(
-            {group: rule.init(_only(params, names[group])) for group, rule in transforms.items()}
-        )
+        return PartitionState({group: rule.init(_only(params, names[group])) for group, rule in transforms.items()})
 
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         changed = dict(updates)

@@ -77,9 +77,9 @@ def _sort(
     rest: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         parameter = signature.parameters[name]
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             raise ValueError(
-                f"`inject_hyperparams({signature})` can't work: `**{name}` hides the names of the"
+                f"`inject_hyperparams({signature})` can't work: `{parameter}` hides the names of the"
                 " hyperparameters. Wrap the factory in a function that spells them out."
             )
         if _is_number(value, parameter):
@@ -97,15 +97,11 @@ def _injected(
     schedules: Mapping[str, Schedule],
     rest: Mapping[str, Any],
 ) -> Transform:
-    factory(
-        **rest, **numbers, **{name: torch.ones(()) for name in schedules}
-    )  # raises now what it would later
+    factory(**rest, **numbers, **{name: torch.ones(()) for name in schedules})  # raises now what it would later
 
     def init(params: Params) -> Tree:
         count = zero_count(params)
-        values = {
-            name: torch.as_tensor(value).to(count.device, torch.float32) for name, value in numbers.items()
-        }
+        values = {name: torch.as_tensor(value).to(count.device, torch.float32) for name, value in numbers.items()}
         values = tree.copy(values)  # a donated state must not overwrite the caller's tensor
         scheduled = {name: schedule(count) for name, schedule in schedules.items()}
         return InjectState(count, values, scheduled, factory(**rest, **values, **scheduled).init(params))
@@ -176,9 +172,7 @@ def set_hyperparams(state: T, **values: float | Tensor) -> T:
             )
         if name not in free:
             known = sorted({name for i in found.values() for name in i.hyperparams})
-            raise ValueError(
-                f"`{call}`: the state has no hyperparameter {name!r}. It has {', '.join(known)}."
-            )
+            raise ValueError(f"`{call}`: the state has no hyperparameter {name!r}. It has {', '.join(known)}.")
 
     def change(path: str, inject: InjectState) -> InjectState:
         new = {
@@ -226,9 +220,7 @@ def _arity(function: Any) -> int:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return -1
-    return sum(
-        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters
-    )
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def _none_there(call: str) -> str:

@@ -30,9 +30,7 @@ def times(a: Tree, scalar: Scalar) -> Tree:
 
 def plus(a: Tree, scalar: Scalar) -> Tree:
     """``a + scalar``, in the dtypes of ``a``."""
-    return (
-        tree.map(lambda x: (x + scalar).to(x.dtype), a) if isinstance(scalar, Tensor) else tree.add(a, scalar)
-    )
+    return tree.map(lambda x: (x + scalar).to(x.dtype), a) if isinstance(scalar, Tensor) else tree.add(a, scalar)
 
 
 def average(old: Tree, new: Tree, decay: Scalar) -> Tree:
@@ -101,6 +99,5 @@ def _check(
     for name, value in values.items():
         if isinstance(value, int | float) and not good(value):
             raise ValueError(
-                f"`{call}({name}={value!r})` can't work: {why}. Write for example"
-                f" `{call}({name}={instead(value)!r})`."
+                f"`{call}({name}={value!r})` can't work: {why}. Write for example `{call}({name}={instead(value)!r})`."
             )

@@ -136,9 +136,7 @@ def scale_by_shape(adjust: Adjust = "match_rms_adamw") -> Transform:
         "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
     }
     if adjust not in factors:
-        raise ValueError(
-            f"`scale_by_shape({adjust!r})`: there is no such rule. Write one of {list(factors)}."
-        )
+        raise ValueError(f"`scale_by_shape({adjust!r})`: there is no such rule. Write one of {list(factors)}.")
 
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         return tree.map(lambda u: u * factors[adjust](*u.shape), updates), state

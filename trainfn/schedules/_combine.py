@@ -17,9 +17,7 @@ def precise(shape: Callable[[Tensor], Tensor]) -> Schedule:
     """
 
     def schedule(count: Tensor) -> Tensor:
-        return shape(count.to(torch.float32 if count.device.type == "mps" else torch.float64)).to(
-            torch.float32
-        )
+        return shape(count.to(torch.float32 if count.device.type == "mps" else torch.float64)).to(torch.float32)
 
     return schedule
 
@@ -78,9 +76,7 @@ def warmup(schedule: Schedule, steps: int, *, start: float = 0.0) -> Schedule:
     [0.0, 0.5, 1.0, 0.5]
     """
     if steps < 0:
-        raise ValueError(
-            f"`warmup(schedule, {steps})` can't work: it is a number of steps. Write 0 for no warm-up."
-        )
+        raise ValueError(f"`warmup(schedule, {steps})` can't work: it is a number of steps. Write 0 for no warm-up.")
     if steps == 0:
         return schedule
 
@@ -97,7 +93,7 @@ def scale(schedule: Schedule, factor: float | Tensor) -> Schedule:
     >>> scale(lambda count: count.float(), 0.5)(torch.tensor(3))
     tensor(1.5000)
     """
-    return lambda count: schedule(count) * factor
+    return lambda count: (schedule(count) * factor).to(torch.float32)
 
 
 def check_steps(call: str, total_steps: int, warmup_steps: int) -> None:

@@ -161,9 +161,16 @@ def greedy(
 
     def init() -> GreedyState:
         window = torch.zeros(window_size if smooth else 1, dtype=torch.float64)
-        zeros = [_whole(0) for _ in range(5)]  # apart, for a donating caller overwrites each
         return GreedyState(
-            _real(learning_rate), _worst(mode), *zeros[:4], _whole(reset_start), window, zeros[4]
+            learning_rate=_real(learning_rate),
+            best=_worst(mode),
+            num_bad=_whole(0),
+            num_good=_whole(0),
+            cooldown=_whole(0),
+            warmup=_whole(0),
+            reset_in=_whole(reset_start),
+            window=window,
+            num_seen=_whole(0),
         )
 
     def update(metric: Tensor | float, state: GreedyState) -> GreedyState:
@@ -208,16 +215,14 @@ def _smooth(value: Tensor, state: GreedyState) -> tuple[Tensor, Tensor, Tensor]:
     return window, num_seen, torch.where(inside, window, 0.0).sum() / num_seen.clamp(max=size)
 
 
-def _better(
-    value: Tensor, best: Tensor, mode: Mode, threshold: float, threshold_mode: ThresholdMode
-) -> Tensor:
+def _better(value: Tensor, best: Tensor, mode: Mode, threshold: float, threshold_mode: ThresholdMode) -> Tensor:
     if mode == "min":
         return value < (best * (1.0 - threshold) if threshold_mode == "rel" else best - threshold)
     return value > (best * (1.0 + threshold) if threshold_mode == "rel" else best + threshold)
 
 
 def _value(metric: Tensor | float, like: Tensor) -> Tensor:
-    return torch.as_tensor(metric).detach().to(like)
+    return (metric if isinstance(metric, Tensor) else torch.tensor(metric)).detach().to(like)
 
 
 def _real(value: float) -> Tensor:
@@ -243,6 +248,4 @@ def _check(call: str, factor: float, mode: str, threshold_mode: str) -> None:
         ("threshold_mode", threshold_mode, ("rel", "abs")),
     ):
         if value not in known:
-            raise ValueError(
-                f"`{call}({name}={value!r})`: there is no such mode. Write one of {list(known)}."
-            )
+            raise ValueError(f"`{call}({name}={value!r})`: there is no such mode. Write one of {list(known)}.")

@@ -52,9 +52,7 @@ def linear(peak: float | Tensor, total_steps: int, warmup_steps: int = 0) -> Sch
     return _decay("linear", peak, total_steps, warmup_steps, lambda p: 1.0 - p)
 
 
-def cosine(
-    peak: float | Tensor, total_steps: int, warmup_steps: int = 0, *, num_cycles: float = 0.5
-) -> Schedule:
+def cosine(peak: float | Tensor, total_steps: int, warmup_steps: int = 0, *, num_cycles: float = 0.5) -> Schedule:
     """Rise linearly from 0 to ``peak``, then follow a cosine: by default half a period, down to 0.
 
     Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983.
@@ -318,8 +316,7 @@ def _check_ramps(warmup_type: str, decay_type: str) -> None:
     for name, value in {"warmup_type": warmup_type, "decay_type": decay_type}.items():
         if value not in _RISE:
             raise ValueError(
-                f"`warmup_stable_decay({name}={value!r})`: there is no such type of ramp. Write one of"
-                f" {list(_RISE)}."
+                f"`warmup_stable_decay({name}={value!r})`: there is no such type of ramp. Write one of {list(_RISE)}."
             )
 
 
