@@ -99,14 +99,17 @@ def restore(path: str | os.PathLike[str], *, like: TrainState) -> TrainState:
     model, rest = found
     params = {name: _as(model[name], p) for name, p in like.params.items()}
     buffers = {name: _as(model[name], b) for name, b in like.buffers.items()}
-    values = iter([_as(rest[name], leaf) for name, leaf in expected[1].items()])
-    empty = like._replace(params={}, buffers={})
-    return tree.map(lambda _: next(values), empty)._replace(params=params, buffers=buffers)
+    filled = {name: _as(rest[name], leaf) for name, leaf in expected[1].items()}
+    return tree.with_leaves(_without_model(like), filled)._replace(params=params, buffers=buffers)
 
 
 def _named(state: TrainState) -> tuple[_Named, _Named]:
     """The module's tensors by their names, and the other leaves by their paths."""
-    return {**state.params, **state.buffers}, tree.named_leaves(state._replace(params={}, buffers={}))
+    return {**state.params, **state.buffers}, tree.named_leaves(_without_model(state))
+
+
+def _without_model(state: TrainState) -> TrainState:
+    return state._replace(params={}, buffers={})
 
 
 def _problems(found: _Named, expected: _Named) -> list[str]:

@@ -11,7 +11,7 @@ most of a step's compile time.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import optree
@@ -80,6 +80,15 @@ def named_leaves(tree: Tree) -> dict[str, Any]:
     """
     accessors, values, _ = optree.tree_flatten_with_accessor(tree)
     return {"/".join(_entry(e) for e in path): value for path, value in zip(accessors, values, strict=True)}
+
+
+def with_leaves(tree: Tree, named: Mapping[str, Any]) -> Tree:
+    """The same structure with other leaves, given by the paths of `named_leaves`.
+
+    >>> with_leaves({"a": 1, "b": (2, 3)}, {"a": 10, "b/0": 20, "b/1": 30})
+    {'a': 10, 'b': (20, 30)}
+    """
+    return optree.tree_unflatten(optree.tree_structure(tree), [named[name] for name in named_leaves(tree)])
 
 
 def _entry(entry: Any) -> str:

@@ -54,8 +54,7 @@ class Buckets:
                 f" Add a bucket of at least {longest}, or cut the batch."
             )
         padded = {name: self._padded(named[name], size, value) for name, value in self.pad.items()}
-        leaves = iter([padded.get(name, leaf) for name, leaf in named.items()])
-        return tree.map(lambda _: next(leaves), batch)
+        return tree.with_leaves(batch, {**named, **padded})
 
     def _padded(self, x: Tensor, size: int, value: float) -> Tensor:
         dims = x.dim() - self.dim if self.dim >= 0 else -self.dim
