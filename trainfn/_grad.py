@@ -59,9 +59,9 @@ def value_and_grad(loss: Loss) -> GradientFunction:
                 keyed(key, rows=rows, first_row=first_row),
                 bound(state, params, training=True) as (model, buffers),
             ):
-                mean, metrics = _exact(loss(model, batch), rows)
+                mean, metrics = exact(loss(model, batch), rows)
                 grads = _derivatives(mean.total, params)
-        return Gradients(_detached(mean), grads, {k: _detached(m) for k, m in metrics.items()}, buffers)
+        return Gradients(detached(mean), grads, {k: detached(m) for k, m in metrics.items()}, buffers)
 
     return gradients
 
@@ -76,11 +76,11 @@ def _derivatives(total: Tensor, params: Params) -> Params:
     return dict(zip(params, grads, strict=True))
 
 
-def _detached(mean: Mean) -> Mean:
+def detached(mean: Mean) -> Mean:
     return Mean(mean.total.detach(), mean.weight.detach())
 
 
-def _exact(output: object, rows: int) -> tuple[Mean, Metrics]:
+def exact(output: object, rows: int) -> tuple[Mean, Metrics]:
     """What a loss returned, in its full form."""
     mean, metrics = output if isinstance(output, tuple) and not isinstance(output, Mean) else (output, {})
     if isinstance(mean, Tensor) and mean.dim() == 0:

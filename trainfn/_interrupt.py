@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 
 class Held:
@@ -15,7 +15,7 @@ class Held:
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[Held]:
+def uninterrupted() -> Generator[Held]:
     """Hold back Ctrl-C until the block has ended; a second one is raised at once.
 
     A donating step overwrites the old state as it goes: interrupted half-way, it would leave neither.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
 
 from trainfn import random, tree
 from trainfn._types import Buffers, Params, TrainState, Transform
@@ -128,7 +129,7 @@ def _sites(module: nn.Module) -> tuple[Site, ...]:
         for attribute, tensor, is_parameter in held:
             if tensor is None:
                 continue
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if isinstance(tensor, UninitializedTensorMixin):
                 raise ValueError(
                     f"init(model, ...): {prefix + '.' + attribute!r} of a lazy module has no shape yet. Run one batch"
                     " through the model first: `model(batch)`."
@@ -167,7 +168,7 @@ def _empty(sites: tuple[Site, ...]) -> None:
 
 
 @contextlib.contextmanager
-def bound(state: TrainState, params: Params, *, training: bool) -> Iterator[tuple[Any, Buffers]]:
+def bound(state: TrainState, params: Params, *, training: bool) -> Generator[tuple[Any, Buffers]]:
     """Run the state's module on ``params`` and the state's buffers for the time of a ``with`` block.
 
     Yields the model and a dict that holds the buffers' values when the block ends. Autograd must run inside the

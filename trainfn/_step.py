@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from trainfn import random, tree
-from trainfn._grad import GradientFunction, _detached, _exact, summed, value_and_grad
+from trainfn._grad import GradientFunction, detached, exact, summed, value_and_grad
 from trainfn._keyed import keyed
 from trainfn._module import bound
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, TrainState, Transform
@@ -42,9 +42,9 @@ class TrainStep:
         """Return the next state and this batch's metrics."""
         if self.accumulate == 1:
             return self.update(state, self.gradients(state, batch))
-        return self.update(state, summed(self.gradients, state, self._pieces(batch), _empty_stream))
+        return self.update(state, summed(self.gradients, state, self.pieces(batch), _empty_stream))
 
-    def _pieces(self, batch: Batch) -> Iterator[tuple[Batch, int]]:
+    def pieces(self, batch: Batch) -> Iterator[tuple[Batch, int]]:
         if self.accumulate != "stream":
             yield from tree.split(batch, self.accumulate)
             return
@@ -122,7 +122,7 @@ def accumulate(
     if isinstance(step, TrainStep):
         return _accumulated(step, num)
     whole = _accumulated(TrainStep(gradients=step, update=lambda state, sums: (state, {})), num)
-    return lambda state, batch: summed(step, state, whole._pieces(batch), _empty_stream)
+    return lambda state, batch: summed(step, state, whole.pieces(batch), _empty_stream)
 
 
 def _accumulated(step: TrainStep, num: int | Literal["stream"]) -> TrainStep:
@@ -144,7 +144,7 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Batch], Metrics]:
         key = random.fold_in(state.key, state.step)
         rows = tree.row_count(batch)
         with torch.no_grad(), keyed(key, rows=rows), bound(state, state.params, training=False) as (model, _):
-            mean, metrics = _exact(loss(model, batch), rows)
-        return {"loss": _detached(mean), **{name: _detached(metric) for name, metric in metrics.items()}}
+            mean, metrics = exact(loss(model, batch), rows)
+        return {"loss": detached(mean), **{name: detached(metric) for name, metric in metrics.items()}}
 
     return evaluate_batch

@@ -14,10 +14,10 @@ Schedule   ``step -> value``, tensors in and out
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Params: TypeAlias = dict[str, Tensor]
 Buffers: TypeAlias = dict[str, Tensor]
@@ -106,9 +106,9 @@ class TrainState(NamedTuple):
     key: Tensor
     extra: dict[str, Tree]
 
-    module = None  # the user's nn.Module; set on the subclass that `init` makes
-    sites = ()  # where each named tensor sits in the module; see _module.py
-    modes = ()  # the module's submodules, and which of them train
+    module = cast("nn.Module | None", None)  # the user's nn.Module; set on the subclass that `init` makes
+    sites = cast("tuple[Any, ...]", ())  # where each named tensor sits in the module; see _module.py
+    modes = cast("tuple[Any, ...]", ())  # the module's submodules, and which of them train
 
     def __repr__(self) -> str:
         numel = sum(p.numel() for p in self.params.values() if isinstance(p, Tensor))

@@ -4,8 +4,8 @@ A tree is any nesting of dicts, lists, tuples and NamedTuples. The vector operat
 take trees of one structure and use PyTorch's multi-tensor kernels: one launch, one graph node, for all leaves.
 `map` is for everything else.
 
-Plain dicts, lists, tuples and NamedTuples are walked here, other nodes by optree: tracing optree's Python twin took
-most of a step's compile time.
+optree walks the trees, except where torch traces: there, its Python twin took most of a step's compile time, and
+plain dicts, lists, tuples and NamedTuples are walked here.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     >>> map(lambda x: x + 1, {"a": 1, "b": (2, 3)})
     {'a': 2, 'b': (3, 4)}
     """
+    if not torch.compiler.is_compiling():
+        return optree.tree_map(fn, tree, *rest)
     columns = [_flat(tree, other) for other in (tree, *rest)]
     return _unflat(tree, iter([fn(*leaf) for leaf in zip(*columns, strict=True)]))
 
@@ -45,7 +47,7 @@ def _flat(like: Tree, tree: Tree) -> list[Any]:
         if len(like) != len(tree):
             raise ValueError(f"two trees differ: one has {len(like)} items where the other has {len(tree)}.")
         return [x for v, w in zip(like, tree, strict=True) for x in _flat(v, w)]
-    return optree.tree_structure(like).flatten_up_to(tree)
+    return optree.tree_structure(like).flatten_up_to(tree)  # pyright: ignore[reportArgumentType]
 
 
 def _differing(a: dict[Any, Any], b: dict[Any, Any]) -> str:
@@ -63,7 +65,7 @@ def _unflat(like: Tree, values: Iterator[Any]) -> Tree:
     if isinstance(like, tuple) and (type(like) is tuple or hasattr(like, "_fields")):
         items = [_unflat(v, values) for v in like]
         return type(like)(*items) if hasattr(like, "_fields") else tuple(items)
-    structure = optree.tree_structure(like)
+    structure = optree.tree_structure(like)  # pyright: ignore[reportArgumentType]
     return optree.tree_unflatten(structure, [next(values) for _ in range(structure.num_leaves)])
 
 
@@ -166,7 +168,7 @@ def copy(tree: Tree) -> Tree:
 
     The way to keep a state that a donating step is about to overwrite.
     """
-    return map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
+    return map(lambda x: x.clone() if hasattr(x, "clone") else x, tree)
 
 
 def global_norm(tree: Tree) -> Tensor:

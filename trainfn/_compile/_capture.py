@@ -6,11 +6,13 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
+import optree
 import torch
 from torch._dynamo.variables.torch import get_overridable_functions
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from trainfn._keyed import HANDLERS
 from trainfn.errors import CaptureError
@@ -38,7 +40,7 @@ _REMEDIES = (
 
 
 @contextlib.contextmanager
-def capturing() -> Iterator[None]:
+def capturing() -> Generator[None]:
     """Settings of torch's tracer for the time of one compilation; all are put back afterwards."""
     quiet = {getattr(logging.Logger, name) for name in dir(logging.Logger) if not name.startswith("_")}
     config = torch._dynamo.config
@@ -59,6 +61,27 @@ def capturing() -> Iterator[None]:
             yield
     finally:
         overridable.difference_update(hidden)
+
+
+def check_no_sync(graph: torch.fx.GraphModule) -> None:
+    """Raise if the graph takes a number out of a tensor, for itself or as a size: it would wait for the device.
+
+    Such a graph compiles, for torch has symbols for the numbers; it is the promise of a step without syncs that it
+    would break.
+    """
+    known: set[Any] = set()
+    for node in graph.graph.nodes:
+        symbols = set[Any]().union(*map(_free_symbols, optree.tree_leaves(node.meta.get("example_value"))))
+        if node.op == "placeholder":
+            known |= symbols
+        elif symbols - known:
+            what = "Tensor.item()" if node.target == "item" else "a dynamic shape operator"
+            raise RuntimeError(f"{what}\n{node.stack_trace}")
+
+
+def _free_symbols(value: Any) -> set[Any]:
+    symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | torch.Tensor)
+    return set(free_unbacked_symbols(value)) if symbolic else set()
 
 
 def capture_error(error: Exception) -> CaptureError:

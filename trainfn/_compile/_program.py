@@ -10,6 +10,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from trainfn import tree
 from trainfn._compile._capture import capture_error, capturing
@@ -98,8 +99,10 @@ class Program:
         try:
             with self.report.timing(label), capturing():
                 out = self._call(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            self.fn(*args)  # pure, so it can be run again: an error of the step's own is the one to show
+        except TorchDynamoException as error:
+            out = self.fn(*args)  # pure, so it can be run again: an error of the step's own is the one to show
+            if self.donate:
+                overwrite(tree.copy(args[0]), _state_and_metrics(out)[0])
             raise capture_error(error) from error
         self._known[signature] = shapes
         return out

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 from torch._dynamo.utils import counters
+
+from trainfn._compile._capture import check_no_sync
 
 _CACHES = (("inductor", "fxgraph_cache"), ("aot_autograd", "autograd_cache"))
 
@@ -51,14 +53,17 @@ class Report:
         """The same compiler backend, with its graphs counted here."""
 
         def counted(graph: Any, inputs: Any, **kwargs: Any) -> Any:
-            self.graphs += 1
-            self.nodes += sum(node.op.startswith("call") for node in graph.graph.nodes)
-            return compiler(graph, inputs, **kwargs)
+            check_no_sync(graph)
+            nodes = sum(node.op.startswith("call") for node in graph.graph.nodes)
+            compiled = compiler(graph, inputs, **kwargs)
+            self.graphs += 1  # not before: a compiler may ask torch to trace again
+            self.nodes += nodes
+            return compiled
 
         return counted
 
     @contextmanager
-    def timing(self, shape: str) -> Iterator[None]:
+    def timing(self, shape: str) -> Generator[None]:
         """Attribute what is compiled in this block to ``shape``."""
         before, graphs, start = _cache_counts(), self.graphs, time.perf_counter()
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from trainfn._keyed._functions import COMPOSITES, HANDLERS
 
 
 @contextlib.contextmanager
-def keyed(key: Tensor, *, rows: int = 0, first_row: Tensor | int = 0) -> Iterator[None]:
+def keyed(key: Tensor, *, rows: int = 0, first_row: Tensor | int = 0) -> Generator[None]:
     """Draw from ``key`` whatever torch's random functions draw in this block, dropout included.
 
     Args:
@@ -45,7 +45,7 @@ def keyed(key: Tensor, *, rows: int = 0, first_row: Tensor | int = 0) -> Iterato
 
 
 @contextlib.contextmanager
-def _borrowed_generator() -> Iterator[None]:
+def _borrowed_generator() -> Generator[None]:
     """Give torch's generator back as it was found; meanwhile its seed counts the draws (see `Draws.count`)."""
     if torch.compiler.is_compiling():
         yield

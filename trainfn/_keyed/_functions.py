@@ -265,7 +265,7 @@ _FILLS: dict[Any, Callable[..., Tensor]] = {
 
 
 def _kaiming_uniform(
-    d: Draws, tensor: Tensor, a: float = 0, mode: str = "fan_in", nonlinearity: str = "leaky_relu", **_: Any
+    d: Draws, tensor: Tensor, a: float = 0, mode: Any = "fan_in", nonlinearity: str = "leaky_relu", **_: Any
 ) -> Tensor:
     fan = nn.init._calculate_correct_fan(tensor, mode)
     bound = nn.init.calculate_gain(nonlinearity, a) * math.sqrt(3.0 / fan)  # type: ignore[arg-type]
