@@ -8,6 +8,8 @@ The whole loop is here: text → batches → model → loss → optimizer → st
 """
 
 import argparse
+import os
+import shutil
 import sysconfig
 import time
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 import trainfn as tfn
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--steps", type=int, default=3000, help="optimizer updates in all (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=1500, help="optimizer updates in all (default: %(default)s)")
 parser.add_argument("--rows", type=int, default=32, help="rows in a batch (default: %(default)s)")
 parser.add_argument("--length", type=int, default=64, help="bytes in a row (default: %(default)s)")
 parser.add_argument("--width", type=int, default=96, help="width of the model (default: %(default)s)")
@@ -119,11 +121,15 @@ def main() -> None:
     if start >= args.steps:
         print(f"          already done; `--steps {2 * args.steps}` goes on, `--out` elsewhere starts anew")
 
-    step = tfn.jit(tfn.train_step(loss, optimizer, accumulate=args.accumulate), donate=True, compile=not args.eager)
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if not compiler and not args.eager:
+        print("eager     no C++ compiler found, which torch.compile needs: the same step runs uncompiled, slower")
+    compiled = bool(compiler) and not args.eager
+    step = tfn.jit(tfn.train_step(loss, optimizer, accumulate=args.accumulate), donate=True, compile=compiled)
     began = time.perf_counter()
     state = tfn.fit(step, state, batch, until=args.steps, callbacks=[
         tfn.callbacks.progress(per_step={"bytes": tokens}),
-        tfn.callbacks.every(1000, lambda info: tfn.save(args.out, info.state)),
+        tfn.callbacks.every(500, lambda info: tfn.save(args.out, info.state)),
     ])  # fmt: skip
     if int(state.step) > start:
         tfn.save(args.out, state)

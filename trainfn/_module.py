@@ -29,8 +29,8 @@ class Site(NamedTuple):
     is_buffer: bool
 
 
-# One state type per live module, so that `init` called twice on it does not compile twice. Values are weak: the
-# module goes when its states do.
+# One state type per live module as it is, so that `init` called twice on it does not compile twice. Values are weak:
+# the module goes when its states do.
 _STATE_TYPES: weakref.WeakValueDictionary[int, type[TrainState]] = weakref.WeakValueDictionary()
 
 
@@ -105,16 +105,17 @@ def _check(model: object, optimizer: object, storage: str) -> None:
 
 
 def _state_type(module: nn.Module) -> type[TrainState]:
+    sites, modes = _sites(module), _modes(module)
     known = _STATE_TYPES.get(id(module))
-    if known is not None and known.module is module:
+    if known is not None and (known.module, known.sites, known.modes) == (module, sites, modes):
         return known
     body = {
         "__slots__": (),
         "__module__": "trainfn",
         "__doc__": TrainState.__doc__,
         "module": module,
-        "sites": _sites(module),
-        "modes": _modes(module),
+        "sites": sites,
+        "modes": modes,
     }
     made = type("TrainState", (TrainState,), body)
     _STATE_TYPES[id(module)] = made

@@ -85,7 +85,7 @@ def train_step(loss: Loss, optimizer: Transform, *, accumulate: int | Literal["s
             f" not {type(optimizer).__name__}."
         )
     step = TrainStep(gradients=value_and_grad(loss), update=_update(optimizer))
-    return step if accumulate == 1 else _accumulated(step, accumulate)
+    return _accumulated(step, accumulate)
 
 
 def _update(optimizer: Transform) -> Update:

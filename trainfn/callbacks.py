@@ -120,25 +120,35 @@ class progress:
         self.per_step, self.seconds, self.options = per_step or {}, seconds, options
 
     def __enter__(self) -> progress:
-        """Start; the bar appears with the first step, which knows where the run ends."""
-        self._bar: Any = None
-        self._sum, self._shown = _Sum(), time.perf_counter()
+        """Show that the first step is under way, which compiles the program."""
+        from tqdm.auto import tqdm  # here, so that `import trainfn` stays fast
+
+        self._bar: Any = tqdm(unit="step", **{"desc": "first step", **self.options})
+        self._sum, self._shown, self._started = _Sum(), time.perf_counter(), False
         return self
 
     def __call__(self, info: StepInfo) -> None:
         """Count a step; refresh if it is time."""
-        if self._bar is None:
-            from tqdm.auto import tqdm  # here, so that `import trainfn` stays fast
-
-            self._bar = tqdm(total=info.until, initial=info.n - 1, unit="step", **self.options)
         self._sum.add(info)
+        if not self._started:
+            self._start(info)
+            return
         now = time.perf_counter()
         if now - self._shown >= self.seconds or info.n == info.until:
-            self._show(self._sum.steps, self._sum.take(info))
+            steps, window = self._sum.steps, self._sum.take(info)
+            rates = {f"{name}/s": f"{amount * steps / window.seconds:,.0f}" for name, amount in self.per_step.items()}
+            self._show(window, rates)
             self._shown = now
 
-    def _show(self, steps: int, info: StepInfo) -> None:
-        rates = {f"{name}/s": f"{amount * steps / info.seconds:,.0f}" for name, amount in self.per_step.items()}
+    def _start(self, info: StepInfo) -> None:
+        """Begin to measure: the first step, with its compilation, tells nothing about the others."""
+        self._started = True
+        self._bar.reset(total=info.until)
+        self._bar.initial = self._bar.n = self._bar.last_print_n = info.n
+        self._bar.set_description(self.options.get("desc"), refresh=False)
+        self._show(self._sum.take(info), {})
+
+    def _show(self, info: StepInfo, rates: dict[str, str]) -> None:
         numbers = {name: f"{number:.4g}" for name, number in values(info.metrics).items()}
         self._bar.set_postfix({**numbers, **rates}, refresh=False)
         self._bar.update(info.n - self._bar.n)
@@ -146,5 +156,4 @@ class progress:
 
     def __exit__(self, *error: object) -> None:
         """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()

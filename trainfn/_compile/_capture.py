@@ -20,6 +20,11 @@ from trainfn.errors import CaptureError
 # Which cause a message of torch's points to, and the remedy. The first that matches is told.
 _REMEDIES = (
     (
+        r"InvalidCxxCompiler|No working C\+\+ compiler|CppCompileError",
+        "torch's compiler needs a C++ compiler on this machine and found none that works. Install g++ or clang++, or"
+        " name one in the environment variable CXX.",
+    ),
+    (
         r"\.item\(\)|Tensor\.item|_local_scalar_dense|__float__|__int__|tolist|\.numpy\(\)",
         "a number was taken out of a tensor. Keep it a tensor; what should be logged goes into the metrics,"
         ' `return mean, {"name": tfn.Mean.of(x)}`, and reaches the callbacks as a number.',
@@ -45,13 +50,10 @@ def capturing() -> Generator[None]:
     quiet = {getattr(logging.Logger, name) for name in dir(logging.Logger) if not name.startswith("_")}
     config = torch._dynamo.config
     # A warning or a log line of a library's forward pass can't run in a graph; it would be all that breaks it.
-    logging_option = (
-        "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
-    )
     settings: dict[str, Any] = {
         "trace_autograd_ops": True,  # the backward pass is part of the graph
         "recompile_limit": 10_000,  # `max_graphs` is the budget, and its message says more
-        logging_option: getattr(config, logging_option) | quiet | {warnings.warn},
+        "ignore_logging_functions": config.ignore_logging_functions | quiet | {warnings.warn},
     }
     overridable = get_overridable_functions()
     hidden = {function for function in HANDLERS if function not in overridable}  # torch shows these to modes in eager

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.overrides import TorchFunctionMode
 
 from trainfn import random
@@ -75,9 +76,27 @@ class Draws(TorchFunctionMode):
         if composite is not None and not (func is torch.autograd.grad and torch.compiler.is_compiling()):
             with self:
                 return composite(*args, **(kwargs or {}))
+        if func is tag_activation_checkpoint:  # what torch.compile makes of torch.utils.checkpoint
+            return self._checkpoint(*args, **(kwargs or {}))
         if func is Tensor.unflatten:  # a Python method that calls super(), which torch.compile can't trace under a mode
             func = torch.unflatten
         return func(*args, **(kwargs or {}))
+
+    def _checkpoint(self, body: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trace a checkpointed body with draws of its own: torch turns a mode off for what the mode calls.
+
+        The body may not change this object, so the count goes in and comes out by value.
+        """
+        key, rows, first_row, start = self.key, self.rows, self.first_row, self.traced
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            draws = Draws(key, rows, first_row)
+            draws.traced = start
+            with draws:
+                return body(*args, **kwargs), draws.traced
+
+        out, self.traced = tag_activation_checkpoint(run, *args, **kwargs)
+        return out
 
     def count(self) -> int:
         """Number this draw.
