@@ -37,6 +37,8 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _mix_gamma(x: Tensor) -> Tensor:
+    # The paper also flips bits of the 2 % of gammas with few changes between neighbours. We don't: counting them
+    # takes more operations than all the rest, and `_mix` does not depend on it.
     x = (x ^ _shift(x, 33)) * _GAMMA_1
     x = (x ^ _shift(x, 33)) * _GAMMA_2
     return (x ^ _shift(x, 33)) | 1
@@ -112,7 +114,10 @@ def uniform(
     True
     """
     unit = _unit(bits(key, shape, first=first), dtype)
-    return unit if (low, high) == (0.0, 1.0) else unit * (high - low) + low
+    if (low, high) == (0.0, 1.0):
+        return unit
+    out = unit * (high - low) + low
+    return torch.where(out < high, out, low)  # the sum may round up to `high`: once in 2**p draws
 
 
 def bernoulli(key: Tensor, p: float | Tensor, shape: Sequence[int] = (), *, first: Tensor | int = 0) -> Tensor:
@@ -161,8 +166,8 @@ def exponential(
     True
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    half_open = (_shift(bits(key, shape, first=first), 40).to(wide) + 0.5) * 2.0**-24
-    return (-torch.log(half_open) / rate).to(dtype)
+    inner = (_shift(bits(key, shape, first=first), 41).to(wide) + 0.5) * 2.0**-23  # 24 bits: exact, never 0 or 1
+    return (-torch.log(inner) / rate).to(dtype)
 
 
 def randint(key: Tensor, low: int, high: int, shape: Sequence[int] = (), *, first: Tensor | int = 0) -> Tensor:

@@ -160,7 +160,7 @@ def cast(tree: Tree, dtype: torch.dtype) -> Tree:
 
 def cast_like(tree: Tree, like: Tree) -> Tree:
     """Every leaf in the dtype of its counterpart."""
-    return map(lambda x, y: x.to(y.dtype), tree, like)
+    return map(lambda x, y: x if x.dtype == y.dtype else x.to(y.dtype), tree, like)
 
 
 def copy(tree: Tree) -> Tree:

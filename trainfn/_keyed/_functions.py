@@ -101,13 +101,32 @@ def _attention(
 _plain_dropout = _dropout_of(lambda x: tuple(x.shape))
 
 
+def _in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The variant of torch's with an underscore at its end."""
+
+    def changed(d: Draws, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return input.copy_(function(d, input, *args, **kwargs))
+
+    return changed
+
+
+def _kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What is called ``training`` in `torch.nn.functional` is called ``train`` in `torch`."""
+
+    def called(d: Draws, input: Tensor, p: float, train: bool) -> Tensor:
+        return function(d, input, p, train)
+
+    return called
+
+
 # --- new tensors ------------------------------------------------------------------------------------------------
 
 
 def _rand(kind: str) -> Callable[..., Tensor]:
     def rand(
         d: Draws,
-        *size: Any,
+        *shape: Any,
+        size: Any = None,
         generator: Any = None,
         dtype: torch.dtype | None = None,
         device: Any = None,
@@ -115,7 +134,7 @@ def _rand(kind: str) -> Callable[..., Tensor]:
         **_: Any,
     ) -> Tensor:
         _no_generator(generator)
-        out = getattr(d, kind)(_size(size), dtype, _place(device))
+        out = getattr(d, kind)(_size(shape) if size is None else tuple(size), dtype, _place(device))
         return out.requires_grad_() if requires_grad else out
 
     return rand
@@ -148,10 +167,9 @@ def _randint(
     return _integers(d, low, high, tuple(size), dtype or torch.int64, _place(device))
 
 
-def _randint_like(
-    d: Draws, input: Tensor, low: int, high: int | None = None, *, dtype: torch.dtype | None = None, **_: Any
-) -> Tensor:
-    low, high = (0, low) if high is None else (low, high)
+def _randint_like(d: Draws, input: Tensor, *args: Any, dtype: torch.dtype | None = None, **kw: Any) -> Tensor:
+    bounds = [*args, *(kw[name] for name in ("low", "high") if name in kw)]
+    low, high = bounds if len(bounds) == 2 else (0, bounds[0])
     return _integers(d, low, high, tuple(input.shape), dtype or input.dtype, input.device)
 
 
@@ -241,14 +259,17 @@ def _fill(sample: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _random_(d: Draws, x: Tensor, low: int = 0, to: int | None = None, **kw: int) -> Tensor:
     low, to = kw.get("from", low), to
-    if to is None:
-        low, to = (0, low) if low else (0, 2**53 if x.is_floating_point() else torch.iinfo(x.dtype).max)
+    if to is None and low:
+        low, to = 0, low
+    elif to is None:  # all integers that the dtype holds without gaps
+        to = int(2 / torch.finfo(x.dtype).eps) if x.is_floating_point() else torch.iinfo(x.dtype).max + 1
+        to = min(to, 2**63 - 1)
     return _integers(d, low, to, tuple(x.shape), torch.int64, x.device)
 
 
 _FILLS: dict[Any, Callable[..., Tensor]] = {
     Tensor.uniform_: lambda d, x, low=0.0, to=1.0, **kw: (
-        d.uniform(x.shape, x.dtype, x.device) * (to - kw.get("from", low)) + kw.get("from", low)
+        d.uniform(x.shape, x.dtype, x.device, low=kw.get("from", low), high=to)
     ),
     Tensor.normal_: lambda d, x, mean=0.0, std=1.0: d.normal(x.shape, x.dtype, x.device) * std + mean,
     Tensor.bernoulli_: lambda d, x, p=0.5: d.keep(p, x.shape, x.device).to(x.dtype),
