@@ -34,12 +34,12 @@ parser.add_argument("--out", type=Path, default=Path("runs/nano"), help="checkpo
 
 
 # --- text: every .py file of the standard library as bytes; each 20th file is held out --------------------------------
-def read_library() -> tuple[Tensor, Tensor]:
+def read_library() -> tuple[Tensor, ...]:
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     files = [f for f in files if not {"site-packages", "dist-packages", "test", "tests"} & set(f.parts)]
     held_out = b"".join(f.read_bytes() for f in files[::20])
     train = b"".join(f.read_bytes() for i, f in enumerate(files) if i % 20)
-    return torch.frombuffer(bytearray(train), dtype=torch.uint8), torch.frombuffer(bytearray(held_out), dtype=torch.uint8)
+    return tuple(torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in (train, held_out))
 
 
 def windows(text: Tensor, starts: Tensor, length: int) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ def main() -> None:
 
     tokens, start = args.rows * args.length, int(state.step)
     yardstick = bigram_entropy(held_out)
-    print(f"text      {len(train):,} bytes to learn, {len(held_out):,} held out; bigram entropy {yardstick:.3f} nats/byte")
+    print(f"text      {len(train):,} bytes, {len(held_out):,} held out; bigram entropy {yardstick:.3f} nats/byte")
     print(f"model     {sum(p.numel() for p in state.params.values()):,} parameters")
     print(f"run       steps {start} to {args.steps}, {tokens:,} bytes each in {args.accumulate} micro-batch(es):"
           f" {max(args.steps - start, 0) * tokens:,} bytes")  # fmt: skip
@@ -139,8 +139,8 @@ def main() -> None:
     starts = torch.arange(0, len(held_out) - args.length, args.length)[:4096]
     batches = [windows(held_out, s, args.length) for s in starts.split(256)]
     metrics = tfn.callbacks.values(tfn.evaluate(tfn.eval_step(loss), state, batches))
-    print(f"held out  loss {metrics['loss']:.3f} nats/byte ({yardstick - metrics['loss']:+.3f} below the bigram entropy),"
-          f" accuracy {metrics['accuracy']:.1%}\n")  # fmt: skip
+    below = yardstick - metrics["loss"]
+    print(f"held out  loss {metrics['loss']:.3f} nats/byte, {below:.3f} below the bigram entropy\n")
     print(sample(tfn.export(state).eval(), b"def ", 400, args.length, args.seed))
 
 

@@ -318,9 +318,7 @@ def test_16_bits_sum_in_32(row: Row, dtype: torch.dtype) -> None:
     shared, rows = make(row, 0, 6, dtype)
     mean = row.loss(shared, rows)
     assert mean.total.dtype == mean.weight.dtype == torch.float32
-    exact = row.loss(
-        *({k: v.float() if v.is_floating_point() else v for k, v in c.items()} for c in (shared, rows))
-    )
+    exact = row.loss(*({k: v.float() if v.is_floating_point() else v for k, v in c.items()} for c in (shared, rows)))
     tol = 2e-2 if row.make is linear else 1e-5  # its logits are rounded to 16 bits, as any layer's output
     assert_close(mean.total, exact.total, tol)
     found = grads(total(row), shared, rows)[1]

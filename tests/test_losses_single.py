@@ -62,9 +62,7 @@ def test_linear_cross_entropy_is_cross_entropy(chunk_size: int, label_smoothing:
     theirs = losses.cross_entropy(F.linear(hidden, weight, bias), y, **options)
     torch.testing.assert_close(ours, theirs)
     inputs = (hidden, weight, bias)
-    torch.testing.assert_close(
-        torch.autograd.grad(ours.total, inputs), torch.autograd.grad(theirs.total, inputs)
-    )
+    torch.testing.assert_close(torch.autograd.grad(ours.total, inputs), torch.autograd.grad(theirs.total, inputs))
 
 
 def test_linear_cross_entropy_gradcheck() -> None:
@@ -85,9 +83,7 @@ def test_linear_cross_entropy_with_frozen_parts(frozen: tuple[int, ...]) -> None
     learned = [p for p in parts if p.requires_grad]
     loss = losses.linear_cross_entropy(parts[0], parts[1], y, bias=parts[2], chunk_size=3)
     ours = torch.autograd.grad(loss.total, learned)
-    torch.testing.assert_close(
-        ours, torch.autograd.grad(losses.cross_entropy(F.linear(*parts), y).total, learned)
-    )
+    torch.testing.assert_close(ours, torch.autograd.grad(losses.cross_entropy(F.linear(*parts), y).total, learned))
 
 
 def test_linear_cross_entropy_without_gradients_or_twice() -> None:
@@ -122,9 +118,7 @@ def test_linear_cross_entropy_sums_16_bit_gradients_in_32() -> None:
 
 def test_cross_entropy_of_images_and_of_one_row() -> None:
     logits, y = randn(2, 4, 5, 3), torch.randint(0, 3, (2, 4, 5))
-    torch.testing.assert_close(
-        losses.cross_entropy(logits, y).value, F.cross_entropy(logits.movedim(-1, 1), y)
-    )
+    torch.testing.assert_close(losses.cross_entropy(logits, y).value, F.cross_entropy(logits.movedim(-1, 1), y))
     assert losses.cross_entropy(randn(3), tensor(1)).weight == 1
 
 
@@ -190,9 +184,7 @@ def test_info_nce_adds_up_only_with_explicit_negatives() -> None:
     whole = losses.info_nce(q, k, temperature=0.1)
     assert halves().weight == whole.weight and halves().total < whole.total  # fewer negatives: an easier task
     assert halves(symmetric=True).total < losses.info_nce(q, k, temperature=0.1, symmetric=True).total
-    torch.testing.assert_close(
-        halves(negatives=negatives), losses.info_nce(q, k, temperature=0.1, negatives=negatives)
-    )
+    torch.testing.assert_close(halves(negatives=negatives), losses.info_nce(q, k, temperature=0.1, negatives=negatives))
 
 
 def test_info_nce_learns_its_temperature() -> None:

@@ -84,7 +84,9 @@ def exact(output: object, rows: int) -> tuple[Mean, Metrics]:
     """What a loss returned, in its full form."""
     pair = isinstance(output, tuple) and not isinstance(output, Mean)
     if pair and len(output) != 2:
-        raise TypeError(f"loss(model, batch) returned a tuple of {len(output)}, not `mean` or `mean, metrics`. {_HOW_EXACT}")
+        raise TypeError(
+            f"loss(model, batch) returned a tuple of {len(output)}, not `mean` or `mean, metrics`. {_HOW_EXACT}"
+        )
     mean, metrics = output if pair else (output, {})
     if isinstance(mean, Tensor) and mean.dim() == 0:
         _warn_inexact()

@@ -70,7 +70,11 @@ def _unflat(like: Tree, values: Iterator[Any]) -> Tree:
 
 
 def leaves(tree: Tree) -> list[Any]:
-    """The leaves, in optree's order (dict keys sorted)."""
+    """The leaves, in optree's order (dict keys sorted).
+
+    >>> leaves({"b": 1, "a": (2, 3)})
+    [2, 3, 1]
+    """
     return optree.tree_leaves(tree)
 
 
@@ -102,64 +106,121 @@ def _apply(op: Callable[..., Any], tree: Tree, *others: Any, **kwargs: Any) -> T
     flat = _flat(tree, tree)
     if not flat:
         return tree
-    args = [other if isinstance(other, int | float | Tensor) else _flat(tree, other) for other in others]
+    scalars = int | float if isinstance(tree, Tensor) else int | float | Tensor
+    args = [other if isinstance(other, scalars) else _flat(tree, other) for other in others]
     return _unflat(tree, iter(op(flat, *args, **kwargs)))
 
 
 def add(a: Tree, b: Tree | float, *, alpha: float = 1.0) -> Tree:
-    """``a + alpha * b``, leaf by leaf."""
+    """``a + alpha * b``, leaf by leaf.
+
+    >>> import torch
+    >>> add({"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}, alpha=10)
+    {'w': tensor([21.])}
+    """
     if isinstance(b, int | float):
         return _apply(torch._foreach_add, a, alpha * b)
     return _apply(torch._foreach_add, a, b, alpha=alpha)
 
 
 def sub(a: Tree, b: Tree) -> Tree:
-    """``a - b``, leaf by leaf."""
+    """``a - b``, leaf by leaf.
+
+    >>> import torch
+    >>> sub([torch.tensor([3.0])], [torch.tensor([2.0])])
+    [tensor([1.])]
+    """
     return _apply(torch._foreach_sub, a, b)
 
 
 def mul(a: Tree, b: Tree | Tensor | float) -> Tree:
-    """``a * b``, where ``b`` is a tree, a number or a scalar tensor."""
+    """``a * b``, where ``b`` is a tree, a number or a scalar tensor.
+
+    >>> import torch
+    >>> mul([torch.tensor([3.0]), torch.tensor([4.0])], 2.0)
+    [tensor([6.]), tensor([8.])]
+    """
     return _apply(torch._foreach_mul, a, b)
 
 
 def div(a: Tree, b: Tree | Tensor | float) -> Tree:
-    """``a / b``, where ``b`` is a tree, a number or a scalar tensor."""
+    """``a / b``, where ``b`` is a tree, a number or a scalar tensor.
+
+    >>> import torch
+    >>> div([torch.tensor([3.0])], torch.tensor(2.0))
+    [tensor([1.5000])]
+    """
     return _apply(torch._foreach_div, a, b)
 
 
 def sqrt(a: Tree) -> Tree:
-    """The square root of every leaf."""
+    """The square root of every leaf.
+
+    >>> import torch
+    >>> sqrt([torch.tensor([9.0])])
+    [tensor([3.])]
+    """
     return _apply(torch._foreach_sqrt, a)
 
 
 def lerp(a: Tree, b: Tree, weight: float) -> Tree:
-    """``a + weight * (b - a)``: an exponential moving average with decay ``1 - weight``."""
+    """``a + weight * (b - a)``: an exponential moving average with decay ``1 - weight``.
+
+    >>> import torch
+    >>> lerp([torch.tensor([0.0])], [torch.tensor([10.0])], 0.25)
+    [tensor([2.5000])]
+    """
     return _apply(torch._foreach_lerp, a, b, weight)
 
 
 def addcmul(a: Tree, b: Tree, c: Tree, value: float = 1.0) -> Tree:
-    """``a + value * b * c``, leaf by leaf."""
+    """``a + value * b * c``, leaf by leaf.
+
+    >>> import torch
+    >>> one, two = [torch.tensor([1.0])], [torch.tensor([2.0])]
+    >>> addcmul(one, two, two, value=0.5)
+    [tensor([3.])]
+    """
     return _apply(torch._foreach_addcmul, a, b, c, value=value)
 
 
 def where(condition: Tensor, a: Tree, b: Tree) -> Tree:
-    """``a`` if the scalar ``condition`` is true, else ``b``: without a branch, so it compiles."""
+    """``a`` if the scalar ``condition`` is true, else ``b``: without a branch, so it compiles.
+
+    >>> import torch
+    >>> where(torch.tensor(False), [torch.tensor(1.0)], [torch.tensor(2.0)])
+    [tensor(2.)]
+    """
     return map(lambda x, y: torch.where(condition, x, y), a, b)
 
 
 def zeros_like(tree: Tree, dtype: torch.dtype | None = None) -> Tree:
-    """A tree of zeros with the same shapes and devices."""
+    """A tree of zeros with the same shapes and devices.
+
+    >>> import torch
+    >>> zeros_like({"w": torch.ones(2)})
+    {'w': tensor([0., 0.])}
+    """
     return map(lambda x: torch.zeros_like(x, dtype=dtype), tree)
 
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
-    """Every floating-point leaf in ``dtype``, the others as they are."""
+    """Every floating-point leaf in ``dtype``, the others as they are.
+
+    >>> import torch
+    >>> cast([torch.ones(1), torch.tensor(3)], torch.bfloat16)
+    [tensor([1.], dtype=torch.bfloat16), tensor(3)]
+    """
     return map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
 
 
 def cast_like(tree: Tree, like: Tree) -> Tree:
-    """Every leaf in the dtype of its counterpart."""
+    """Every leaf in the dtype of its counterpart.
+
+    >>> import torch
+    >>> cast_like([torch.ones(1)], [torch.tensor(3)])
+    [tensor([1])]
+    """
     return map(lambda x, y: x if x.dtype == y.dtype else x.to(y.dtype), tree, like)
 
 
@@ -167,12 +228,24 @@ def copy(tree: Tree) -> Tree:
     """A tree whose tensors share no memory with the given one.
 
     The way to keep a state that a donating step is about to overwrite.
+
+    >>> import torch
+    >>> tree = {"w": torch.zeros(1)}
+    >>> kept = copy(tree)
+    >>> tree["w"] += 1
+    >>> kept
+    {'w': tensor([0.])}
     """
     return map(lambda x: x.clone() if hasattr(x, "clone") else x, tree)
 
 
 def global_norm(tree: Tree) -> Tensor:
-    """The 2-norm of all leaves seen as one vector, ``float32[]``; 0 for an empty tree."""
+    """The 2-norm of all leaves seen as one vector, ``float32[]``; 0 for an empty tree.
+
+    >>> import torch
+    >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
     flat = _flat(tree, tree)
     if not flat:
         return torch.zeros(())

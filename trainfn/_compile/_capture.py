@@ -18,7 +18,13 @@ from trainfn._keyed import HANDLERS
 from trainfn.errors import CaptureError
 
 # Which cause a message of torch's points to, and the remedy. The first that matches is told.
+_UNKEYED = "draws from torch's global generator"
 _REMEDIES = (
+    (
+        rf"{_UNKEYED}|does not support RNG ops in recompute regions",
+        "torch computes this part on behalf of another function (a checkpoint, an autograd.Function, a condition),"
+        " where its random functions, attention among them, can't be rerouted to state.key. Draw outside of that part.",
+    ),
     (
         r"InvalidCxxCompiler|No working C\+\+ compiler|CppCompileError",
         "torch's compiler needs a C++ compiler on this machine and found none that works. Install g++ or clang++, or"
@@ -81,6 +87,35 @@ def check_no_sync(graph: torch.fx.GraphModule) -> None:
             raise RuntimeError(f"{what}\n{node.stack_trace}")
 
 
+def check_keyed(graph: torch.fx.GraphModule) -> None:
+    """Raise if the graph draws from torch's own generator: where torch turned our mode off while it traced.
+
+    It does so for what is traced on behalf of another function: a custom autograd.Function, a branch of torch.cond.
+    """
+    nodes = [node for part in graph.modules() if isinstance(part, torch.fx.GraphModule) for node in part.graph.nodes]
+    for node in nodes:
+        function = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
+        if node.op.startswith("call_") and (
+            _is_random_kernel(function) or (function in HANDLERS and not _draws_nothing(node))
+        ):
+            raise RuntimeError(f"{getattr(function, '__name__', function)} {_UNKEYED}\n{node.stack_trace}")
+
+
+def _is_random_kernel(function: Any) -> bool:
+    packet = getattr(function, "overloadpacket", function)
+    if not isinstance(packet, torch._ops.OpOverloadPacket) or "attention" in packet.__name__:
+        return False  # attention is marked as random, dropout or not
+    return any(torch.Tag.nondeterministic_seeded in getattr(packet, name).tags for name in packet.overloads())
+
+
+def _draws_nothing(node: torch.fx.Node) -> bool:
+    """Whether a random function is asked not to be random: attention without dropout, dropout not in training."""
+    off = (node.args[2:3], node.kwargs.get("training"), node.kwargs.get("train"))
+    if node.target is torch.nn.functional.scaled_dot_product_attention:
+        return (*node.args[4:5], node.kwargs.get("dropout_p", 0.0))[0] == 0.0
+    return "rnn" in str(node.target) or off[0] == (False,) or False in off[1:]
+
+
 def _free_symbols(value: Any) -> set[Any]:
     symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | torch.Tensor)
     return set(free_unbacked_symbols(value)) if symbolic else set()
@@ -93,7 +128,8 @@ def capture_error(error: Exception) -> CaptureError:
     own = [line for line in lines if "/trainfn/" not in line[0]] or lines
     place = f"\n\n  {own[-1][0]}:{own[-1][1]}, in {own[-1][2]}\n    {own[-1][3]}\n" if own else "\n"
     cause = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, text)), None)
-    reason = cause or f"torch says: {text.strip().splitlines()[0]}"
+    said = text.strip().removeprefix("backend='counted' raised:\n").splitlines()[0]
+    reason = cause or f"torch says: {said}"
     return CaptureError(
         f"this step runs, but can't be compiled as one graph:{place}\n{reason[0].upper() + reason[1:]}"
         "\nTo run it as it is, without compiling: `tfn.jit(step, compile=False)`."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from trainfn._types import TrainState
 from trainfn.errors import RecompileError
 
 _Signature = tuple[Any, ...]
+_NUMBERS = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,9 +74,13 @@ class Program:
             ) else torch._TorchCompileWrapper(s.backend, s.mode, s.options, s.dynamic)  # fmt: skip
         else:
             compiler = s.backend
-        # Torch keeps compiled graphs and counts recompilations by code object: each program gets one of its own.
+        # Torch keeps compiled graphs by code object, and by its name what sizes it saw: each program has its own.
         own = types.FunctionType(
-            _entry.__code__.replace(co_name=self.name), globals(), self.name, None, _entry.__closure__
+            _entry.__code__.replace(co_name=f"{self.name}_{next(_NUMBERS)}"),
+            globals(),
+            self.name,
+            None,
+            _entry.__closure__,
         )
         own.__kwdefaults__ = {"traced": self._traced}
         return torch.compile(own, fullgraph=True, dynamic=s.dynamic, backend=self.report.counting(compiler))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch._dynamo.utils import counters
 
-from trainfn._compile._capture import check_no_sync
+from trainfn._compile._capture import check_keyed, check_no_sync
 
 _CACHES = (("inductor", "fxgraph_cache"), ("aot_autograd", "autograd_cache"))
 
@@ -54,6 +54,7 @@ class Report:
 
         def counted(graph: Any, inputs: Any, **kwargs: Any) -> Any:
             check_no_sync(graph)
+            check_keyed(graph)
             nodes = sum(node.op.startswith("call") for node in graph.graph.nodes)
             compiled = compiler(graph, inputs, **kwargs)
             self.graphs += 1  # not before: a compiler may ask torch to trace again

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from trainfn import random
 from trainfn._keyed._functions import COMPOSITES, HANDLERS
+from trainfn.errors import RandomnessError
 
 
 @contextlib.contextmanager
@@ -51,12 +52,19 @@ def _borrowed_generator() -> Generator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    saved = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(0)
+    generator = torch.default_generator
+    saved = generator.get_state()
+    generator.manual_seed(0)
     try:
         yield
+        if not torch.equal(generator.get_state(), torch.Generator().manual_seed(generator.initial_seed()).get_state()):
+            raise RandomnessError(
+                "something in this step drew from torch's global generator by a way that can't be rerouted to"
+                " state.key, such as `torch.ops.aten.rand` or another library's kernel. Draw it before the step and"
+                " pass it in the batch."
+            )
     finally:
-        torch.default_generator.set_state(saved)
+        generator.set_state(saved)
 
 
 class Draws(TorchFunctionMode):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainfn import random
+from trainfn._keyed._dropout import alpha, attention, channels, dropout_of, in_place, kernel, plain_dropout
 from trainfn.errors import RandomnessError
 
 if TYPE_CHECKING:
@@ -32,91 +33,6 @@ def _size(size: tuple[Any, ...]) -> tuple[int, ...]:
 
 def _place(device: Any) -> Any:
     return torch.empty(0).device if device is None else device  # torch's default device, in a way that compiles
-
-
-# --- dropout ----------------------------------------------------------------------------------------------------
-
-
-def _dropout_of(mask_shape: Callable[[Tensor], tuple[int, ...]]) -> Callable[..., Tensor]:
-    def dropout(d: Draws, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or p == 0.0:
-            return input
-        keep = d.keep(1.0 - p, mask_shape(input), input.device)
-        scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
-        out = torch.where(keep, input * scale, torch.zeros((), dtype=input.dtype, device=input.device))
-        return input.copy_(out) if inplace else out
-
-    return dropout
-
-
-def _channels(spatial: int) -> Callable[[Tensor], tuple[int, ...]]:
-    """Whole channels drop together: the last ``spatial`` dimensions share one draw."""
-    return lambda x: tuple(x.shape[:-spatial]) + (1,) * spatial
-
-
-def _alpha(whole_channels: bool) -> Callable[..., Tensor]:
-    def alpha_dropout(d: Draws, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
-        if not training or p == 0.0:
-            return input
-        shape = tuple(input.shape[:2]) + (1,) * (input.dim() - 2) if whole_channels else tuple(input.shape)
-        low = -1.7580993408473766  # -scale * alpha of SELU: what a dropped unit becomes
-        a = ((1.0 - p) * (1.0 + p * low**2)) ** -0.5 if p < 1.0 else 0.0
-        keep = d.keep(1.0 - p, shape, input.device)
-        out = torch.where(keep, input, torch.full((), low, dtype=input.dtype, device=input.device)) * a - a * low * p
-        return input.copy_(out) if inplace else out
-
-    return alpha_dropout
-
-
-def _attention(
-    d: Draws,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if dropout_p == 0.0:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    if is_causal:
-        shape = (query.shape[-2], key.shape[-2])
-        attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    weights = torch.softmax(scores, dim=-1)
-    return _plain_dropout(d, weights, dropout_p) @ value
-
-
-_plain_dropout = _dropout_of(lambda x: tuple(x.shape))
-
-
-def _in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The variant of torch's with an underscore at its end."""
-
-    def changed(d: Draws, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return input.copy_(function(d, input, *args, **kwargs))
-
-    return changed
-
-
-def _kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What is called ``training`` in `torch.nn.functional` is called ``train`` in `torch`."""
-
-    def called(d: Draws, input: Tensor, p: float, train: bool) -> Tensor:
-        return function(d, input, p, train)
-
-    return called
 
 
 # --- new tensors ------------------------------------------------------------------------------------------------
@@ -268,8 +184,8 @@ def _random_(d: Draws, x: Tensor, low: int = 0, to: int | None = None, **kw: int
 
 
 _FILLS: dict[Any, Callable[..., Tensor]] = {
-    Tensor.uniform_: lambda d, x, low=0.0, to=1.0, **kw: (
-        d.uniform(x.shape, x.dtype, x.device, low=kw.get("from", low), high=to)
+    Tensor.uniform_: lambda d, x, low=0.0, to=1.0, **kw: d.uniform(
+        x.shape, x.dtype, x.device, low=kw.get("from", low), high=to
     ),
     Tensor.normal_: lambda d, x, mean=0.0, std=1.0: d.normal(x.shape, x.dtype, x.device) * std + mean,
     Tensor.bernoulli_: lambda d, x, p=0.5: d.keep(p, x.shape, x.device).to(x.dtype),
@@ -293,7 +209,7 @@ def _kaiming_uniform(
     return d.uniform(tensor.shape, tensor.dtype, tensor.device, low=-bound, high=bound)
 
 
-_FILLS_NAMED_TENSOR: dict[Any, Callable[..., Tensor]] = {
+_INITIALIZERS: dict[Any, Callable[..., Tensor]] = {
     nn.init.uniform_: lambda d, tensor, a=0.0, b=1.0: d.uniform(
         tensor.shape, tensor.dtype, tensor.device, low=a, high=b
     ),
@@ -331,16 +247,28 @@ def _recurrent(func: Any, name: str) -> Callable[..., Any]:
 
 _MADE_BEFORE = "Draw it before the step and pass it in the batch, keyed with `trainfn.random`."
 
+_feature = dropout_of(lambda x: (*x.shape[:2], *(1,) * (x.dim() - 2)))
+_alpha, _feature_alpha = alpha(whole_channels=False), alpha(whole_channels=True)
+
 HANDLERS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((F.dropout, torch.dropout, torch.dropout_), _plain_dropout),
-    F.dropout1d: _dropout_of(_channels(1)),
-    F.dropout2d: _dropout_of(_channels(2)),
-    F.dropout3d: _dropout_of(_channels(3)),
-    F.alpha_dropout: _alpha(whole_channels=False),
-    F.feature_alpha_dropout: _alpha(whole_channels=True),
-    F.scaled_dot_product_attention: _attention,
+    F.dropout: plain_dropout,
+    F.dropout1d: dropout_of(channels(1)),
+    F.dropout2d: dropout_of(channels(2)),
+    F.dropout3d: dropout_of(channels(3)),
+    F.alpha_dropout: _alpha,
+    F.feature_alpha_dropout: _feature_alpha,
+    torch.dropout: kernel(plain_dropout),
+    torch.dropout_: in_place(kernel(plain_dropout)),
+    torch.feature_dropout: kernel(_feature),
+    torch.feature_dropout_: in_place(kernel(_feature)),
+    torch.alpha_dropout: kernel(_alpha),
+    torch.alpha_dropout_: in_place(kernel(_alpha)),
+    torch.feature_alpha_dropout: kernel(_feature_alpha),
+    torch.feature_alpha_dropout_: in_place(kernel(_feature_alpha)),
+    F.scaled_dot_product_attention: attention,
     F.gumbel_softmax: _gumbel_softmax,
-    F.rrelu: _rrelu,
+    **dict.fromkeys((F.rrelu, torch.rrelu), _rrelu),
+    torch.rrelu_: in_place(_rrelu),
     torch.rand: _rand("uniform"),
     torch.randn: _rand("normal"),
     torch.rand_like: _rand_like("uniform"),
@@ -353,17 +281,21 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.normal: _normal,
     torch.multinomial: _multinomial,
     Tensor.multinomial: _multinomial,
-    **{function: _fill(sample) for function, sample in {**_FILLS, **_FILLS_NAMED_TENSOR}.items()},
+    **{function: _fill(sample) for function, sample in _FILLS.items()},
+    **{function: torch.no_grad()(_fill(sample)) for function, sample in _INITIALIZERS.items()},
     torch.lstm: _recurrent(torch.lstm, "nn.LSTM(dropout=...)"),
     torch.gru: _recurrent(torch.gru, "nn.GRU(dropout=...)"),
     torch.rnn_tanh: _recurrent(torch.rnn_tanh, "nn.RNN(dropout=...)"),
     torch.rnn_relu: _recurrent(torch.rnn_relu, "nn.RNN(dropout=...)"),
     torch.poisson: _refuse("torch.poisson", _MADE_BEFORE),
+    torch.native_dropout: _refuse("torch.native_dropout", "Use F.dropout."),
     torch.binomial: _refuse("torch.binomial", _MADE_BEFORE),
     torch._standard_gamma: _refuse("torch.distributions' Gamma, Beta and Dirichlet", _MADE_BEFORE),
     torch._sample_dirichlet: _refuse("torch.distributions.Dirichlet", _MADE_BEFORE),
     F.fractional_max_pool2d: _refuse("F.fractional_max_pool2d", "Use F.max_pool2d."),
+    F.fractional_max_pool2d_with_indices: _refuse("F.fractional_max_pool2d", "Use F.max_pool2d."),
     F.fractional_max_pool3d: _refuse("F.fractional_max_pool3d", "Use F.max_pool3d."),
+    F.fractional_max_pool3d_with_indices: _refuse("F.fractional_max_pool3d", "Use F.max_pool3d."),
 }
 
 

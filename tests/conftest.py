@@ -1,0 +1,50 @@
+"""What every test of the suite runs under."""
+
+import logging
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One compile cache for all tests of this user, kept between runs: a second run compiles little.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"trainfn-tests-{os.getuid()}"))
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+logging.getLogger("torch.__trace").propagate = False  # thousands of empty lines in the report of a failure
+
+_SLOW_EXAMPLES = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, suppress_health_check=_SLOW_EXAMPLES)
+settings.register_profile("dev", deadline=None, max_examples=25, suppress_health_check=_SLOW_EXAMPLES)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """Torch's tracer settings and the modes in force are what they were before the test."""
+    config = torch._dynamo.config.get_config_copy()
+    grad, mode = torch.is_grad_enabled(), torch._C._len_torch_function_stack()
+    filters = list(warnings.filters)
+    state = torch.get_rng_state()
+    yield
+    assert torch._dynamo.config.get_config_copy() == config
+    assert (torch.is_grad_enabled(), torch._C._len_torch_function_stack()) == (grad, mode)
+    assert warnings.filters == filters
+    torch.set_rng_state(state)  # what a test seeds, it seeds for itself
+
+
+@pytest.fixture
+def untouched_rng():
+    """The global generators of torch, NumPy and Python are neither read nor changed by the test."""
+    import random
+
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    yield
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert random.getstate() == before[2]

@@ -1,0 +1,84 @@
+"""The models people train: each whole step one graph, equal to the eager one, dropout on."""
+
+import pytest
+import torch
+from helpers import assert_close, generator, quick, seeded
+
+import trainfn as tfn
+
+pytest.importorskip("transformers")
+
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+pytestmark = pytest.mark.usefixtures("untouched_rng")
+
+SIZES = {"vocab_size": 19, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def bert():
+    return BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=12))  # its dropouts are 0.1
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=19, n_embd=16, n_layer=2, n_head=2, n_positions=12))
+
+
+def llama():
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1, attention_dropout=0.1))
+
+
+def t5():
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=19, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    )
+
+
+def batch(rows, seed=0):
+    ids = torch.randint(1, 19, (rows, 6), generator=generator(seed))
+    lengths = torch.randint(2, 7, (rows, 1), generator=generator(seed + 1))
+    mask = torch.arange(6) < lengths
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+
+
+def loss(model, batch):
+    logits = model(**batch).logits
+    if model.config.model_type in ("bert", "t5"):
+        return tfn.losses.cross_entropy(logits, batch["labels"])
+    return tfn.losses.next_token(logits, batch["labels"])
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, llama, t5])
+def test_a_model_of_transformers_is_one_graph_and_equals_its_eager_step(make):
+    optimizer = tfn.optim.chain(tfn.optim.clip_by_global_norm(1.0), tfn.optim.sgd(0.1, momentum=0.9))
+    eager = tfn.train_step(loss, optimizer)
+    step = quick(eager)
+    state = twin = first = tfn.init(seeded(make), optimizer)
+    for n in range(2):
+        state, metrics = step(state, batch(4, n))
+        twin, expected = eager(twin, batch(4, n))
+        assert step.explain().graphs == 1
+        # Decompositions of the fused kernels round in another order.
+        assert_close((state, metrics), (twin, expected), 1e-6)
+    other, _ = eager(first._replace(key=tfn.random.key(1)), batch(4))
+    assert not all(
+        torch.equal(a, b)
+        for a, b in zip(tfn.tree.leaves(other), tfn.tree.leaves(eager(first, batch(4))[0]), strict=True)
+    )
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, llama, t5])
+def test_accumulation_of_a_model_of_transformers_equals_one_batch(make):
+    """The model pads, masks and drops out; the loss is summed over tokens, so the split changes nothing."""
+    optimizer = tfn.optim.sgd(0.1)
+    step = tfn.train_step(loss, optimizer)
+    state = tfn.init(seeded(make), optimizer)
+    assert_close(tfn.accumulate(step, 3)(state, batch(5)), step(state, batch(5)), 1e-6)

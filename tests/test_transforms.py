@@ -1,0 +1,137 @@
+"""Step transforms: what they compute, how they compose, what they cost."""
+
+import pytest
+import torch
+from helpers import CONV_NET, MLP_NET, adamw, assert_close, assert_identical, quick
+from hypothesis import given
+from hypothesis import strategies as st
+
+import trainfn as tfn
+from trainfn.transforms import after, ema, skip_nonfinite
+
+pytestmark = pytest.mark.usefixtures("untouched_rng")
+
+SGD = tfn.optim.sgd(0.5, momentum=0.9)
+
+
+def linear():
+    state = tfn.init({"w": torch.tensor([4.0, -2.0])}, SGD)
+    return state, tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), SGD)
+
+
+# --- ema ----------------------------------------------------------------------------------------------------------
+
+
+@given(decay=st.floats(0.0, 0.999), steps=st.integers(1, 6))
+def test_ema_equals_its_formula(decay, steps):
+    state, step = linear()
+    average = ema(decay)
+    state, step = average.init(state), average(step)
+    expected = state.params["w"].double()
+    for n in range(steps):
+        state, _ = step(state, torch.full((2, 2), float(n)))
+        expected = decay * expected + (1 - decay) * state.params["w"].double()
+    assert_close(state.extra["ema"]["w"], expected, 1e-6, dtype=False)
+
+
+def test_two_averages_and_their_evaluation():
+    net = MLP_NET
+    fast, slow = ema(0.5, name="fast"), ema(0.9, name="slow")
+    state = slow.init(fast.init(tfn.init(net.module(), SGD)))
+    step = slow(fast(tfn.train_step(net.loss, SGD)))
+    new, _ = step(state, net.batch(4))
+    for name, decay in (("fast", 0.5), ("slow", 0.9)):
+        assert_close(new.extra[name], tfn.tree.lerp(state.params, new.params, 1 - decay))
+    metrics = tfn.eval_step(net.loss)(new._replace(params=new.extra["slow"]), net.batch(4))
+    assert metrics["loss"].value.isfinite()
+    assert "extra=['fast', 'slow']" in repr(new)
+
+
+def test_ema_is_checked():
+    for decay in (1.0, -0.1, 2.0):
+        with pytest.raises(ValueError, match=r"ema\(decay=.*\): the decay is in \[0, 1\)"):
+            ema(decay)
+    state, step = linear()
+    with pytest.raises(
+        ValueError, match=r"state\.extra has no 'ema'.*`state = tfn\.transforms\.ema\(0\.9\)\.init\(state\)`"
+    ):
+        ema(0.9)(step)(state, torch.ones(2))
+
+
+# --- skip_nonfinite -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_nonfinite_step_changes_only_the_count(bad, compile):
+    net, optimizer = CONV_NET, adamw()
+    state = tfn.init(net.module(0.0), optimizer)
+    step = quick(skip_nonfinite()(tfn.train_step(net.loss, optimizer)), compile=compile)
+    plain = tfn.train_step(net.loss, optimizer)
+    good, metrics = step(state, net.batch(4))
+    expected, _ = plain(state, net.batch(4))
+    assert_identical(good, expected)
+    assert metrics["skipped"].value == 0
+    batch = net.batch(4)
+    batch["x"][0] = bad
+    after_bad, metrics = step(good, batch)
+    assert_identical(after_bad._replace(step=good.step), good)
+    assert after_bad.step == 2 and metrics["skipped"].value == 1 and not metrics["loss"].value.isfinite()
+    again, metrics = step(after_bad, net.batch(4, 1))
+    expected, _ = plain(good._replace(step=torch.tensor(2)), net.batch(4, 1))
+    assert_identical(again, expected)
+    assert metrics["skipped"].value == 0
+
+
+def test_a_finite_loss_with_an_infinite_gradient_is_skipped():
+    state = tfn.init({"w": torch.tensor([0.0])}, SGD)
+    step = skip_nonfinite()(tfn.train_step(lambda p, x: tfn.Mean.of(p["w"].sqrt() * x), SGD))
+    new, metrics = step(state, torch.ones(2))
+    assert metrics["loss"].value == 0 and metrics["skipped"].value == 1 and new.params["w"] == 0
+
+
+# --- composition --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_transforms_compose_with_accumulation_in_any_order(order):
+    """And cost no graph: gradients and update, whatever wraps the update."""
+    net, average = MLP_NET, ema(0.5)
+    state = average.init(tfn.init(net.module(), SGD))
+    step = tfn.train_step(net.loss, SGD)
+    if order == "before":
+        wrapped = tfn.accumulate(average(skip_nonfinite()(step)), 2)
+    else:
+        wrapped = average(skip_nonfinite()(tfn.accumulate(step, 2)))
+    assert isinstance(wrapped, tfn.TrainStep) and wrapped.accumulate == 2
+    compiled = quick(wrapped)
+    got, twin = state, state
+    for n in range(2):
+        got, metrics = compiled(got, net.batch(6, n))
+        twin, expected = average(skip_nonfinite()(step))(twin, net.batch(6, n))
+        assert_close((got, metrics), (twin, expected))
+    assert compiled.explain().graphs == 2
+
+
+def test_the_outer_transform_sees_what_the_inner_one_made():
+    """An average outside of a skip averages the parameters that stayed; inside, those that were skipped: NaN."""
+    average = ema(0.5)
+    state, step = linear()
+    state = average.init(state)
+    bad = torch.tensor([float("nan"), 1.0])
+    outside, _ = average(skip_nonfinite()(step))(state, bad)
+    assert_identical(outside.extra["ema"], state.params)
+    inside, _ = skip_nonfinite()(average(step))(state, bad)
+    assert_identical(inside.extra["ema"], state.extra["ema"])
+
+
+def test_after_wraps_a_step_or_any_function():
+    def double(old, new, metrics):
+        return new._replace(params=tfn.tree.mul(new.params, 2.0)), {**metrics, "was": tfn.Mean.of(old.params["w"])}
+
+    state, step = linear()
+    plain, metrics = step(state, torch.ones(2))
+    for wrapped in (after(double)(step), after(double)(lambda s, b: step(s, b)), quick(after(double)(step))):
+        new, more = wrapped(state, torch.ones(2))
+        assert_identical(new.params, tfn.tree.mul(plain.params, 2.0))
+        assert list(more) == [*metrics, "was"] and more["was"].value == 1.0
