@@ -548,6 +548,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_compile_caches_are_shared_between_processes(tmp_path):
     def run():
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}

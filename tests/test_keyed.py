@@ -113,9 +113,9 @@ DRAWS = {
 }
 # One of each kind: tracing all of them takes a minute.
 COMPILED = """dropout/dropout in place/dropout2d/alpha_dropout/torch.dropout_/torch.feature_dropout/rrelu/rrelu_/
-attention/MultiheadAttention without weights/TransformerEncoderLayer/gumbel_softmax hard/rand/randn_like/randint of two/randperm/
-bernoulli/normal/normal of both/multinomial/multinomial replaced/uniform_/bernoulli_/exponential_/cauchy_/geometric_/
-random_/nn.init.uniform_/nn.init.xavier_normal_/Normal, reparametrized""".replace("\n", "").split("/")
+attention/MultiheadAttention without weights/TransformerEncoderLayer/gumbel_softmax hard/rand/randn_like/randint of two/
+randperm/bernoulli/normal/normal of both/multinomial/multinomial replaced/uniform_/bernoulli_/exponential_/cauchy_/
+geometric_/random_/nn.init.uniform_/nn.init.xavier_normal_/Normal, reparametrized""".replace("\n", "").split("/")
 EACH = pytest.mark.parametrize("draw", [pytest.param(f, id=name) for name, f in DRAWS.items()])
 
 

@@ -256,7 +256,7 @@ def everything(key):
     )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_draws_are_the_eager_ones(backend):
     """To the bit where only integers and one multiplication are involved; the logarithm of a normal is the device's."""
     compiled = torch.compile(everything, fullgraph=True, backend=backend)

@@ -82,12 +82,11 @@ def detached(mean: Mean) -> Mean:
 
 def exact(output: object, rows: int) -> tuple[Mean, Metrics]:
     """What a loss returned, in its full form."""
-    pair = isinstance(output, tuple) and not isinstance(output, Mean)
-    if pair and len(output) != 2:
-        raise TypeError(
-            f"loss(model, batch) returned a tuple of {len(output)}, not `mean` or `mean, metrics`. {_HOW_EXACT}"
-        )
-    mean, metrics = output if pair else (output, {})
+    mean, metrics = output, {}
+    if isinstance(output, tuple) and not isinstance(output, Mean):
+        if len(output) != 2:
+            raise TypeError(f"loss(model, batch) returned a tuple of {len(output)}, not (mean, metrics). {_HOW_EXACT}")
+        mean, metrics = output
     if isinstance(mean, Tensor) and mean.dim() == 0:
         _warn_inexact()
         mean = Mean(mean * rows, torch.full((), rows, dtype=torch.float32, device=mean.device))
@@ -107,7 +106,6 @@ def exact(output: object, rows: int) -> tuple[Mean, Metrics]:
     return mean, metrics
 
 
-@torch.compiler.assume_constant_result
 def _warn_inexact() -> bool:
     """Runs once for each compilation; Python shows it once."""
     warnings.warn(
@@ -117,6 +115,10 @@ def _warn_inexact() -> bool:
         stacklevel=2,
     )
     return True
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the tracer: run while tracing, not in the graph.
+_warn_inexact._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def summed(

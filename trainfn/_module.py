@@ -88,7 +88,7 @@ def init(
 
 
 def _check(model: object, optimizer: object, storage: str) -> None:
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+    if type(model).__name__ == "OptimizedModule":
         raise TypeError(
             "init(model, ...) got a torch.compile'd module. `trainfn.jit` compiles the whole step, module included:"
             " pass the module itself, `model._orig_mod`."

@@ -11,8 +11,6 @@ from typing import Any
 
 import optree
 import torch
-from torch._dynamo.variables.torch import get_overridable_functions
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from trainfn._keyed import HANDLERS
 from trainfn.errors import CaptureError
@@ -53,6 +51,8 @@ _REMEDIES = (
 @contextlib.contextmanager
 def capturing() -> Generator[None]:
     """Settings of torch's tracer for the time of one compilation; all are put back afterwards."""
+    from torch._dynamo.variables.torch import get_overridable_functions  # the tracer takes seconds to import
+
     quiet = {getattr(logging.Logger, name) for name in dir(logging.Logger) if not name.startswith("_")}
     config = torch._dynamo.config
     # A warning or a log line of a library's forward pass can't run in a graph; it would be all that breaks it.
@@ -112,11 +112,13 @@ def _draws_nothing(node: torch.fx.Node) -> bool:
     """Whether a random function is asked not to be random: attention without dropout, dropout not in training."""
     off = (node.args[2:3], node.kwargs.get("training"), node.kwargs.get("train"))
     if node.target is torch.nn.functional.scaled_dot_product_attention:
-        return (*node.args[4:5], node.kwargs.get("dropout_p", 0.0))[0] == 0.0
+        return bool((*node.args[4:5], node.kwargs.get("dropout_p", 0.0))[0] == 0.0)
     return "rnn" in str(node.target) or off[0] == (False,) or False in off[1:]
 
 
 def _free_symbols(value: Any) -> set[Any]:
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # imports sympy
+
     symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | torch.Tensor)
     return set(free_unbacked_symbols(value)) if symbolic else set()
 

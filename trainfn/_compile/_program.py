@@ -11,7 +11,6 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from trainfn import tree
 from trainfn._compile._capture import capture_error, capturing
@@ -100,6 +99,8 @@ class Program:
         return self._compile(args, signature)
 
     def _compile(self, args: tuple[Any, ...], signature: _Signature) -> Any:
+        from torch._dynamo.exc import TorchDynamoException  # here, since the tracer takes seconds to import
+
         shapes = _shapes(args[1])
         label = f"{self.name}({', '.join(f'{k}: {v}' for k, v in shapes.items() if self.name != 'update')})"
         try:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-from torch._dynamo.utils import counters
-
 from trainfn._compile._capture import check_keyed, check_no_sync
 
 _CACHES = (("inductor", "fxgraph_cache"), ("aot_autograd", "autograd_cache"))
@@ -80,5 +78,7 @@ class Report:
 
 def _cache_counts() -> tuple[int, int]:
     """Hits and misses of this process so far; a graph found in the outer cache never reaches the inner one."""
+    from torch._dynamo.utils import counters  # here, since the tracer takes seconds to import
+
     hits = sum(counters[group][f"{name}_hit"] for group, name in _CACHES)
     return hits, counters["inductor"]["fxgraph_cache_miss"]
