@@ -176,7 +176,12 @@ def measure(names: list[str], size: str, dtype: str, options: argparse.Namespace
             order = list(field)
             order = order[turn % len(order) :] + order[: turn % len(order)]  # no one always follows the same
             for name in order:
-                burst = field[name].steps(plan.burst)
+                try:
+                    burst = field[name].steps(plan.burst)
+                except Absent as reason:
+                    absent[name] = str(reason)
+                    del field[name], rows[name]
+                    continue
                 rows[name].rounds.append(burst["seconds"][1:])  # the first finds the caches full of others' data
                 rows[name].losses += burst["losses"]
     return list(rows.values()), absent
@@ -188,15 +193,17 @@ def progress(line: str) -> None:
 
 def table(rows: list[Row], dtype: str) -> Iterator[str]:
     """The rows as Markdown, fastest first, with remarks on the losses."""
-    rows = sorted(rows, key=lambda row: row.ratio(rows[0]))
-    best = next((row for row in rows if not row.name.startswith("trainfn")), rows[0])
-    yield f"| competitor | median ms | min ms | ÷ {best.name} |" + (
-        " first step s, cold | warm | imports s | peak RSS MB | last loss |"
-    )
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    peers = [row for row in rows if not row.name.startswith("trainfn")] or rows
+    best = min(peers, key=lambda row: row.ratio(peers[0]))
+    rows = sorted(rows, key=lambda row: row.ratio(best))
+    columns = ["competitor", "median ms", f"÷ {best.name}", "min ms", "÷"]
+    columns += ["first step s, cold", "warm", "imports s", "peak RSS MB", "last loss"]
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" + "|---:" * (len(columns) - 1) + "|"
     for row in rows:
         yield (
-            f"| {row.name} | {row.median * 1e3:.2f} | {row.minimum * 1e3:.2f} | {row.ratio(best):.2f}"
+            f"| {row.name} | {row.median * 1e3:.2f} | {row.ratio(best):.2f}"
+            f" | {row.minimum * 1e3:.2f} | {row.minimum / best.minimum:.2f}"
             f" | {row.cold:.1f} | {row.warm:.1f} | {row.imports:.1f} | {row.rss_mb:.0f} | {row.losses[-1]:.5f} |"
         )
     yield ""

@@ -123,7 +123,8 @@ class progress:
         """Show that the first step is under way, which compiles the program."""
         from tqdm.auto import tqdm  # here, so that `import trainfn` stays fast
 
-        self._bar: Any = tqdm(unit="step", **{"desc": "first step", **self.options})
+        options: dict[str, Any] = {"unit": "step", "desc": "first step", **self.options}
+        self._bar: Any = tqdm(**options)
         self._sum, self._shown, self._started = _Sum(), time.perf_counter(), False
         return self
 
