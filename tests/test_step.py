@@ -403,3 +403,25 @@ def test_means_of_pieces_add_up_to_the_mean_of_all():
     whole = evaluate(state, batch)
     parts = [evaluate(state, cut(batch, piece)) for piece in split_rows([1, 4, 2])]
     assert_close({name: sum(part[name] for part in parts) for name in whole}, whole)
+
+
+def test_a_step_says_what_is_wrong_with_its_state():
+    with torch.random.fork_rng():
+        model = torch.nn.Linear(2, 1)
+    sgd, adam = tfn.optim.sgd(0.1), tfn.optim.adamw(1e-3)
+    state, x = tfn.init(model, sgd), torch.ones(3, 2)
+
+    def loss(model, x):
+        return tfn.Mean.of(model(x))
+
+    with pytest.raises(TypeError, match=r"got a Linear for the state.*tfn.init\(model, optimizer\)"):
+        tfn.train_step(loss, sgd)(model, x)
+    with pytest.raises(TypeError, match=r"got a Linear for the state"):
+        tfn.eval_step(loss)(model, x)
+    with pytest.raises(ValueError, match=r"Give `init` and `train_step` the same optimizer"):
+        tfn.train_step(loss, adam)(state, x)
+    with pytest.raises(ValueError, match=r"the module's 'weight' is in neither state.params nor state.buffers"):
+        tfn.train_step(loss, sgd)(state._replace(params={"bias": state.params["bias"]}), x)
+    compiled = tfn.jit(tfn.train_step(loss, adam), backend="aot_eager")
+    with pytest.raises(ValueError, match=r"Give `init` and `train_step` the same optimizer"):
+        compiled(state, x)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainfn import random, tree
 from trainfn._keyed import keyed
-from trainfn._module import bound
+from trainfn._module import bound, check_state
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState
 from trainfn.errors import InexactLossWarning
 
@@ -51,6 +51,7 @@ def value_and_grad(loss: Loss) -> GradientFunction:
     """
 
     def gradients(state: TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> Gradients:
+        check_state(state)
         key = random.fold_in(state.key, state.step)
         rows = tree.row_count(batch)
         with torch.enable_grad():

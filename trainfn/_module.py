@@ -168,6 +168,15 @@ def _empty(sites: tuple[Site, ...]) -> None:
         (owner._parameters if is_parameter else owner._buffers)[attribute] = made[name]  # type: ignore[assignment]
 
 
+def check_state(state: object) -> None:
+    """Raise if what a step got as its state is none."""
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"step(state, batch) got a {type(state).__name__} for the state. Make one first:"
+            " `state = tfn.init(model, optimizer)`."
+        )
+
+
 @contextlib.contextmanager
 def bound(state: TrainState, params: Params, *, training: bool) -> Generator[tuple[Any, Buffers]]:
     """Run the state's module on ``params`` and the state's buffers for the time of a ``with`` block.
@@ -184,6 +193,12 @@ def bound(state: TrainState, params: Params, *, training: bool) -> Generator[tup
     # A forward pass may write into its buffers: it gets copies. Frozen parameters are only read.
     tensors = {name: tensor.clone() if name in own else tensor for name, tensor in state.buffers.items()}
     tensors.update(params)
+    missing = [site.name for site in state.sites if site.name not in tensors]
+    if missing:
+        raise ValueError(
+            f"step(state, batch): the module's {missing[0]!r} is in neither state.params nor state.buffers"
+            f" ({len(missing)} missing). Replace values, not names: `{{**state.params, name: value}}`."
+        )
     held = [(site.owner._parameters if site.is_parameter else site.owner._buffers) for site in state.sites]
     saved = [place[site.attribute] for place, site in zip(held, state.sites, strict=True)]
     modes = [(m, m.training) for m, _ in state.modes]

@@ -13,13 +13,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+import optree
 import torch
 
 from trainfn import random, tree
 from trainfn._grad import GradientFunction, detached, exact, summed, value_and_grad
 from trainfn._keyed import keyed
-from trainfn._module import bound
-from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, TrainState, Transform
+from trainfn._module import bound, check_state
+from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState, Transform, Tree
 
 Update = Callable[[TrainState, Gradients], tuple[TrainState, Metrics]]
 
@@ -94,7 +95,7 @@ def _update(optimizer: Transform) -> Update:
         weight = torch.where(weight == 0, torch.ones_like(weight), weight)  # nothing counted: the sums are 0 too
         grads = tree.cast_like(tree.div(sums.grads, weight), state.params)
         norm = tree.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = _transformed(optimizer, grads, state)
         new = state._replace(
             step=state.step + 1,
             params=tree.cast_like(tree.add(state.params, updates), state.params),
@@ -104,6 +105,20 @@ def _update(optimizer: Transform) -> Update:
         return new, {"loss": sums.loss, "grad_norm": Mean(norm, torch.ones_like(norm)), **sums.metrics}
 
     return update
+
+
+def _transformed(optimizer: Transform, grads: Params, state: TrainState) -> tuple[Params, Tree]:
+    try:
+        return optimizer.update(grads, state.opt_state, state.params)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        made, given = (optree.tree_structure(t) for t in (optimizer.init(state.params), state.opt_state))
+        if made == given:
+            raise
+        raise ValueError(
+            f"step(state, batch): state.opt_state is {given}, and this step's optimizer keeps {made}. Give `init` and"
+            " `train_step` the same optimizer; to change it in mid-training,"
+            " `state._replace(opt_state=optimizer.init(state.params))`."
+        ) from error
 
 
 def accumulate(
@@ -141,6 +156,7 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Batch], Metrics]:
     """
 
     def evaluate_batch(state: TrainState, batch: Batch, /) -> Metrics:
+        check_state(state)
         key = random.fold_in(state.key, state.step)
         rows = tree.row_count(batch)
         with torch.no_grad(), keyed(key, rows=rows), bound(state, state.params, training=False) as (model, _):
