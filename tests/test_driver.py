@@ -178,6 +178,16 @@ def test_ctrl_c_returns_the_last_complete_state(where):
     assert bits(tfn.fit(STEP, state, batch, until=9)) == bits(tfn.fit(STEP, fresh(), batch, until=9))
 
 
+def test_a_second_ctrl_c_ends_the_step_at_once_and_returns_no_half_state():
+    def impatient(state, rows):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return STEP(state, rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        tfn.fit(impatient, fresh(), batch, until=3)
+
+
 def test_the_interrupt_handler_is_put_back():
     before = signal.getsignal(signal.SIGINT)
     tfn.fit(STEP, fresh(), batch, until=2)

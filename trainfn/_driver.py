@@ -62,7 +62,7 @@ def steps(
 def _run(
     step: Step, latest: list[TrainState], batches: Batches, until: int | None, nonfinite: Policy | None
 ) -> Iterator[StepInfo]:
-    """`steps`, with the newest complete state always in ``latest[0]``."""
+    """`steps`, with the newest complete state in ``latest``; it is empty while a step runs."""
     n, device = int(latest[0].step), latest[0].step.device  # waits for the device, once
     source, until = _source(batches, n, until)
     watch = Watch(nonfinite)
@@ -73,11 +73,12 @@ def _run(
         except StopIteration:
             break
         with uninterrupted() as held:
-            latest[0], metrics = step(latest[0], batch)
+            state, metrics = step(latest.pop(), batch)
+            latest.append(state)
         n += 1
         watch.see(n, metrics)
         now = time.perf_counter()
-        yield StepInfo(n, latest[0], metrics, now - last, until)
+        yield StepInfo(n, state, metrics, now - last, until)
         last = now
         if held.pressed:
             raise KeyboardInterrupt
@@ -121,7 +122,8 @@ def fit(
 ) -> TrainState:
     """Run a step over batches, call the callbacks after each, and return the last state.
 
-    Ctrl-C ends the run and returns the last complete state.
+    Ctrl-C ends the run after the step at hand and returns the last complete state; a second Ctrl-C ends it at once,
+    with a ``KeyboardInterrupt`` and no state.
 
     Args:
         step: See `steps`, as for ``state``, ``batches``, ``until`` and ``nonfinite``.
@@ -148,6 +150,8 @@ def fit(
                 for callback in callbacks:
                     _call(callback, info)
         except KeyboardInterrupt:
+            if not latest:  # forced inside a step, by a second Ctrl-C: a donated state may be half overwritten
+                raise
             warnings.warn(
                 f"interrupted: the state after step {int(latest[0].step)} is returned; call `fit` again to go on.",
                 stacklevel=2,
