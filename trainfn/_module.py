@@ -26,7 +26,6 @@ class Site(NamedTuple):
     owner: nn.Module
     attribute: str
     is_parameter: bool
-    is_buffer: bool
 
 
 # One state type per live module as it is, so that `init` called twice on it does not compile twice. Values are weak:
@@ -136,7 +135,7 @@ def _sites(module: nn.Module) -> tuple[Site, ...]:
                     " through the model first: `model(batch)`."
                 )
             name = names.setdefault(id(tensor), f"{prefix}.{attribute}" if prefix else attribute)
-            found.append(Site(name, owner, attribute, is_parameter, not is_parameter))
+            found.append(Site(name, owner, attribute, is_parameter))
     return tuple(found)
 
 
@@ -148,7 +147,7 @@ def _modes(module: nn.Module) -> tuple[tuple[nn.Module, bool], ...]:
 def _tensors(module: nn.Module) -> tuple[Params, Buffers]:
     params: Params = {}
     buffers: Buffers = {}
-    for name, owner, attribute, is_parameter, _ in _sites(module):
+    for name, owner, attribute, is_parameter in _sites(module):
         tensor = getattr(owner, attribute) if not is_parameter else owner._parameters[attribute]
         assert isinstance(tensor, Tensor)
         trained = is_parameter and tensor.requires_grad and tensor.is_floating_point()
@@ -159,7 +158,7 @@ def _tensors(module: nn.Module) -> tuple[Params, Buffers]:
 
 def _empty(sites: tuple[Site, ...]) -> None:
     made: dict[str, Tensor] = {}
-    for name, owner, attribute, is_parameter, _ in sites:
+    for name, owner, attribute, is_parameter in sites:
         old = (owner._parameters if is_parameter else owner._buffers)[attribute]
         assert old is not None
         if name not in made:
@@ -189,7 +188,7 @@ def bound(state: TrainState, params: Params, *, training: bool) -> Generator[tup
     if module is None:
         yield params, buffers
         return
-    own = {site.name for site in state.sites if site.is_buffer}
+    own = {site.name for site in state.sites if not site.is_parameter}
     # A forward pass may write into its buffers: it gets copies. Frozen parameters are only read.
     tensors = {name: tensor.clone() if name in own else tensor for name, tensor in state.buffers.items()}
     tensors.update(params)
@@ -211,7 +210,7 @@ def bound(state: TrainState, params: Params, *, training: bool) -> Generator[tup
         for place, site in zip(held, state.sites, strict=True):
             if site.name in state.buffers:
                 now = place[site.attribute]
-                buffers[site.name] = now.detach() if site.is_buffer else state.buffers[site.name]
+                buffers[site.name] = state.buffers[site.name] if site.is_parameter else now.detach()
     finally:
         for place, site, old in zip(held, state.sites, saved, strict=True):
             place[site.attribute] = old
@@ -245,7 +244,7 @@ def export(state: TrainState, model: nn.Module | None = None) -> nn.Module:
     _check_fit(tensors, sites)
     placed: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, owner, attribute, is_parameter, _ in sites:
+        for name, owner, attribute, is_parameter in sites:
             place = owner._parameters if is_parameter else owner._buffers
             old = place[attribute]
             assert old is not None

@@ -57,7 +57,7 @@ def overwrite(old: Tree, new: Tree) -> list[Tensor]:
     """Copy the new tensors over the old ones; return those that take no old one's place."""
     fresh: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
-    _pair(old, new, pairs, fresh, replaceable=False, path="state")
+    _pair(old, new, pairs, fresh, replaceable=False)
     # A new tensor that *is* another old one must be read before that one is overwritten.
     olds = {tensor: None for tensor, _ in pairs}
     pairs = [(a, b.clone() if b in olds and b is not a else b) for a, b in pairs]
@@ -75,26 +75,25 @@ def _pair(
     fresh: list[Tensor],
     *,
     replaceable: bool,
-    path: str,
 ) -> None:
     if isinstance(old, Tensor):
-        _same(isinstance(new, Tensor) and new.shape == old.shape and new.dtype == old.dtype, path)
+        _same(isinstance(new, Tensor) and new.shape == old.shape and new.dtype == old.dtype)
         if replaceable:
             pairs.append((old, new))
         else:
             fresh.append(new)
     elif isinstance(old, dict):
-        _same(isinstance(new, dict) and len(new) == len(old), path)
+        _same(isinstance(new, dict) and len(new) == len(old))
         for name, value in old.items():
-            _same(name in new, path)
-            _pair(value, new[name], pairs, fresh, replaceable=True, path=path)
+            _same(name in new)
+            _pair(value, new[name], pairs, fresh, replaceable=True)
     elif isinstance(old, list | tuple):
-        _same(isinstance(new, list | tuple) and len(new) == len(old), path)
+        _same(isinstance(new, list | tuple) and len(new) == len(old))
         for a, b in zip(old, new, strict=True):
-            _pair(a, b, pairs, fresh, replaceable=isinstance(old, list), path=path)
+            _pair(a, b, pairs, fresh, replaceable=isinstance(old, list))
 
 
-def _same(same: bool, path: str) -> None:
+def _same(same: bool) -> None:
     if not same:
         raise ValueError(
             "a step with donate=True returned a state of another structure, shape or dtype than the one it got, so it"
