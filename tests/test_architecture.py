@@ -22,14 +22,18 @@ LAYERS = {
     **dict.fromkeys(("_compile",), 3),
     **dict.fromkeys(("_checkpoint", "callbacks", "_nonfinite", "_interrupt", "_progress", "data"), 4),
     **dict.fromkeys(("_driver",), 5),
-    **dict.fromkeys(("__init__", "__main__"), 6),
+    **dict.fromkeys(("testing",), 6),  # for users' tests: may import anything public, nothing imports it
+    **dict.fromkeys(("__init__", "__main__"), 7),
 }
 PURE = 2  # the highest layer of pure functions of tensors
 ALLOWED = {"torch", "optree", *sys.stdlib_module_names}
-NAMESPACES = ("random", "tree", "errors", "losses", "metrics", "optim", "schedules", "transforms", "callbacks")
+NAMESPACES = (
+    *("random", "tree", "errors", "losses", "metrics", "optim", "schedules", "transforms", "callbacks"),
+    *("testing", "data"),
+)
 # Data, documented by its fields, and what only `isinstance` ever sees: no example would say more.
 NO_EXAMPLE = re.compile(
-    r"(State|Error|Warning|Report|Step|StepInfo|Gradients|Transform|TrainStep|Compiled|Controller|StepTransform)$"
+    r"(State|Error|Warning|Report|Step|StepInfo|Gradients|Transform|TrainStep|Compiled|Field|Piece|Laws|LawViolation|Controller|StepTransform)$"
     r"|trainfn\.restore$"  # the example of `save` shows both
 )
 FILE_LINES, BODY_LINES = 400, 60

@@ -13,6 +13,8 @@
 Reading order: `_types.py` (the vocabulary), `_step.py` (the step), `_driver.py` (the loop).
 """
 
+import importlib as _importlib
+
 from trainfn import callbacks as callbacks
 from trainfn import errors as errors
 from trainfn import losses as losses
@@ -48,5 +50,13 @@ from trainfn._types import StepInfo as StepInfo
 from trainfn._types import TrainState as TrainState
 from trainfn._types import Transform as Transform
 from trainfn.tree import copy as copy
+
+
+def __getattr__(name: str) -> object:
+    """`trainfn.testing` needs hypothesis, so it is imported when it is first used."""
+    if name == "testing":
+        return _importlib.import_module("trainfn.testing")
+    raise AttributeError(f"module 'trainfn' has no attribute {name!r}")
+
 
 __version__ = "0.1.0"

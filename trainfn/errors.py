@@ -8,7 +8,8 @@
     ├── RecompileError        a step was compiled for more shapes than its budget allows
     ├── RandomnessError       a step would draw from a generator outside the state
     ├── NonFiniteError        the loss became NaN or infinite
-    └── CheckpointError       a checkpoint can't be read, or does not fit
+    ├── CheckpointError       a checkpoint can't be read, or does not fit
+    └── LawViolation          a loss, step, transform or schedule breaks a law of `trainfn.testing`
     InexactLossWarning        a loss returned a bare scalar; see `trainfn.Mean`
     NonFiniteWarning          a step with a NaN or infinite loss was skipped, or let through as asked
 
@@ -45,6 +46,10 @@ class NonFiniteError(TrainfnError):
 
 class CheckpointError(TrainfnError):
     """A checkpoint can't be read, or does not fit the state it should fill."""
+
+
+class LawViolation(TrainfnError, AssertionError):
+    """A loss, step, transform or schedule breaks a law of `trainfn.testing`."""
 
 
 class InexactLossWarning(UserWarning):

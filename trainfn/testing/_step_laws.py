@@ -1,0 +1,236 @@
+"""Laws of a step: a pure function of its state and batch, whose randomness is the state's key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from trainfn import tree
+from trainfn._compile import Compiled
+from trainfn._types import Batch, Mean, Metrics, TrainState
+from trainfn.testing._host import host_reads
+from trainfn.testing._purity import Watched, generators_seeded
+from trainfn.testing._violation import differences, listed, violation
+
+AnyStep = Callable[[Any, Any], tuple[Any, Any]]
+_IN_PLACE = (
+    "write `x = x + 1` for `x += 1`, and `torch.where(mask, a, b)` for `x[mask] = a`; a step returns what is new"
+)
+_CAUSES = {
+    "state": ("the step writes into the state it was given: the caller's state is another one now.", _IN_PLACE),
+    "batch": ("the step writes into the batch: the next epoch sees other rows.", _IN_PLACE),
+    "generator": (
+        "the step draws from a global generator, or reseeds it: its result depends on what ran before it.",
+        "draw from the state: torch's random functions inside a loss do so by themselves; elsewhere"
+        " `tfn.random.uniform(tfn.random.fold_in(state.key, state.step), shape)`",
+    ),
+    "variable": (
+        "the step counts or collects in a Python variable: a compiled step runs Python once, and a restored run starts"
+        " it anew.",
+        "keep it in the state (`state.step` counts already, `state.extra` has room for tensors), or return it as a"
+        " metric",
+    ),
+    "module": (
+        "the step changes the module that the state was made from, not only what it returns.",
+        "compute with the `model` that the loss is given; don't call `.backward()`, `optimizer.step()`, `.eval()` or"
+        " register hooks in a step",
+    ),
+}
+
+
+def check_pure(step: AnyStep, state: TrainState, batch: Batch) -> None:
+    """Law: a step changes nothing it was given and nothing around it.
+
+    Watched are the state and the batch to the bit, the global generators of torch, NumPy and Python, the module's
+    tensors, modes, hooks and attributes, and the Python variables that the step's functions reach.
+
+    Args:
+        step: ``(state, batch) -> (state, metrics)``. A donating step gets copies, for it may overwrite its state.
+        state: Where to start; it is not changed.
+        batch: A batch for it.
+
+    Raises:
+        LawViolation: Naming what was changed, the probable cause and the fix.
+
+    >>> import torch, trainfn as tfn
+    >>> optimizer = tfn.optim.sgd(0.1)
+    >>> step = tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer)
+    >>> check_pure(step, tfn.init({"w": torch.ones(1)}, optimizer), torch.ones(2))
+    """
+    run(step, state, batch)  # what the first call sets up, such as a compiled program, is no change
+    given, rows = (_copied(state), batch) if _donates(step) else (state, batch)
+    watched = Watched(step, given, rows)
+    step(given, rows)
+    changes = watched.changes()
+    if _donates(step):
+        changes.pop("state", None)
+    if changes:
+        kind = next(iter(changes))
+        raise violation("check_pure", f"the step changed: {', '.join(changes)}.", changes, *_CAUSES[kind])
+
+
+def check_deterministic(step: AnyStep, state: TrainState, batch: Batch, *, runs: int = 3) -> None:
+    """Law: the same state and batch give the same bits, whatever the global generators hold.
+
+    Args:
+        step: ``(state, batch) -> (state, metrics)``.
+        state: Where to start; it is not changed.
+        batch: A batch for it.
+        runs: How often to run it.
+
+    Raises:
+        LawViolation: Naming the leaves that differ.
+
+    >>> import torch, trainfn as tfn
+    >>> optimizer = tfn.optim.sgd(0.1)
+    >>> step = tfn.train_step(lambda p, x: tfn.Mean.of(torch.nn.functional.dropout(p["w"] * x)), optimizer)
+    >>> check_deterministic(step, tfn.init({"w": torch.ones(1)}, optimizer), torch.ones(2))
+    """
+    with generators_seeded(1):
+        first = run(step, state, batch)
+    for n in range(2, runs + 1):
+        with generators_seeded(n):
+            found = differences(run(step, state, batch), first)
+        if found:
+            raise violation(
+                "check_deterministic",
+                f"run {n} with the same state and batch gave other bits.",
+                {"differs": listed(found)},
+                "the step draws from a global generator, counts its calls in a Python variable, or uses a kernel that"
+                " adds in no fixed order.",
+                "draw from `state.key`; keep counters in the state; `torch.use_deterministic_algorithms(True)` names"
+                " such kernels",
+            )
+
+
+def check_keyed(step: AnyStep, state: TrainState, batch: Batch) -> None:
+    """Law: what is random in a step follows the state's key and its step count, both of them.
+
+    A step without randomness passes: its result depends on neither.
+
+    Args:
+        step: ``(state, batch) -> (state, metrics)``.
+        state: Where to start; it is not changed.
+        batch: A batch for it.
+
+    Raises:
+        LawViolation: If another key gives other numbers, but the next step the same: its masks never change.
+
+    >>> import torch, trainfn as tfn
+    >>> optimizer = tfn.optim.sgd(0.1)
+    >>> step = tfn.train_step(lambda p, x: tfn.Mean.of(torch.nn.functional.dropout(p["w"] * x)), optimizer)
+    >>> check_keyed(step, tfn.init({"w": torch.ones(1)}, optimizer), torch.ones(2))
+    """
+
+    def metrics(state: TrainState) -> Metrics:
+        found: Metrics = run(step, state, batch)[1]
+        return {name: mean for name, mean in found.items() if name in ("loss", "grad_norm")}
+
+    tried = range(1, 9)  # few rows may draw the same by chance
+    here = metrics(state)
+    by_key = any(differences(metrics(state._replace(key=state.key + 2 * n)), here) for n in tried)
+    by_step = any(differences(metrics(state._replace(step=state.step + n)), here) for n in tried)
+    if by_key and not by_step:
+        raise violation(
+            "check_keyed",
+            "every step draws the same numbers.",
+            {"tried": f"{len(tried)} other keys, which change the loss, and {len(tried)} other steps, which don't"},
+            "the draws come from `state.key` alone, which never changes.",
+            "`tfn.random.fold_in(state.key, state.step)`; `tfn.train_step` does so",
+        )
+
+
+def check_dtype_stable(step: AnyStep, state: TrainState, batch: Batch) -> None:
+    """Law: a step returns a state of the same structure, dtypes, shapes and devices, one step further.
+
+    Otherwise the second call compiles again, a donating step has no place for its result, and a checkpoint does not
+    fit.
+
+    Args:
+        step: ``(state, batch) -> (state, metrics)``.
+        state: Where to start; it is not changed.
+        batch: A batch for it.
+
+    Raises:
+        LawViolation: Naming the leaves that changed.
+
+    >>> import torch, trainfn as tfn
+    >>> optimizer = tfn.optim.adam(0.1)
+    >>> step = tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer)
+    >>> check_dtype_stable(step, tfn.init({"w": torch.ones(1, dtype=torch.bfloat16)}, optimizer), torch.ones(2))
+    """
+    new, metrics = run(step, state, batch)
+    old_kinds, new_kinds = _kinds(state), _kinds(new)
+    names = [*old_kinds, *(n for n in new_kinds if n not in old_kinds)]
+    said = {
+        n: f"{old_kinds.get(n, 'absent')} became {new_kinds.get(n, 'absent')}"
+        for n in names
+        if old_kinds.get(n) != new_kinds.get(n)
+    }
+    if not said and int(new.step) != int(state.step) + 1:
+        said["step"] = f"{int(state.step)} became {int(new.step)}"
+    said |= {f"metric {n!r}": f"is a {type(m).__name__}" for n, m in metrics.items() if not isinstance(m, Mean)}
+    if said:
+        raise violation(
+            "check_dtype_stable",
+            "the step returns a state of another make.",
+            {"changed": listed(said)},
+            "a Python number or a float64 tensor widened a leaf, a leaf was added or lost, or a metric was divided.",
+            "`tfn.tree.cast_like(new, old)` before returning; let `init` make the final structure; metrics are"
+            " `tfn.Mean.of(values)`",
+        )
+
+
+def _kinds(t: Any) -> dict[str, str]:
+    return {
+        name: f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
+        if isinstance(x, Tensor)
+        else f"a {type(x).__name__}"
+        for name, x in tree.named_leaves(t).items()
+    }
+
+
+def check_no_host_sync(step: AnyStep, state: TrainState, batch: Batch) -> None:
+    """Law: a step never waits for the device: no number is taken out of a tensor, no shape depends on its values.
+
+    The step is run eagerly and watched, so it need not compile.
+
+    Args:
+        step: ``(state, batch) -> (state, metrics)``.
+        state: Where to start; it is not changed.
+        batch: A batch for it.
+
+    Raises:
+        LawViolation: With the operations and the lines they are called from.
+
+    >>> import torch, trainfn as tfn
+    >>> optimizer = tfn.optim.adam(0.1)
+    >>> step = tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer)
+    >>> check_no_host_sync(step, tfn.init({"w": torch.ones(1)}, optimizer), torch.ones(2))
+    """
+    eager = step.step if isinstance(step, Compiled) else step
+    reads = host_reads(lambda: run(eager, state, batch))
+    if reads:
+        raise violation(
+            "check_no_host_sync",
+            "the step waits for the device.",
+            {"where": "\n".join(reads[:4])},
+            "a number is taken out of a tensor (`.item()`, `float(x)`, `if x:`), or a shape depends on values (boolean"
+            " indexing, `nonzero`, `unique`).",
+            "choose with `torch.where`, weigh with a mask, return numbers as metrics: `tfn.Mean.of(x)`",
+        )
+
+
+def run(step: AnyStep, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """A call that leaves the caller's state and batch alone, whatever the step does with its own."""
+    return step(_copied(state), tree.copy(batch))
+
+
+def _copied(state: TrainState) -> TrainState:
+    return tree.copy(state)
+
+
+def _donates(step: AnyStep) -> bool:
+    return isinstance(step, Compiled) and any(program.donate for program in step._programs)
