@@ -29,7 +29,7 @@ of a loss
 =================================== ===================================================================
 of a step
 =================================== ===================================================================
-`check_step`                        all of these
+`check_step`                        all of these but the last
 `check_pure`                        it changes nothing it was given, and nothing around it
 `check_deterministic`               same inputs, same bits, whatever the global generators hold
 `check_keyed`                       randomness follows the key and the step count
@@ -38,6 +38,7 @@ of a step
 `check_single_graph`                one graph, compiled once
 `check_eager_equals_compiled`       compiled, the same numbers
 `check_donation`                    it may overwrite its state
+`check_agrees`                      it takes the steps of a plainer one, to which it is compared
 =================================== ===================================================================
 
 =================================== ===================================================================
@@ -56,9 +57,9 @@ Strategies for hypothesis: `batches` of `floats`, `integers` and `masks`, `token
 Needs hypothesis: ``pip install "trainfn[testing]"``.
 """
 
-from importlib.util import find_spec as _find_spec
+import importlib.util as _importlib
 
-if _find_spec("hypothesis") is None:
+if _importlib.find_spec("hypothesis") is None:
     raise ImportError("trainfn.testing needs hypothesis, which is not installed: `pip install 'trainfn[testing]'`.")
 
 from trainfn.errors import LawViolation as LawViolation
@@ -79,6 +80,7 @@ from trainfn.testing._loss_laws import check_permutation_invariant as check_perm
 from trainfn.testing._loss_laws import check_rank_invariant as check_rank_invariant
 from trainfn.testing._loss_laws import check_row_additive as check_row_additive
 from trainfn.testing._loss_laws import check_split_invariant as check_split_invariant
+from trainfn.testing._plan_laws import check_plan as check_plan
 from trainfn.testing._search import register_profiles as register_profiles
 from trainfn.testing._splits import Piece as Piece
 from trainfn.testing._splits import Split as Split
@@ -86,6 +88,7 @@ from trainfn.testing._splits import splits as splits
 from trainfn.testing._state_laws import check_equivariant as check_equivariant
 from trainfn.testing._state_laws import check_resume_bitexact as check_resume_bitexact
 from trainfn.testing._state_laws import check_roundtrip as check_roundtrip
+from trainfn.testing._step_laws import check_agrees as check_agrees
 from trainfn.testing._step_laws import check_deterministic as check_deterministic
 from trainfn.testing._step_laws import check_dtype_stable as check_dtype_stable
 from trainfn.testing._step_laws import check_keyed as check_keyed

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from trainfn import tree
 from trainfn._types import Batch
 from trainfn.testing._splits import Piece, Split, take
-from trainfn.testing._sums import Subject, Sums, attempt
+from trainfn.testing._sums import Subject, Sums, attempt, gap, magnitudes
 
 _EXACT = "`return tfn.Mean.of(values, mask)` of what is averaged, or `tfn.losses.cross_entropy(logits, targets)`"
 _SUM = "return the sum and what it counts: `tfn.Mean(values.sum(), count)`, or `tfn.Mean.of(values, mask)`"
+NOT_LEFT_OUT = (
+    "the loss does not leave out what is padding: `ignore_index` or the mask is forgotten in the sum, in the weight, or"
+    " in both; or the division is by the number of rows or positions.",
+    "`tfn.losses.cross_entropy(logits, targets)` ignores -100 in both; for other values `tfn.Mean.of(values, mask)`. If"
+    ' another leaf or value marks padding in your batches, say so: `pad={"labels": -100}`',
+)
 _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
 
 
-def diagnose(subject: Subject, batch: Batch, split: Split) -> tuple[str, str]:
+def diagnose(subject: Subject, batch: Batch, split: Split, pad: Mapping[str, float] | None = None) -> tuple[str, str]:
     """The probable cause and the fix."""
     if subject.inexact:
         return (
@@ -25,8 +33,21 @@ def diagnose(subject: Subject, batch: Batch, split: Split) -> tuple[str, str]:
         )
     pieces = [piece for rank in split.pieces(batch) for piece in rank]
     return (
-        _nothing(subject, pieces) or _doubled(subject, batch) or batch_statistics(subject) or _coupled(subject, batch)
+        _nothing(subject, pieces)
+        or _doubled(subject, batch)
+        or batch_statistics(subject)
+        or (_padding(subject, batch, split, pad) if pad is not None else None)
+        or _coupled(subject, batch)
     )
+
+
+def _padding(subject: Subject, batch: Batch, split: Split, pad: Mapping[str, float]) -> tuple[str, str] | None:
+    """The cause, if the rows that a rank is padded with count."""
+    for bare, longer in zip(split.pieces(batch), split.pieces(batch, pad), strict=True):
+        for a, b in zip(subject.over(bare), subject.over(longer), strict=True):
+            if gap(b.sum, a.sum, magnitudes([a.sum, b.sum]), subject.slack).size > 1e-4:
+                return "the rows that ranks are padded with count: " + NOT_LEFT_OUT[0], NOT_LEFT_OUT[1]
+    return None
 
 
 def _nothing(subject: Subject, pieces: list[Piece]) -> tuple[str, str] | None:
@@ -91,7 +112,7 @@ def _coupled(subject: Subject, batch: Batch) -> tuple[str, str]:
     rows = [Piece(take(batch, [i]), i) for i in range(tree.row_count(batch))]
     alone, error = attempt(lambda: subject.over(rows))
     counted = _counts(subject.sums(batch), alone) if error is None else None
-    if counted is not None:
+    if counted is not None and all(abs(c) > 1e-3 for c in counted):  # rows that fall out were not weighted, but chosen
         said = ", ".join(f"row {i}: {c:.3g}" for i, c in enumerate(counted))
         return (
             "the rows keep their own gradients but count differently together than alone (in the whole batch, times"

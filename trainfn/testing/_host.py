@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _METHODS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
 _KERNELS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
-# The package compares generators' states on the host, after an eager step: they live there.
-_OWN = ("trainfn/_keyed/_draws.py",)
+_KEYED = "/trainfn/_keyed/"
+_OWN = "_borrowed_generator"  # compares generators' states on the host, after an eager step: they live there
 
 
 class _Methods(TorchFunctionMode):
@@ -48,8 +48,8 @@ def _note(found: list[str], what: str) -> None:
     frames = [
         f for f in traceback.extract_stack() if "/torch/" not in f.filename and "/testing/_host.py" not in f.filename
     ]
-    place = frames[-1]
-    if not place.filename.endswith(_OWN):
+    if frames[-1].name != _OWN:
+        place = [f for f in frames if _KEYED not in f.filename][-1]  # torch's functions pass through that mode
         said = f"{what} at {place.filename}:{place.lineno}, in {place.name}: {place.line}"
         if said not in found:
             found.append(said)

@@ -59,9 +59,10 @@ def _same(a: Any, b: Any) -> bool:
 
 def _generators() -> dict[str, Any]:
     version, words, gauss = python_random.getstate()
+    _, keys, *places = np.random.get_state()  # the keys alone change once in 624 draws
     return {
         "torch's global generator": torch.get_rng_state().numpy().copy(),
-        "NumPy's global generator": np.asarray(np.random.get_state()[1]).copy(),  # type: ignore[index]
+        "NumPy's global generator": np.array([*keys, *places], np.float64),  # type: ignore[misc]
         "Python's `random`": np.array([version, *words, gauss or 0.0]),
     }
 
@@ -69,16 +70,28 @@ def _generators() -> dict[str, Any]:
 @contextlib.contextmanager
 def generators_seeded(seed: int) -> Generator[None]:
     """Seed the three global generators for a block, and give them back as they were."""
+    with generators_kept():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        python_random.seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def generators_kept() -> Generator[None]:
+    """Give the three global generators back as they were, whatever a block does to them."""
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), python_random.getstate()
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    python_random.seed(seed)
     try:
         yield
     finally:
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         python_random.setstate(python_state)
+
+
+def lasting(module: nn.Module | None) -> dict[str, Any]:
+    """What of a module not even its first call may change; its attributes may cache something then."""
+    return {what: x for what, x in _held(module).items() if not what.startswith("the attributes")}
 
 
 def _held(module: nn.Module | None) -> dict[str, Any]:

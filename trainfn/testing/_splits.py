@@ -80,8 +80,16 @@ def take(batch: Batch, rows: Any) -> Batch:
     return tree.map(lambda x: x[index.to(x.device)] if isinstance(x, Tensor) and x.dim() > 0 else x, batch)
 
 
+def check_pad(batch: Batch, pad: Mapping[str, float]) -> None:
+    """Whether the batch has the leaves that ``pad`` names."""
+    names = tree.named_leaves(batch).keys()
+    if strange := sorted(pad.keys() - names):
+        raise ValueError(f"pad={dict(pad)!r}: the batch has no leaf {strange[0]!r}. Its leaves are {sorted(names)}.")
+
+
 def padded(batch: Batch, more: int, pad: Mapping[str, float]) -> Batch:
     """A batch with ``more`` rows that count for nothing, made of its first row and the values of ``pad``."""
+    check_pad(batch, pad)
     if more == 0:
         return batch
     whole = take(batch, [*range(tree.row_count(batch)), *[0] * more])

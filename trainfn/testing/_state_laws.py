@@ -14,6 +14,7 @@ from trainfn import tree
 from trainfn._checkpoint import restore, save
 from trainfn._driver import fit
 from trainfn._types import Batch, Metrics, TrainState, Tree
+from trainfn.testing._purity import generators_kept
 from trainfn.testing._step_laws import AnyStep
 from trainfn.testing._sums import gap
 from trainfn.testing._violation import differences, listed, violation
@@ -33,6 +34,15 @@ def check_roundtrip(state: TrainState) -> None:
     >>> import trainfn as tfn
     >>> check_roundtrip(tfn.init(torch.nn.Linear(2, 1), tfn.optim.adam(1e-3)))
     """
+    strange = {n: f"a {type(x).__name__}" for n, x in tree.named_leaves(state).items() if not isinstance(x, Tensor)}
+    if strange:
+        raise violation(
+            "check_roundtrip",
+            "the state can't be saved.",
+            {"found": listed(strange)},
+            "a leaf is no tensor: a Python number, or a function of the optimizer.",
+            "`torch.tensor(...)`; make states with `tfn.init`",
+        )
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder) / "state", state)
         blank = tree.map(lambda x: torch.zeros_like(x), state)
@@ -42,8 +52,8 @@ def check_roundtrip(state: TrainState) -> None:
             "check_roundtrip",
             "the state does not come back as it was saved.",
             {"differs": listed(found)},
-            "a leaf is no plain tensor, or changes while it is saved.",
-            "states hold tensors only, made with `tfn.init`",
+            "a leaf is of a tensor class of its own, or changes while it is saved.",
+            "states hold plain tensors, made with `tfn.init`",
         )
 
 
@@ -68,6 +78,11 @@ def check_resume_bitexact(make_run: MakeRun, *, steps: int = 6) -> None:
     ...     return step, tfn.init({"w": torch.ones(1)}, optimizer), lambda n: torch.full((2,), float(n))
     >>> check_resume_bitexact(make_run)
     """
+    with generators_kept():
+        _check_stops(make_run, steps)
+
+
+def _check_stops(make_run: MakeRun, steps: int) -> None:
     whole, seen = _part(make_run, None, steps)
     for stop in range(1, steps):
         with tempfile.TemporaryDirectory() as folder:
@@ -120,6 +135,11 @@ def _not_the_same(
     )
 
 
+def _fewer_in_reverse(x: Any) -> Any:
+    """Both another order, which tells whether a row's place counts, and fewer rows, which tells whether they do."""
+    return x.flip(0)[: max(1, len(x) - 1)] if isinstance(x, Tensor) and x.dim() else x
+
+
 def check_equivariant(
     fn: Callable[[Any], Tree],
     inputs: Tree,
@@ -133,7 +153,7 @@ def check_equivariant(
     Args:
         fn: Any function of ``inputs``, such as a module.
         inputs: A tree of tensors.
-        action: The change of the inputs; by default, the rows in reverse order.
+        action: The change of the inputs; by default the rows in reverse order, without the first.
         result_action: The change of the result; by default, the same.
         tolerance: The largest deviation, relative to the largest element of a leaf.
 
@@ -142,9 +162,9 @@ def check_equivariant(
 
     >>> check_equivariant(torch.nn.Linear(2, 3), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     """
-    change = action or (lambda t: tree.map(lambda x: x.flip(0) if isinstance(x, Tensor) and x.dim() else x, t))
+    change = action or (lambda t: tree.map(_fewer_in_reverse, t))
     change_result = result_action or change
-    with torch.no_grad():
+    with torch.no_grad(), generators_kept():
         found, expected = (
             {name: x.double() for name, x in tree.named_leaves({"result": t}).items()}
             for t in (fn(change(tree.copy(inputs))), change_result(fn(tree.copy(inputs))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,13 +11,15 @@ from trainfn import tree
 from trainfn._compile import Compiled
 from trainfn._types import Batch, Mean, Metrics, TrainState
 from trainfn.testing._host import host_reads
-from trainfn.testing._purity import Watched, generators_seeded
+from trainfn.testing._purity import Watched, generators_kept, generators_seeded, lasting
+from trainfn.testing._sums import gap
 from trainfn.testing._violation import differences, listed, violation
 
 AnyStep = Callable[[Any, Any], tuple[Any, Any]]
 _IN_PLACE = (
     "write `x = x + 1` for `x += 1`, and `torch.where(mask, a, b)` for `x[mask] = a`; a step returns what is new"
 )
+_UNUSUAL = 7_061_215  # a seed that no step sets: setting the one in force would go unnoticed
 _CAUSES = {
     "state": ("the step writes into the state it was given: the caller's state is another one now.", _IN_PLACE),
     "batch": ("the step writes into the batch: the next epoch sees other rows.", _IN_PLACE),
@@ -35,7 +37,7 @@ _CAUSES = {
     "module": (
         "the step changes the module that the state was made from, not only what it returns.",
         "compute with the `model` that the loss is given; don't call `.backward()`, `optimizer.step()`, `.eval()` or"
-        " register hooks in a step",
+        " register hooks in a step; what a module counts belongs into a buffer",
     ),
 }
 
@@ -59,11 +61,14 @@ def check_pure(step: AnyStep, state: TrainState, batch: Batch) -> None:
     >>> step = tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer)
     >>> check_pure(step, tfn.init({"w": torch.ones(1)}, optimizer), torch.ones(2))
     """
+    before = lasting(getattr(state, "module", None))
     run(step, state, batch)  # what the first call sets up, such as a compiled program, is no change
     given, rows = (_copied(state), batch) if _donates(step) else (state, batch)
-    watched = Watched(step, given, rows)
-    step(given, rows)
-    changes = watched.changes()
+    with generators_seeded(_UNUSUAL):
+        watched = Watched(step, given, rows)
+        watched.held |= before
+        step(given, rows)
+        changes = watched.changes()
     if _donates(step):
         changes.pop("state", None)
     if changes:
@@ -169,8 +174,6 @@ def check_dtype_stable(step: AnyStep, state: TrainState, batch: Batch) -> None:
         for n in names
         if old_kinds.get(n) != new_kinds.get(n)
     }
-    if not said and int(new.step) != int(state.step) + 1:
-        said["step"] = f"{int(state.step)} became {int(new.step)}"
     said |= {f"metric {n!r}": f"is a {type(m).__name__}" for n, m in metrics.items() if not isinstance(m, Mean)}
     if said:
         raise violation(
@@ -180,6 +183,14 @@ def check_dtype_stable(step: AnyStep, state: TrainState, batch: Batch) -> None:
             "a Python number or a float64 tensor widened a leaf, a leaf was added or lost, or a metric was divided.",
             "`tfn.tree.cast_like(new, old)` before returning; let `init` make the final structure; metrics are"
             " `tfn.Mean.of(values)`",
+        )
+    if int(new.step) != int(state.step) + 1:
+        raise violation(
+            "check_dtype_stable",
+            "the step does not count itself.",
+            {"state.step": f"{int(state.step)} became {int(new.step)}"},
+            "the new state holds the old one's `step`: schedules stand still, and every step draws the same numbers.",
+            "`new._replace(step=state.step + 1)`",
         )
 
 
@@ -223,9 +234,62 @@ def check_no_host_sync(step: AnyStep, state: TrainState, batch: Batch) -> None:
         )
 
 
+def check_agrees(
+    step: AnyStep,
+    reference: AnyStep,
+    state: TrainState,
+    batches: Batch | Sequence[Batch],
+    *,
+    tolerance: float = 1e-5,
+) -> None:
+    """Law: a step takes the steps of a reference: the plain loop, what it was before a change, or one device's.
+
+    Both start from the same state; what the reference's state and metrics do not have is not compared.
+
+    Args:
+        step: ``(state, batch) -> (state, metrics)``.
+        reference: The same.
+        state: Where to start; it is not changed.
+        batches: A batch, which is then used three times, or a list of them.
+        tolerance: The largest deviation, relative to the largest element of a leaf.
+
+    Raises:
+        LawViolation: Naming the step and the leaf, and whether it is one step behind.
+
+    >>> import torch, trainfn as tfn
+    >>> optimizer = tfn.optim.adam(0.1)
+    >>> step = tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer)
+    >>> check_agrees(tfn.accumulate(step, 2), step, tfn.init({"w": torch.ones(1)}, optimizer), torch.ones(2))
+    """
+    mine, theirs, before = state, state, _numbers((state,))
+    for n, batch in enumerate(batches if isinstance(batches, list) else [batches] * 3, 1):
+        mine, got = run(step, mine, batch)
+        theirs, expected = run(reference, theirs, batch)
+        found, wanted = _numbers((mine, got)), _numbers((theirs, expected))
+        lost = wanted.keys() - found.keys()
+        worst = gap(found, {name: x for name, x in wanted.items() if name not in lost})
+        if lost or worst.size > tolerance:
+            late = worst.where in before and gap({"": found[worst.where]}, {"": before[worst.where]}).size <= tolerance
+            raise violation(
+                "check_agrees",
+                "the step does not agree with its reference.",
+                {"step": str(n), "differs": str(worst) if worst.where else "", "lost": ", ".join(sorted(lost))},
+                "it is one step behind: it is made from the old state's tree, not from the new one's."
+                if late
+                else "another formula, another order of what is done, or another tree that it is made from.",
+                "compare the two at the step and the leaf named",
+            )
+        before = wanted
+
+
+def _numbers(t: Any) -> dict[str, Tensor]:
+    return {name: x.detach().double() for name, x in tree.named_leaves(t).items()}
+
+
 def run(step: AnyStep, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """A call that leaves the caller's state and batch alone, whatever the step does with its own."""
-    return step(_copied(state), tree.copy(batch))
+    """A call that leaves the caller's state, batch and generators alone, whatever the step does with its own."""
+    with generators_kept():
+        return step(_copied(state), tree.copy(batch))
 
 
 def _copied(state: TrainState) -> TrainState:
