@@ -56,9 +56,9 @@ Strategies for hypothesis: `batches` of `floats`, `integers` and `masks`, `token
 Needs hypothesis: ``pip install "trainfn[testing]"``.
 """
 
-from importlib.util import find_spec as _find_spec
+import importlib.util as _util
 
-if _find_spec("hypothesis") is None:
+if _util.find_spec("hypothesis") is None:
     raise ImportError("trainfn.testing needs hypothesis, which is not installed: `pip install 'trainfn[testing]'`.")
 
 from trainfn.errors import LawViolation as LawViolation
