@@ -105,14 +105,13 @@ def main() -> None:
     schedule = tfn.schedules.cosine(args.lr, args.steps, warmup_steps=args.steps // 30)
     optimizer = tfn.optim.chain(tfn.optim.clip_by_global_norm(1.0), tfn.optim.adamw(schedule, weight_decay=0.1))
     state = tfn.init(model, optimizer, seed=args.seed)
-    if (args.out / "state.json").exists():
-        state = tfn.restore(args.out, like=state)
+    checkpoints = tfn.Checkpoints(args.out, every=500, keep=2)  # `fit` goes on from the newest one
 
     def batch(n: int) -> dict[str, Tensor]:  # a function of the step number: so a restored run goes on exactly
         key = tfn.random.fold_in(state.key, n)
         return windows(train, tfn.random.randint(key, 0, len(train) - args.length, (args.rows,)), args.length)
 
-    tokens, start = args.rows * args.length, int(state.step)
+    tokens, start = args.rows * args.length, max(checkpoints.steps(), default=0)
     yardstick = bigram_entropy(held_out)
     print(f"text      {len(train):,} bytes, {len(held_out):,} held out; bigram entropy {yardstick:.3f} nats/byte")
     print(f"model     {sum(p.numel() for p in state.params.values()):,} parameters")
@@ -127,12 +126,9 @@ def main() -> None:
     compiled = bool(compiler) and not args.eager
     step = tfn.jit(tfn.train_step(loss, optimizer, accumulate=args.accumulate), donate=True, compile=compiled)
     began = time.perf_counter()
-    state = tfn.fit(step, state, batch, until=args.steps, callbacks=[
-        tfn.callbacks.progress(per_step={"bytes": tokens}),
-        tfn.callbacks.every(500, lambda info: tfn.save(args.out, info.state)),
-    ])  # fmt: skip
+    progress = tfn.callbacks.progress(per_step={"bytes": tokens})
+    state = tfn.fit(step, state, batch, until=args.steps, callbacks=[progress], checkpoints=checkpoints)
     if int(state.step) > start:
-        tfn.save(args.out, state)
         print(f"trained   in {time.perf_counter() - began:.0f} s; {step.explain()}")
         print(f"saved     {args.out}")
 

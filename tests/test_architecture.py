@@ -20,8 +20,10 @@ LAYERS = {
     **dict.fromkeys(("random", "_keyed", "_module", "losses", "metrics", "optim", "schedules"), 1),
     **dict.fromkeys(("_grad", "_step", "transforms"), 2),
     **dict.fromkeys(("_compile",), 3),
-    **dict.fromkeys(("_checkpoint", "callbacks", "_nonfinite", "_interrupt", "_progress", "data"), 4),
-    **dict.fromkeys(("_driver",), 5),
+    **dict.fromkeys(
+        ("_checkpoint", "_batches", "_evaluate", "callbacks", "_nonfinite", "_interrupt", "_value", "data"), 4
+    ),
+    **dict.fromkeys(("_driver", "_session", "_replay"), 5),
     **dict.fromkeys(("testing",), 6),  # for users' tests: may import anything public, nothing imports it
     **dict.fromkeys(("__init__", "__main__"), 7),
 }
@@ -33,7 +35,7 @@ NAMESPACES = (
 )
 # Data, documented by its fields, and what only `isinstance` ever sees: no example would say more.
 NO_EXAMPLE = re.compile(
-    r"(State|Error|Warning|Report|Step|StepInfo|Gradients|Transform|TrainStep|Compiled|Field|Piece|Laws|LawViolation|Controller|StepTransform)$"
+    r"(State|Error|Warning|Report|Step|StepInfo|Gradients|Transform|TrainStep|Compiled|Field|Piece|Laws|LawViolation|Diff|Digest|Stop|Controller|StepTransform)$"
     r"|trainfn\.restore$"  # the example of `save` shows both
 )
 FILE_LINES, BODY_LINES = 400, 60

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import trainfn.testing as tt
 from trainfn import losses
 from trainfn._types import Mean
 
@@ -191,6 +192,7 @@ LOSSES: dict[str, Row] = {
 }
 EVERY = pytest.mark.parametrize("row", LOSSES.values(), ids=LOSSES)
 ADDITIVE = {name: row for name, row in LOSSES.items() if row.additive}
+COUPLED = {name: row for name, row in LOSSES.items() if not row.additive}
 WEIGHTED = {name: row for name, row in LOSSES.items() if row.weights is not None}
 
 seeds, sizes = st.integers(0, 2**31 - 1), st.integers(2, 7)
@@ -242,35 +244,48 @@ def test_matches_torch(row: Row, dtype: torch.dtype, tol: float, seed: int, n: i
     assert mean.total.shape == mean.weight.shape == ()
 
 
+def subject(row: Row, dtype: torch.dtype = torch.float64) -> tuple[Callable[..., Mean], Case, Case]:
+    """The row as a loss of a model: the shared tensors and a factor of ``x`` learn. With a batch to draw rows from."""
+    shared, rows = make(row, 0, 8, dtype)
+    learned = {k: v for k, v in shared.items() if k not in ("cw", "pw")}  # weights are constants
+
+    def loss(p: Case, batch: Case) -> Mean:
+        return row.loss({**shared, **{k: p[k] for k in learned}}, {**batch, "x": batch["x"] * p["factor"]})
+
+    return loss, {**learned, "factor": torch.ones((), dtype=dtype)}, rows
+
+
+LAWS = {
+    "additive": tt.check_row_additive,
+    "accumulation": tt.check_accumulation_invariant,
+    "ranks": tt.check_rank_invariant,
+    "order": tt.check_permutation_invariant,
+    "slope": tt.check_gradients,
+}
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
 @pytest.mark.parametrize("row", ADDITIVE.values(), ids=ADDITIVE)
-@some
-@given(seed=seeds, n=sizes, data=st.data())
-def test_adds_up_over_rows(row: Row, seed: int, n: int, data: st.DataObject) -> None:
-    shared, rows = make(row, seed, n)
-    owner = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)))
-    pieces = [(owner == i).nonzero().flatten() for i in range(3)]  # any order, any size, even none
-    whole, parts = row.loss(shared, rows), [row.loss(shared, take(rows, i)) for i in pieces]
-    assert_close(tuple(sum(parts)), tuple(whole), 1e-6)
-    assert_close(sum(parts).total, whole.total)
-    _, all_at_once = grads(total(row), shared, rows)
-    found = [grads(total(row), shared, take(rows, i))[1] for i in pieces]
-    for i, piece in zip(pieces, found, strict=True):
-        assert_close(piece.pop("x"), all_at_once["x"][i])
-    for name in shared:
-        assert_close(sum(piece[name] for piece in found), all_at_once[name])
+def test_laws(row: Row, law: Callable[..., None]) -> None:
+    law(*subject(row), tolerance=1e-3 if law is tt.check_gradients else 1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in ADDITIVE if LOSSES[n].make in (indices, linear)])
+def test_padding_counts_for_nothing(name: str) -> None:
+    tt.check_padding_invariant(*subject(LOSSES[name]), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("law", [tt.check_permutation_invariant, tt.check_gradients])
+@pytest.mark.parametrize("row", COUPLED.values(), ids=COUPLED)
+def test_coupled_rows_keep_the_other_laws(row: Row, law: Callable[..., None]) -> None:
+    loss, params, rows = subject(row)
+    law(loss, params, tt.batches(rows, rows=(2, 6)))
+    with pytest.raises(tt.LawViolation, match=r"in-batch negatives"):
+        tt.check_row_additive(loss, params, rows)
 
 
 def take(rows: Case, index: Tensor) -> Case:
     return {k: v[index] for k, v in rows.items()}
-
-
-@EVERY
-@some
-@given(seed=seeds, n=sizes)
-def test_order_of_rows_does_not_matter(row: Row, seed: int, n: int) -> None:
-    shared, rows = make(row, seed, n)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    assert_close(tuple(row.loss(shared, take(rows, order))), tuple(row.loss(shared, rows)), 1e-6)
 
 
 @pytest.mark.parametrize("row", WEIGHTED.values(), ids=WEIGHTED)

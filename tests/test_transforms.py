@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import trainfn as tfn
+from trainfn.testing import check_step
 from trainfn.transforms import after, ema, skip_nonfinite
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
@@ -17,6 +18,17 @@ SGD = tfn.optim.sgd(0.5, momentum=0.9)
 def linear():
     state = tfn.init({"w": torch.tensor([4.0, -2.0])}, SGD)
     return state, tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), SGD)
+
+
+TRANSFORMS = {"ema": ema(0.9), "skip_nonfinite": skip_nonfinite()}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_every_law_of_a_step(transform, accumulate):
+    net, optimizer = MLP_NET, adamw()
+    step = transform(tfn.train_step(net.loss, optimizer, accumulate=accumulate))
+    assert len(check_step(step, transform.init(tfn.init(net.module(), optimizer)), net.batch(4)).held) == 9
 
 
 # --- ema ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ Reading order: `_types.py` (the vocabulary), `_step.py` (the step), `_driver.py`
 import importlib as _importlib
 
 from trainfn import callbacks as callbacks
+from trainfn import data as data
 from trainfn import errors as errors
 from trainfn import losses as losses
 from trainfn import metrics as metrics
@@ -24,19 +25,21 @@ from trainfn import random as random
 from trainfn import schedules as schedules
 from trainfn import transforms as transforms
 from trainfn import tree as tree
+from trainfn._checkpoint import Checkpoints as Checkpoints
 from trainfn._checkpoint import restore as restore
 from trainfn._checkpoint import save as save
 from trainfn._compile import Buckets as Buckets
 from trainfn._compile import Compiled as Compiled
 from trainfn._compile import Report as Report
 from trainfn._compile import jit as jit
-from trainfn._driver import evaluate as evaluate
 from trainfn._driver import fit as fit
 from trainfn._driver import steps as steps
+from trainfn._evaluate import evaluate as evaluate
 from trainfn._grad import value_and_grad as value_and_grad
 from trainfn._keyed import keyed as keyed
 from trainfn._module import export as export
 from trainfn._module import init as init
+from trainfn._replay import replay as replay
 from trainfn._step import TrainStep as TrainStep
 from trainfn._step import accumulate as accumulate
 from trainfn._step import eval_step as eval_step
@@ -47,8 +50,14 @@ from trainfn._types import Metrics as Metrics
 from trainfn._types import Schedule as Schedule
 from trainfn._types import Step as Step
 from trainfn._types import StepInfo as StepInfo
+from trainfn._types import Stop as Stop
 from trainfn._types import TrainState as TrainState
 from trainfn._types import Transform as Transform
+from trainfn._value import Diff as Diff
+from trainfn._value import Digest as Digest
+from trainfn._value import diff as diff
+from trainfn._value import digest as digest
+from trainfn._value import fork as fork
 from trainfn.tree import copy as copy
 
 

@@ -6,22 +6,17 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from trainfn import tree
+from trainfn._batches import Batches, placed, source
+from trainfn._checkpoint import Checkpoints
 from trainfn._interrupt import uninterrupted
 from trainfn._nonfinite import Policy, Watch
-from trainfn._types import Batch, Mean, Metrics, Step, StepInfo, TrainState
-
-Batches = Iterable[Batch] | Callable[[int], Batch]
-Callback = Callable[[StepInfo], object]
+from trainfn._session import Callback, Session
+from trainfn._types import Step, StepInfo, Stop, TrainState
 
 
 def steps(
@@ -39,9 +34,9 @@ def steps(
     Args:
         step: Compiled or not.
         state: Where to start.
-        batches: An iterable of batches; or a function from the number of completed steps to the next batch, with
-            which a restored state goes on exactly where it was. NumPy arrays become tensors; tensors are moved to
-            the state's device.
+        batches: An iterable of batches. Or what a restored state goes on with exactly where it was: a function from
+            the number of completed steps to the next batch, or a `trainfn.data` loader. NumPy arrays become tensors;
+            tensors are moved to the state's device.
         until: Stop when ``state.step`` has reached it; by default, when the batches end.
         nonfinite: What to do about a loss that is NaN or infinite: ``"raise"``, ``"skip"`` (with a step that does)
             or ``"continue"``. By default, skip if the step can and raise if it can't.
@@ -64,51 +59,31 @@ def _run(
 ) -> Iterator[StepInfo]:
     """`steps`, with the newest complete state in ``latest``; it is empty while a step runs."""
     n, device = int(latest[0].step), latest[0].step.device  # waits for the device, once
-    source, until = _source(batches, n, until)
+    stream, until = source(batches, n, until)
     watch = Watch(nonfinite)
     last = time.perf_counter()
-    while until is None or n < until:
-        try:
-            batch = _placed(next(source), device)
-        except StopIteration:
-            break
-        with uninterrupted() as held:
-            state, metrics = step(latest.pop(), batch)
-            latest.append(state)
-        n += 1
-        watch.see(n, metrics)
-        now = time.perf_counter()
-        yield StepInfo(n, state, metrics, now - last, until)
-        last = now
-        if held.pressed:
-            raise KeyboardInterrupt
+    try:
+        while until is None or n < until:
+            try:
+                batch = placed(next(stream), device)
+            except StopIteration:
+                break
+            with uninterrupted() as held:
+                state, metrics = step(latest.pop(), batch)
+                latest.append(state)
+            n += 1
+            watch.see(n, metrics)
+            now = time.perf_counter()
+            yield StepInfo(n, state, metrics, now - last, until)
+            last = now
+            if held.pressed:
+                raise KeyboardInterrupt
+    finally:
+        if stream is not batches and isinstance(stream, Generator):
+            stream.close()  # a loader's worker processes end with it
     watch.report(wait=True)
     if until is not None and n < until:
         warnings.warn(f"the batches ended at step {n}, before until={until}.", stacklevel=3)
-
-
-def _source(batches: Batches, n: int, until: int | None) -> tuple[Iterator[Batch], int | None]:
-    if isinstance(batches, Iterable):
-        known = n + len(batches) if isinstance(batches, Sized) else None
-        return iter(batches), until if until is not None else known
-    if not callable(batches):
-        raise TypeError(f"steps(step, state, batches): batches are an iterable, or a function of the step number, not"
-                        f" {type(batches).__name__}.")  # fmt: skip
-    if until is None:
-        raise ValueError("steps(step, state, batches) with a function for batches never ends: say `until=1000`.")
-    return (batches(i) for i in range(n, until)), until
-
-
-def _placed(batch: Batch, device: torch.device) -> Batch:
-    if isinstance(batch, Iterator):  # a stream of micro-batches
-        return (_placed(micro, device) for micro in batch)
-    return tree.map(lambda x: _tensor(x, device), batch)
-
-
-def _tensor(x: Any, device: torch.device) -> Any:
-    if isinstance(x, np.ndarray | np.number):
-        x = torch.as_tensor(x)
-    return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.device != device else x
 
 
 def fit(
@@ -118,20 +93,31 @@ def fit(
     *,
     until: int | None = None,
     callbacks: Sequence[Callback] = (),
+    checkpoints: Checkpoints | None = None,
     nonfinite: Policy | None = None,
 ) -> TrainState:
     """Run a step over batches, call the callbacks after each, and return the last state.
 
     Ctrl-C ends the run after the step at hand and returns the last complete state; a second Ctrl-C ends it at once,
-    with a ``KeyboardInterrupt`` and no state.
+    with a ``KeyboardInterrupt`` and no state. An error that ends the run has the last complete state as its ``state``.
+
+    With checkpoints, a fresh state is replaced by the newest saved one, and what has changed since is printed with its
+    consequence; the states of callbacks come back too. A run that has ended already does nothing. The last state is
+    always saved; on SIGTERM it is saved after the step at hand, and the process exits.
 
     Args:
         step: See `steps`, as for ``state``, ``batches``, ``until`` and ``nonfinite``.
         state: The same.
         batches: The same.
         until: The same.
-        callbacks: Functions of a `StepInfo`, called in order. One that is a context manager is entered for the run.
+        callbacks: Functions of a `StepInfo`, called in order; see `trainfn.callbacks`. One that returns `trainfn.Stop`
+            ends the run.
+        checkpoints: Where and how often to save.
         nonfinite: The same.
+
+    Raises:
+        CheckpointError: If a checkpoint can't be written or does not fit; see `trainfn.Checkpoints`.
+        ValueError: If batches can't go on after a checkpoint, or a metric that is waited for does not exist.
 
     >>> import torch, trainfn as tfn
     >>> optimizer = tfn.optim.sgd(0.1)
@@ -140,55 +126,55 @@ def fit(
     >>> fit(step, state, lambda n: torch.ones(1), until=3)
     TrainState(functions, step=3, params=1 tensors / 1 numbers)
     """
-    latest = [state]
-    with contextlib.ExitStack() as stack:
-        for callback in callbacks:
-            if isinstance(callback, contextlib.AbstractContextManager):
-                stack.enter_context(callback)
-        try:
-            for info in _run(step, latest, batches, until, nonfinite):
-                for callback in callbacks:
-                    _call(callback, info)
-        except KeyboardInterrupt:
-            if not latest:  # forced inside a step, by a second Ctrl-C: a donated state may be half overwritten
-                raise
-            warnings.warn(
-                f"interrupted: the state after step {int(latest[0].step)} is returned; call `fit` again to go on.",
-                stacklevel=2,
-            )
+    latest: list[TrainState] = []
+    try:
+        with Session(checkpoints, callbacks, step, batches) as session:
+            latest.append(session.resumed(state, until))
+            for callback in callbacks:
+                if isinstance(callback, contextlib.AbstractContextManager):
+                    session.enter_context(callback)
+            _begin(session, callbacks, StepInfo(int(latest[0].step), latest[0], {}, 0.0, until))
+            try:
+                _loop(session, callbacks, _run(step, latest, batches, until, nonfinite))
+            except KeyboardInterrupt:
+                if not latest:  # forced inside a step, by a second Ctrl-C: a donated state may be half overwritten
+                    raise
+                warnings.warn(
+                    f"interrupted: the state after step {int(latest[0].step)} is returned; call `fit` again to go on.",
+                    stacklevel=2,
+                )
+            session.finish(latest[0])
+    except Exception as error:
+        if latest:
+            error.state = latest[0]  # type: ignore[attr-defined]
+        raise
     return latest[0]
 
 
-def _call(callback: Callback, info: StepInfo) -> None:
+def _begin(session: Session, callbacks: Sequence[Callback], info: StepInfo) -> None:
+    if info.until is not None and info.n >= info.until:
+        return  # a finished run does nothing
+    names: list[str] = []
+    for callback in callbacks:
+        if hasattr(callback, "begin"):
+            names += callback.begin(info) or []  # type: ignore[attr-defined]
+    session.check_best(names)
+
+
+def _loop(session: Session, callbacks: Sequence[Callback], run: Iterator[StepInfo]) -> None:
+    with contextlib.closing(run):  # type: ignore[type-var]
+        for info in run:
+            answers = [_call(callback, info) for callback in callbacks]
+            session.after(info)
+            stop = next((answer for answer in answers if isinstance(answer, Stop)), None)
+            if stop is not None:
+                print(f"trainfn: stopped after step {info.n}: {stop.reason}", file=sys.stderr)
+                return
+
+
+def _call(callback: Callback, info: StepInfo) -> object:
     try:
-        callback(info)
+        return callback(info)
     except Exception as error:
         error.add_note(f"Raised by the callback {callback!r} after step {info.n}.")
         raise
-
-
-def evaluate(eval_step: Callable[[TrainState, Batch], Metrics], state: TrainState, batches: Iterable[Batch]) -> Metrics:
-    """The metrics over all batches, exact whatever their sizes; sums are kept in float64 where the device has it.
-
-    Raises:
-        ValueError: If there is no batch.
-
-    >>> import torch, trainfn as tfn
-    >>> state = tfn.init({"w": torch.tensor([3.0])}, tfn.optim.sgd(0.1))
-    >>> step = tfn.eval_step(lambda p, x: tfn.Mean.of(p["w"] * x))
-    >>> evaluate(step, state, [torch.ones(3), torch.zeros(1)])["loss"]
-    Mean(2.25 over weight 4)
-    """
-    device = state.step.device
-    total: Metrics = {}
-    for batch in batches:
-        metrics = {name: _wide(mean) for name, mean in eval_step(state, _placed(batch, device)).items()}
-        total = {name: total[name] + mean for name, mean in metrics.items()} if total else metrics
-    if not total:
-        raise ValueError("evaluate(eval_step, state, batches): there was no batch. An iterator can be used once.")
-    return total
-
-
-def _wide(mean: Mean) -> Mean:
-    dtype = torch.float32 if mean.total.device.type == "mps" else torch.float64
-    return Mean(mean.total.to(dtype), mean.weight.to(dtype))

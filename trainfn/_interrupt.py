@@ -1,4 +1,4 @@
-"""Ctrl-C between steps, never inside one."""
+"""Signals between steps, never inside one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 
 class Held:
-    """Whether Ctrl-C was pressed inside the block."""
+    """Whether the signal came inside the block."""
 
     pressed = False
 
@@ -21,17 +21,35 @@ def uninterrupted() -> Generator[Held]:
     A donating step overwrites the old state as it goes: interrupted half-way, it would leave neither.
     """
     held = Held()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
-        yield held
-        return
 
     def hold(number: int, frame: object) -> None:
         if held.pressed:
             raise KeyboardInterrupt
         held.pressed = True
 
-    before = signal.signal(signal.SIGINT, hold)
-    try:
+    with _handled(signal.SIGINT, hold):
         yield held
+
+
+@contextlib.contextmanager
+def termination() -> Generator[Held]:
+    """Only take note of SIGTERM, by which a cluster says that the machine is about to go."""
+    held = Held()
+
+    def note(number: int, frame: object) -> None:
+        held.pressed = True
+
+    with _handled(signal.SIGTERM, note):
+        yield held
+
+
+@contextlib.contextmanager
+def _handled(number: signal.Signals, handler: signal._HANDLER) -> Generator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)

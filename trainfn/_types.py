@@ -172,3 +172,13 @@ class StepInfo(NamedTuple):
     metrics: Metrics
     seconds: float
     until: int | None = None
+
+
+class Stop(NamedTuple):
+    """What a callback returns to end the run after the step at hand.
+
+    Attributes:
+        reason: Why; `fit` prints it.
+    """
+
+    reason: str

@@ -9,6 +9,7 @@
     ├── RandomnessError       a step would draw from a generator outside the state
     ├── NonFiniteError        the loss became NaN or infinite
     ├── CheckpointError       a checkpoint can't be read, or does not fit
+    ├── ReplayError           a part of a run, computed again, came out differently
     └── LawViolation          a loss, step, transform or schedule breaks a law of `trainfn.testing`
     InexactLossWarning        a loss returned a bare scalar; see `trainfn.Mean`
     NonFiniteWarning          a step with a NaN or infinite loss was skipped, or let through as asked
@@ -46,6 +47,10 @@ class NonFiniteError(TrainfnError):
 
 class CheckpointError(TrainfnError):
     """A checkpoint can't be read, or does not fit the state it should fill."""
+
+
+class ReplayError(TrainfnError):
+    """A part of a run, computed again, came out differently."""
 
 
 class LawViolation(TrainfnError, AssertionError):

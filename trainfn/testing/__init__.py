@@ -57,9 +57,9 @@ Strategies for hypothesis: `batches` of `floats`, `integers` and `masks`, `token
 Needs hypothesis: ``pip install "trainfn[testing]"``.
 """
 
-import importlib.util as _importlib
+import importlib.util as _util
 
-if _importlib.find_spec("hypothesis") is None:
+if _util.find_spec("hypothesis") is None:
     raise ImportError("trainfn.testing needs hypothesis, which is not installed: `pip install 'trainfn[testing]'`.")
 
 from trainfn.errors import LawViolation as LawViolation

@@ -160,6 +160,8 @@ def gap(
 ) -> Gap:
     """How far ``got`` is from ``expected``: the worst of its numbers, relative to the larger of it and its scale."""
     worst = Gap(0.0, "", None)
+    # A gradient that is 0 but for rounding, such as that of a scale before a normalization, is rounding of the others.
+    floor = 1e-2 * max((float(x.max()) for x in scales.values() if x.numel()), default=0.0) if scales else 0.0
     for name, want in expected.items():
         have = got[name]
         if not bool(torch.isfinite(want).all()):
@@ -168,7 +170,7 @@ def gap(
             return Gap(float("inf"), name, None)
         if want.numel() == 0:
             continue
-        scale = max(float(want.abs().max()), float(scales[name].max()) if scales else 0.0, 1e-30)
+        scale = max(float(want.abs().max()), float(scales[name].max()) if scales else 0.0, floor, 1e-30)
         size = float((have - want).abs().max()) / (scale * (slack or {}).get(name, 1.0))
         if size > worst.size:
             worst = Gap(size, name, _factor(have, want))

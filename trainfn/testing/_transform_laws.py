@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,15 +9,16 @@ import torch
 from torch import Tensor
 
 from trainfn import random, tree
-from trainfn._compile._capture import capture_error
+from trainfn._compile import jit
 from trainfn._types import Params, Schedule, Transform
+from trainfn.errors import CaptureError, RecompileError
 from trainfn.optim import chain, identity
+from trainfn.testing._compiled_laws import QUICK
 from trainfn.testing._step_laws import _kinds
 from trainfn.testing._sums import gap
 from trainfn.testing._things import random_like
 from trainfn.testing._violation import differences, listed, violation
 
-_NUMBERS = itertools.count()
 _SHAPES = {"layer.weight": (3, 4), "layer.bias": (3,), "norm.weight": (4,), "temperature": ()}
 
 
@@ -158,38 +157,23 @@ def _check_chain(optimizer: Transform, params: Params) -> None:
 
 
 def _check_compiles(optimizer: Transform, params: Params) -> None:
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    counter = CompileCounterWithBackend("aot_eager")
-    update = _compiled(optimizer.update, counter)
+    program = jit(lambda s, grads: optimizer.update(grads, s[0], s[1]), backend=QUICK, max_graphs=1)
     try:
-        got = _run(optimizer, params, 3, update)
-    except TorchDynamoException as error:
-        raise _broken("it can't be compiled.", str(capture_error(error)), "see above.", "see above") from error
-    if counter.frame_count != 1:
+        got = _run(optimizer, params, 3, lambda grads, state, params: program((state, params), grads))
+    except CaptureError as error:
+        raise _broken("it can't be compiled.", str(error), "see above.", "see above") from error
+    except RecompileError as error:
         raise _broken(
             "it compiles again at a later step.",
-            f"{counter.frame_count} graphs in 3 steps",
+            str(error),
             "the state holds a Python number, or changes its structure.",
             "`torch.zeros((), dtype=torch.int64)` for a counter",
-        )
+        ) from error
     found = gap(got, _run(optimizer, params, 3))
     if found.size > 1e-4:
         raise _broken(
             "compiled, it does something else.", str(found), "a Python variable was frozen.", "keep it in the state"
         )
-
-
-def _compiled(fn: Callable[..., Any], backend: Any) -> Callable[..., Any]:
-    """A function compiled by itself: torch counts compilations by code object, and gives up after a few."""
-
-    def call(*args: Any) -> Any:
-        return fn(*args)
-
-    code = call.__code__.replace(co_name=f"law_{next(_NUMBERS)}")
-    own = types.FunctionType(code, globals(), "law", None, call.__closure__)
-    return torch.compile(own, backend=backend, fullgraph=True)
 
 
 def _check_reference(
@@ -294,19 +278,16 @@ def _wrong(headline: str, step: int, said: str, cause: str, fix: str) -> Excepti
 
 
 def _check_schedule_compiles(schedule: Schedule, values: list[Tensor]) -> None:
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = _compiled(schedule, counter)
+    program = jit(lambda _, count: schedule(count), backend=QUICK, max_graphs=1)
     for n in (0, 1, len(values) // 2, len(values) - 1):
         try:
-            got = compiled(torch.tensor(n))
-        except Exception as error:
+            got = program((), torch.tensor(n))
+        except (CaptureError, RecompileError) as error:
             raise _wrong(
-                "it can't be compiled.",
+                "it can't be compiled once for all steps.",
                 n,
-                str(error).splitlines()[0],
-                "it branches on the step, or makes a Python number of it.",
+                str(error),
+                "it branches on the step, makes a Python number of it, or counts its calls.",
                 "`torch.where(step < warmup, rising, falling)`",
             ) from error
         if not torch.allclose(got, values[n], rtol=1e-5, atol=0.0):
@@ -317,8 +298,6 @@ def _check_schedule_compiles(schedule: Schedule, values: list[Tensor]) -> None:
                 "it keeps or changes a Python variable.",
                 "compute from the step alone",
             )
-    if counter.frame_count != 1:
-        raise _wrong("it compiles again.", 1, f"{counter.frame_count} graphs", "a Python number.", "use tensors")
 
 
 def _check_values(values: list[float], expected: list[float], tolerance: float) -> None:

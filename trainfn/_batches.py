@@ -1,0 +1,63 @@
+"""Where a run's batches come from, and on which device they go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainfn import tree
+from trainfn._types import Batch
+
+
+@runtime_checkable
+class Startable(Protocol):
+    """Batches that can start anywhere, such as a `trainfn.data` loader."""
+
+    def start(self, step: int, /) -> Iterator[Batch]:
+        """The batches of step ``step`` and all later ones."""
+        ...
+
+
+Batches = Iterable[Batch] | Callable[[int], Batch] | Startable
+
+
+def source(batches: Batches, n: int, until: int | None) -> tuple[Iterator[Batch], int | None]:
+    """The batches after ``n`` completed steps, and the step at which the run ends, where that is known."""
+    if isinstance(batches, Startable):
+        until = getattr(batches, "steps", None) if until is None else until
+        if until is None:
+            raise ValueError("steps(step, state, batches): these batches never end. Say `until=1000`, or `epochs=1`.")
+        return batches.start(n), until
+    if isinstance(batches, Iterable):
+        known = n + len(batches) if isinstance(batches, Sized) else None
+        return iter(batches), until if until is not None else known
+    if not callable(batches):
+        raise TypeError(
+            f"steps(step, state, batches): batches are an iterable, or a function of the step number, not"
+            f" {type(batches).__name__}."
+        )
+    if until is None:
+        raise ValueError("steps(step, state, batches) with a function for batches never ends: say `until=1000`.")
+    return (batches(i) for i in range(n, until)), until
+
+
+def start_anywhere(batches: Batches) -> bool:
+    """Whether batches can go on after any step."""
+    return isinstance(batches, Startable) or (callable(batches) and not isinstance(batches, Iterable))
+
+
+def placed(batch: Batch, device: torch.device) -> Batch:
+    """A batch on the device; NumPy arrays become tensors."""
+    if isinstance(batch, Iterator):  # a stream of micro-batches
+        return (placed(micro, device) for micro in cast("Iterator[Any]", batch))
+    return tree.map(lambda x: _tensor(x, device), batch)
+
+
+def _tensor(x: Any, device: torch.device) -> Any:
+    if isinstance(x, np.ndarray | np.number):
+        x = torch.as_tensor(x)
+    return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.device != device else x

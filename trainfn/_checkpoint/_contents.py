@@ -1,0 +1,144 @@
+"""What one save writes, decided before its first byte: which leaf goes into which file, and what stands beside them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from trainfn._checkpoint import _leaves
+from trainfn._checkpoint._format import CODES, STATE_FILE, Leaf, Manifest
+from trainfn._compile._donate import check_alive
+from trainfn._types import Mean, TrainState
+
+SHARD = 5 * 10**9  # bytes: what transformers takes as well
+
+
+class Contents(NamedTuple):
+    """One save, all but its checksums."""
+
+    leaves: dict[str, Tensor]
+    manifest: Manifest  # `files` are filled in as they are written
+    texts: dict[str, bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """About how much it takes on the disk."""
+        return sum(leaf.nbytes for leaf in self.manifest.tree.values())
+
+
+def contents_of(
+    state: TrainState,
+    call: str,
+    *,
+    max_shard_size: int = SHARD,
+    extra: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Contents:
+    """What a save of ``state`` writes; ``call`` is for the errors."""
+    check_alive(state)
+    leaves = _leaves.named(state, call)
+    files, texts = _files(state, leaves, max_shard_size)
+    tree = {name: Leaf(_code(leaf, name, call), tuple(leaf.shape), files[name]) for name, leaf in leaves.items()}
+    config = getattr(state.module, "config", None)
+    if callable(getattr(config, "to_json_string", None)):
+        texts["config.json"] = _config(config, type(state.module).__name__)
+    plain = json.loads(_json_text(dict(extra or {}), call))  # a copy: what the user does to it later is not written
+    numbers = {name: _number(value, name, call) for name, value in (metrics or {}).items()}
+    return Contents(leaves, Manifest(int(state.step), numbers, {}, tree, plain, _versions()), texts)
+
+
+def _versions() -> dict[str, str]:
+    ours = getattr(sys.modules["trainfn"], "__version__", "unknown")  # from above this layer: only when it is called
+    return {"trainfn": str(ours), "torch": str(torch.__version__)}
+
+
+def _code(leaf: Tensor, name: str, call: str) -> str:
+    if leaf.dtype not in CODES:
+        raise TypeError(f"{call}: {name!r} is of {leaf.dtype}, which safetensors files can't hold.")
+    return CODES[leaf.dtype]
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _files(
+    state: TrainState, leaves: dict[str, Tensor], max_shard_size: int
+) -> tuple[dict[str, str], dict[str, bytes]]:
+    """The file of each leaf, and the index if the model takes several."""
+    unsaved = _leaves.unsaved_buffers(state)
+    model = [name for name in leaves if name.startswith(_leaves.MODEL) and name not in unsaved]
+    shards = _shards({name: leaves[name].nbytes for name in model}, max_shard_size)
+    files = dict.fromkeys(leaves, STATE_FILE)
+    for i, shard in enumerate(shards):
+        of = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        files.update(dict.fromkeys(shard, f"model{of}.safetensors"))
+    if len(shards) < 2:
+        return files, {}
+    total = {
+        "total_parameters": sum(leaves[name].numel() for name in model),
+        "total_size": sum(leaves[name].nbytes for name in model),
+    }
+    placed = {name.removeprefix(_leaves.MODEL): files[name] for name in sorted(model)}
+    text = json.dumps({"metadata": total, "weight_map": placed}, indent=2) + "\n"
+    return files, {"model.safetensors.index.json": text.encode()}
+
+
+def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """The names in order, a new shard whenever the next one would pass the limit; one larger than it is alone."""
+    shards: list[list[str]] = []
+    room = -1
+    for name, size in sizes.items():
+        if size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _config(config: Any, architecture: str) -> bytes:
+    found = json.loads(config.to_json_string())
+    if not found.get("architectures"):
+        found["architectures"] = [architecture]  # as `save_pretrained` does
+    return (json.dumps(found, indent=2, sort_keys=True) + "\n").encode()
+
+
+# --- what the user adds -------------------------------------------------------------------------------------------
+
+
+def _json_text(extra: dict[str, Any], call: str) -> str:
+    try:
+        _check_plain(extra, "extra", call)
+        return json.dumps(extra)
+    except RecursionError:
+        raise ValueError(f"{call}: extra is nested too deep, or contains itself.") from None
+
+
+def _check_plain(value: Any, path: str, call: str) -> None:
+    """Only what JSON gives back as it was; infinities and NaN are, in Python's JSON."""
+    if isinstance(value, dict):
+        for name, item in cast("dict[Any, Any]", value).items():
+            if not isinstance(name, str):
+                raise TypeError(f"{call}: {path} has the key {name!r}; JSON has only strings. Use `str({name!r})`.")
+            _check_plain(item, f"{path}[{name!r}]", call)
+    elif isinstance(value, list):
+        for i, item in enumerate(cast("list[Any]", value)):
+            _check_plain(item, f"{path}[{i}]", call)
+    elif not isinstance(value, str | int | float | None):
+        hint = "a tuple comes back as a list: make it one" if isinstance(value, tuple) else "put tensors into the state"
+        raise TypeError(
+            f"{call}: {path} is of {type(value).__name__}, which JSON does not give back: dicts, lists, strings,"
+            f" numbers, True, False and None ({hint})."
+        )
+
+
+def _number(value: Any, name: str, call: str) -> float:
+    try:
+        return float(value.value if isinstance(value, Mean) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{call}: metrics[{name!r}] is {value!r}, not a number.") from error

@@ -1,0 +1,143 @@
+"""The checkpoints in a run's folder: which there are, which are good, and which may go."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from trainfn._checkpoint import _disk, _leaves
+from trainfn._checkpoint._api import filled
+from trainfn._checkpoint._fit import fit
+from trainfn._checkpoint._format import Manifest
+from trainfn._checkpoint._read import inspect, verify
+from trainfn._compile._donate import check_alive
+from trainfn._types import TrainState
+from trainfn.errors import CheckpointError
+
+STEP = "checkpoint-(?:0|[1-9][0-9]{0,18})"
+_PLACE = re.compile(rf"({STEP})|\.({STEP})\.replaced")
+T = TypeVar("T")
+
+
+class Folder:
+    """The folders ``checkpoint-<step>`` in a folder. A link is none of them, wherever it leads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.damaged: set[int] = set()  # steps; what a full reading found, which a look at the sizes does not see
+
+    def target(self, step: int) -> Path:
+        """Where the checkpoint of a step belongs."""
+        return self.path / f"checkpoint-{step}"
+
+    def places(self) -> dict[int, Path]:
+        """Every checkpoint by step, the newest first, without a look inside."""
+        steps: set[int] = set()
+        if self.path.is_dir():
+            with os.scandir(self.path) as entries:
+                named = [(_PLACE.fullmatch(entry.name), entry) for entry in entries]
+                steps = {
+                    int((match[1] or match[2]).rpartition("-")[2])
+                    for match, entry in named
+                    if match and entry.is_dir(follow_symlinks=False)
+                }
+        found = {step: _disk.located(self.target(step)) for step in sorted(steps, reverse=True)}
+        return {step: path for step, path in found.items() if not path.is_symlink()}
+
+    def complete(self) -> dict[int, tuple[Path, Manifest]]:
+        """Those whose manifest is right and whose files have their sizes, the newest first."""
+        found: dict[int, tuple[Path, Manifest]] = {}
+        for step, path in self.places().items():
+            manifest = self._attempt(step, lambda step=step, path=path: _inspect(step, path), [])
+            if manifest is not None and step not in self.damaged:
+                found[step] = path, manifest
+        return found
+
+    def after(self, step: int) -> int | None:
+        """The first undamaged checkpoint of a later step."""
+        for later, path in reversed(self.places().items()):
+            if later > step and later not in self.damaged and self._attempt(later, lambda path=path: verify(path), []):
+                return later
+        return None
+
+    def newest(self) -> Path | None:
+        """The newest whose every checksum is right; warns of the damage of newer ones."""
+        damages: list[str] = []
+        for step, path in self.places().items():
+            if self._attempt(step, lambda step=step, path=path: _inspect(step, path) and verify(path), damages):
+                _warn(damages, path)
+                return path
+        _warn(damages, None)
+        return None
+
+    def load(self, like: TrainState, step: int | None) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest undamaged state and what was saved with it; or that of one step."""
+        check_alive(like)
+        expected = _leaves.named(like, "restore(like)")
+        places = {at: path for at, path in self.places().items() if step in (None, at)}
+        damages: list[str] = []
+        for at, path in places.items():
+            manifest = self._attempt(at, lambda at=at, path=path: _inspect(at, path), damages)
+            if manifest is None:
+                continue
+            sources = fit(f"restore({str(path)!r}, like=state)", manifest.tree, expected)  # what does not fit raises
+            state = self._attempt(at, lambda m=manifest, p=path, s=sources: filled(p, m, like, expected, s), damages)
+            if state is not None:
+                _warn(damages, path)
+                return state, manifest.extra
+        if damages:
+            raise CheckpointError(f"{str(self.path)!r}: no checkpoint can be read:\n  " + "\n  ".join(damages))
+        if step is not None:
+            steps = ", ".join(str(s) for s in sorted(self.complete())) or "none"
+            raise CheckpointError(f"{str(self.path)!r}: there is no checkpoint of step {step}; complete are: {steps}.")
+        return None
+
+    def _attempt(self, step: int, read: Callable[[], T], damages: list[str]) -> T | None:
+        """What ``read`` returns, or None and one damage more."""
+        try:
+            return read()
+        except CheckpointError as damage:
+            self.damaged.add(step)
+            damages.append(str(damage))
+            return None
+
+
+def _inspect(step: int, path: Path) -> Manifest:
+    manifest = inspect(path)
+    if manifest.step != step:
+        raise CheckpointError(f"{str(path)!r}: the checkpoint is damaged: it is of step {manifest.step}.")
+    return manifest
+
+
+def _warn(damages: list[str], chosen: Path | None) -> None:
+    if damages:
+        instead = f"{str(chosen)!r} is used instead" if chosen is not None else "there is none before"
+        warnings.warn("\n  ".join([f"{instead}:", *damages]), stacklevel=4)
+
+
+# --- which may go -------------------------------------------------------------------------------------------------
+
+
+def best_of(values: Mapping[int, float | None], mode: Literal["min", "max"]) -> set[int]:
+    """The first step with the best value; none if there is none, and NaN is none.
+
+    >>> best_of({10: 0.5, 20: float("nan"), 30: 0.7, 40: None}, "max")
+    {30}
+    """
+    known = {step: value for step, value in values.items() if value is not None and value == value}
+    return {(max if mode == "max" else min)(sorted(known), key=known.__getitem__)} if known else set()
+
+
+def expired(steps: Iterable[int], protected: Collection[int], *, keep: int, keep_every: int | None) -> list[int]:
+    """The steps that are neither protected, nor among the ``keep`` newest, nor multiples of ``keep_every``.
+
+    >>> expired([10, 20, 30, 40, 50], {10}, keep=2, keep_every=None)
+    [20, 30]
+    """
+    steps = sorted(steps)
+    kept = {*protected, *steps[-keep:], *(step for step in steps if keep_every and step % keep_every == 0)}
+    return [step for step in steps if step not in kept]

@@ -1,0 +1,191 @@
+"""What is in the files: the safetensors layout, and the manifest.
+
+A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and place of
+each tensor) and the tensors' bytes. It is written here rather than by the library, which can neither hash what it
+writes nor flush it; and its header is never parsed: a reader makes it again from the manifest, and compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from trainfn._checkpoint._disk import Written
+from trainfn._checkpoint._leaves import MODEL
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+STATE_FILE = "state.safetensors"
+LIMIT = 64 * 2**20  # bytes of a manifest or a header: a hundred leaves of a megabyte each, or half a million small ones
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Leaf(NamedTuple):
+    """What the manifest says of one leaf."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def nbytes(self) -> int:
+        """Of its values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class Manifest(NamedTuple):
+    """A checkpoint, without its values."""
+
+    step: int
+    metrics: dict[str, float]
+    files: dict[str, Written]
+    tree: dict[str, Leaf]
+    extra: dict[str, Any]
+    versions: dict[str, str]
+
+    def leaves_of(self, file: str) -> dict[str, Leaf]:
+        """The leaves in a file, in the order of their bytes: the widest first, so that all are aligned."""
+        held = [(name, leaf) for name, leaf in self.tree.items() if leaf.file == file]
+        return dict(sorted(held, key=lambda item: (-DTYPES[item[1].dtype].itemsize, item[0])))
+
+
+def header(leaves: Mapping[str, Leaf]) -> bytes:
+    """The beginning of a safetensors file, up to the first tensor's bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, leaf in leaves.items():
+        key = name if leaf.file == STATE_FILE else name.removeprefix(MODEL)
+        if key in entries:
+            raise ValueError(f"two tensors are called {key!r}")
+        begin, end = end, end + leaf.nbytes
+        entries[key] = {"dtype": leaf.dtype, "shape": leaf.shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+# --- the manifest -------------------------------------------------------------------------------------------------
+
+_SEAL = re.compile(rb',\n"sha256": "([0-9a-f]{64})"\n}\n\Z')
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")  # no separator, no "..", nothing hidden
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The manifest as JSON, a line to a leaf; its last line is the checksum of all before it."""
+    fields = {
+        "format": FORMAT,
+        "step": manifest.step,
+        "versions": manifest.versions,
+        "metrics": manifest.metrics,
+        "extra": manifest.extra,
+        "files": {name: written._asdict() for name, written in manifest.files.items()},
+        "tree": {name: leaf._asdict() for name, leaf in manifest.tree.items()},
+    }
+    lines = [f"{json.dumps(name)}: {_lines(value) if name in ('files', 'tree') else json.dumps(value)}"
+             for name, value in fields.items()]  # fmt: skip
+    body = ("{\n" + ",\n".join(lines)).encode()
+    return body + f',\n"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+def _lines(value: Any) -> str:
+    return "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n}"
+
+
+def parsed_manifest(data: bytes) -> Manifest:
+    """The manifest of these bytes, every field of it checked.
+
+    Raises:
+        ValueError: That says what is wrong with it.
+    """
+    fields = _json(data)
+    if fields.get("format") != FORMAT:
+        raise ValueError(f"format {fields.get('format')!r}; this version of trainfn reads {FORMAT}")
+    seal = _SEAL.search(data)
+    if seal is None or hashlib.sha256(data[: seal.start()]).hexdigest().encode() != seal[1]:
+        raise ValueError("it does not have the checksum that it says it has")
+    files = {_file_name(name): _written(entry) for name, entry in _field(fields, "files", dict).items()}
+    found = Manifest(
+        step=_count(fields.get("step"), "step"),
+        metrics={name: _number(value) for name, value in _field(fields, "metrics", dict).items()},
+        files=files,
+        tree={name: _leaf(name, entry, files) for name, entry in _field(fields, "tree", dict).items()},
+        extra=_field(fields, "extra", dict),
+        versions=_field(fields, "versions", dict),
+    )
+    for name, written in files.items():
+        leaves = found.leaves_of(name)
+        if leaves and written.size != len(header(leaves)) + sum(leaf.nbytes for leaf in leaves.values()):
+            raise ValueError(f"{name} can't have {written.size} bytes and the leaves that it says are in it")
+    return found
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data, object_pairs_hook=_no_twins)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return found
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
+
+
+def _field(fields: dict[str, Any], name: str, kind: type) -> Any:
+    if not isinstance(fields.get(name), kind):
+        raise ValueError(f"{name!r} is missing or of another kind")
+    return fields[name]
+
+
+def _count(value: Any, what: str) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{what} is {str(value)[:40]}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"a metric is {str(value)[:40]}")
+    return float(value)
+
+
+def _file_name(name: str) -> str:
+    if not _NAME.fullmatch(name) or name.lower() == MANIFEST:
+        raise ValueError(f"{name[:80]!r} is no name for a file of a checkpoint")
+    return name
+
+
+def _written(entry: Any) -> Written:
+    digest = _field(entry, "sha256", str) if isinstance(entry, dict) else ""
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError("a file has no checksum")
+    return Written(_count(entry.get("size"), "the size of a file"), digest)
+
+
+def _leaf(name: str, entry: Any, files: dict[str, Written]) -> Leaf:
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, file = _field(entry, "dtype", str), _field(entry, "shape", list), _field(entry, "file", str)
+    if dtype not in DTYPES or file not in files or not file.endswith(".safetensors") or len(shape) > 64:
+        raise ValueError(f"{name[:80]!r} has a dtype, a shape or a file that can't be")
+    return Leaf(dtype, tuple(_count(size, f"a dimension of {name[:80]!r}") for size in shape), file)

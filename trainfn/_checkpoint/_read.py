@@ -1,0 +1,175 @@
+"""A checkpoint from the disk. Nothing in it is believed before it is checked, and nothing of it is run.
+
+A file is read once: hashed as its bytes go into the tensors, which no one sees before the checksum is right. Memory is
+taken only for leaves whose shape is that of the state to fill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from trainfn._checkpoint import _disk
+from trainfn._checkpoint._format import DTYPES, LIMIT, MANIFEST, Leaf, Manifest, header, parsed_manifest
+from trainfn._checkpoint._write import bytes_of
+from trainfn.errors import CheckpointError
+
+
+class _Damage(Exception):
+    """What is wrong with one file."""
+
+
+def inspect(folder: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are all there, in their sizes.
+
+    Raises:
+        CheckpointError: If there is none, or naming the file and what is wrong with it.
+    """
+    name = MANIFEST
+    try:
+        if not folder.is_dir() or not os.path.lexists(folder / MANIFEST):
+            raise CheckpointError(
+                f"{str(folder)!r}: no checkpoint there (no {MANIFEST}, which is written last). `tfn.save` writes one."
+            )
+        with _opened(folder / name) as file:
+            data = file.read(LIMIT + 1)
+        if len(data) > LIMIT:
+            raise _Damage(f"it is longer than the {LIMIT:,} bytes that are read")
+        manifest = parsed_manifest(data)
+        for name, written in manifest.files.items():
+            with _opened(folder / name) as file:
+                size = os.fstat(file.fileno()).st_size
+            if size != written.size:
+                raise _Damage(f"{size:,} bytes, of {written.size:,} that were written")
+        return manifest
+    except (OSError, ValueError, _Damage) as error:
+        raise _damaged(folder, name, error) from error
+
+
+def verify(folder: Path) -> Manifest:
+    """Like `inspect`, with every checksum.
+
+    Raises:
+        CheckpointError: The same.
+    """
+    manifest = inspect(folder)
+    _read(folder, manifest, list(manifest.files), {})
+    return manifest
+
+
+def read_leaves(folder: Path, manifest: Manifest, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of the leaves in ``wanted``, each on the device and in the memory format of its tensor there.
+
+    What they are wanted as has their shape and dtype. Files that hold none of them are not read.
+
+    Raises:
+        CheckpointError: If a file is not what was written.
+    """
+    idle = {leaf.file for leaf in manifest.tree.values()} - {manifest.tree[name].file for name in wanted}
+    return _read(folder, manifest, [name for name in manifest.files if name not in idle], wanted)
+
+
+def _read(folder: Path, manifest: Manifest, names: list[str], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def one(name: str) -> dict[str, Tensor]:
+        try:
+            with _opened(folder / name) as file:
+                return _values(_Hashed(file), manifest, name, wanted)
+        except (OSError, _Damage) as error:
+            raise _damaged(folder, name, error) from error
+
+    # The checksum takes longer than the reading, and both let other threads run.
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return {name: value for found in pool.map(one, names) for name, value in found.items()}
+
+
+def _values(file: _Hashed, manifest: Manifest, name: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    leaves = manifest.leaves_of(name)
+    if leaves:
+        expected = header(leaves)
+        if file.take(len(expected)) != expected:
+            raise _Damage("its header is not the one that the manifest describes")
+    for leaf_name, leaf in leaves.items():
+        if leaf_name in wanted:
+            found[leaf_name] = _placed(_value(file, leaf), wanted[leaf_name])
+        else:
+            file.skip(leaf.nbytes)
+    file.end(manifest.files[name])
+    return found
+
+
+def _value(file: _Hashed, leaf: Leaf) -> Tensor:
+    value = torch.empty(leaf.shape, dtype=DTYPES[leaf.dtype], device="cpu")
+    file.fill(bytes_of(value))
+    return value
+
+
+def _placed(value: Tensor, like: Tensor) -> Tensor:
+    place = torch.empty_like(like, device="meta")  # of `like` only its order of dimensions is kept, not its gaps
+    if like.device.type == "cpu" and place.stride() == value.stride():
+        return value
+    return torch.empty_like(like).copy_(value)
+
+
+class _Hashed:
+    """A file, read from its beginning to its end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._scratch = file, hashlib.sha256(), memoryview(b"")
+
+    def fill(self, place: memoryview) -> None:
+        for i in range(0, len(place), _disk.CHUNK):
+            part = place[i : i + _disk.CHUNK]
+            while len(part):
+                count = self._file.readinto(part)  # type: ignore[attr-defined]
+                if not count:
+                    raise _Damage("it ends too early")
+                self._digest.update(part[:count])
+                part = part[count:]
+
+    def take(self, size: int) -> bytes:
+        place = bytearray(size)
+        self.fill(memoryview(place))
+        return bytes(place)
+
+    def skip(self, size: int) -> None:
+        self._scratch = self._scratch or memoryview(bytearray(_disk.CHUNK))
+        for i in range(0, size, _disk.CHUNK):
+            self.fill(self._scratch[: min(_disk.CHUNK, size - i)])
+
+    def end(self, written: _disk.Written) -> None:
+        """Read what is left, which is all of a file without leaves, and compare."""
+        while data := self._file.read(_disk.CHUNK):
+            self._digest.update(data)
+        if self._digest.hexdigest() != written.sha256:
+            raise _Damage("its bytes are not those that were written (SHA-256)")
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file for reading, if it is one: a link could lead anywhere, a pipe would never end."""
+    if stat.S_ISLNK(os.lstat(path).st_mode):
+        raise _Damage("it is a symbolic link")
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    number = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise _Damage("it is no regular file")
+    return open(number, "rb", buffering=0)
+
+
+def _damaged(folder: Path, name: str, why: Exception) -> CheckpointError:
+    if isinstance(why, FileNotFoundError):
+        text = "it is missing"
+    elif isinstance(why, OSError):
+        text = f"it can't be read: {why.strerror or why}"
+    else:
+        text = str(why)
+    return CheckpointError(f"{str(folder)!r}: the checkpoint is damaged: {name}: {text}.")

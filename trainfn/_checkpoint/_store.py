@@ -1,0 +1,239 @@
+"""The checkpoints of a run: when to save, in the background, how many to keep, and which one to go on from."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from trainfn._checkpoint import _disk
+from trainfn._checkpoint._contents import SHARD, Contents, contents_of
+from trainfn._checkpoint._folder import STEP, Folder, best_of, expired
+from trainfn._checkpoint._lock import Lock
+from trainfn._checkpoint._snapshot import Snapshot
+from trainfn._checkpoint._write import explained, sweep, write
+from trainfn._types import TrainState
+from trainfn.errors import CheckpointError
+
+
+class Checkpoints:
+    """The checkpoints of one run, ``folder/checkpoint-<step>``, each as `save` writes it.
+
+    As a context manager it waits at the end for what is still being written, and raises its error. A run holds a lock
+    on its folder from its first save, or the start of the ``with`` block, to the end.
+
+    Args:
+        folder: Made if it does not exist.
+        every: `due` every so many steps; never by itself if None.
+        keep: How many to keep, the newest; all if None.
+        keep_every: Keep those of steps that this divides as well.
+        best: The name of a metric: the checkpoint with the best value of it is kept as well.
+        mode: Whether the ``"min"`` or the ``"max"`` is best.
+        asynchronous: Whether `save` returns as soon as it has copied the state in memory, which takes once more the
+            state's size of host memory.
+        resume: Whether the run goes on from what is in the folder. If not, there must be nothing in it.
+        max_shard_size: Bytes above which the model is split into several files.
+
+    Raises:
+        ValueError: If an argument makes no sense, or ``resume=False`` finds checkpoints.
+
+    >>> import tempfile, torch, trainfn as tfn
+    >>> state = tfn.init(torch.nn.Linear(2, 1), tfn.optim.sgd(0.1))
+    >>> with Checkpoints(tempfile.mkdtemp(), keep=2) as checkpoints:
+    ...     for n in range(4):
+    ...         checkpoints.save(state._replace(step=torch.tensor(n)), {"note": n})
+    >>> checkpoints.steps()
+    [2, 3]
+    >>> checkpoints.restore(like=state)
+    (TrainState(Linear, step=3, params=2 tensors / 3 numbers), {'note': 3})
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every: int | None = None,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        best: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        asynchronous: bool = True,
+        resume: bool = True,
+        max_shard_size: int = SHARD,
+    ) -> None:
+        counts = {"every": every, "keep": keep, "keep_every": keep_every, "max_shard_size": max_shard_size}
+        for name, count in counts.items():
+            if count is not None and (type(count) is not int or count < 1):
+                raise ValueError(f"Checkpoints(folder, {name}={count!r}): a whole number from 1 on, or None.")
+        if mode not in ("min", "max"):
+            raise ValueError(f"Checkpoints(folder, mode={mode!r}): 'min' or 'max'.")
+        self.folder, self.every, self.keep, self.keep_every = Path(folder), every, keep, keep_every
+        self.best, self.asynchronous, self.max_shard_size = best, asynchronous, max_shard_size
+        self.mode: Literal["min", "max"] = mode
+        self._found = Folder(self.folder)
+        self._lock: Lock | None = None
+        self._snapshot = Snapshot()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        if not resume and (steps := self.steps()):
+            raise ValueError(
+                f"Checkpoints({str(folder)!r}, resume=False): there are checkpoints of a run here, the last of step"
+                f" {steps[-1]}. Nothing is overwritten: say `resume=True` to go on, or give another folder."
+            )
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    def due(self, n: int) -> bool:
+        """Whether the state after ``n`` steps is one to save."""
+        return self.every is not None and n % self.every == 0
+
+    def save(
+        self,
+        state: TrainState,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Save the state as ``checkpoint-<its step>``. Waits for the save before this one, if that is still going on.
+
+        Args:
+            state: May be changed or donated as soon as this returns.
+            extra: What `restore` gives back beside the state; plain JSON.
+            metrics: Numbers or `Mean`s, for ``best=``.
+            wait: Whether to return only when it is on the disk.
+
+        Raises:
+            CheckpointError: If it can't be written, or the save before this one was not; or if another run saves here.
+            TypeError: If ``extra`` is not plain JSON, or a leaf of the state can't be saved.
+            ValueError: If there is a checkpoint of a later step, which a resume would take for the newest.
+        """
+        self.wait()
+        call = "Checkpoints.save(state)"
+        contents = contents_of(state, call, max_shard_size=self.max_shard_size, extra=extra, metrics=metrics)
+        if self.best is not None and metrics is not None and self.best not in metrics:
+            near = difflib.get_close_matches(self.best, list(metrics), n=1, cutoff=0)
+            raise ValueError(f"{call}: best={self.best!r} is not among the metrics. Did you mean {near}?")
+        self._open(contents.nbytes)
+        self._check_newest(contents.manifest.step)
+        if not self.asynchronous:
+            self._write(contents)
+            return
+        contents = contents._replace(leaves=self._snapshot.take(contents.leaves))
+        # Not a daemon: Python waits for it at its end. It computes nothing, so no generator of torch is touched.
+        self._thread = threading.Thread(target=self._run, args=(contents,), name="checkpoint")
+        self._thread.start()
+        if wait:
+            self.wait()
+
+    def check(self) -> None:
+        """Raise the error of a write in the background, if it has failed; never waits."""
+        if self._error is not None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for a write in the background, and raise its error if it failed."""
+        self._settle()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _settle(self) -> None:
+        """Let a write in the background end; its error is for `check` and `wait`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, contents: Contents) -> None:
+        try:
+            self._write(contents)
+        except BaseException as error:
+            if not threading.main_thread().is_alive():
+                raise  # no one will ask any more: Python prints it
+            self._error = error
+
+    def _write(self, contents: Contents) -> None:
+        step = contents.manifest.step
+        sweep(self.folder, STEP)
+        write(self._found.target(step), contents)
+        self._found.damaged.discard(step)
+        if self.keep is not None:
+            self._rotate(step, self.keep)
+
+    def _rotate(self, written: int, keep: int) -> None:
+        """Remove what is not to be kept. What has just been written stays, whatever else is there."""
+        complete = self._found.complete()
+        best = best_of({s: m.metrics.get(self.best) for s, (_, m) in complete.items()}, self.mode) if self.best else ()
+        for step in expired(complete, {written, *best}, keep=keep, keep_every=self.keep_every):
+            path, _ = complete[step]
+            try:
+                _disk.remove(path)
+            except OSError as error:
+                warnings.warn(f"{str(path)!r} could not be removed, and is kept: {error}.", stacklevel=2)
+
+    def _open(self, nbytes: int) -> None:
+        if self._lock is None or not self._lock.held:
+            try:
+                _disk.make_folders(self.folder)
+                self._lock = Lock(self.folder)
+            except OSError as error:
+                raise CheckpointError(explained(error, self.folder / "checkpoint", nbytes)) from error
+
+    def _check_newest(self, step: int) -> None:
+        later = self._found.after(step)
+        if later is not None:
+            raise ValueError(
+                f"Checkpoints.save(state): the state is at step {step}, and {str(self.folder)!r} has a checkpoint of"
+                f" step {later}, which a resume would take. A run that goes back in time needs a folder of its own; or"
+                " remove the later ones."
+            )
+
+    # --- restoring ------------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints in the folder, in order."""
+        self._settle()
+        return sorted(self._found.complete())
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose every checksum is right; a warning names the damage of newer ones."""
+        self._settle()
+        return self._found.newest()
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state that is not damaged, and what was saved with it; None if nothing was saved.
+
+        Args:
+            like: See `trainfn.restore`.
+            step: The one to restore; by default the newest, or, with a warning, the one before if that is damaged.
+
+        Raises:
+            CheckpointError: If it does not fit ``like``; if all are damaged; or if that of ``step`` is, or does not
+                exist.
+        """
+        self._settle()
+        return self._found.load(like, step)
+
+    # --- from beginning to end ------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        """Lock the folder."""
+        self._open(0)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Wait for the last write; its error is raised, or noted on the one that ends the block."""
+        try:
+            self.wait()
+        except Exception as failed:
+            if error is None:
+                raise
+            error.add_note(f"And a checkpoint was not written: {failed}")
+        finally:
+            self._snapshot = Snapshot()  # its memory is the state's size
+            if self._lock is not None:
+                self._lock.close()

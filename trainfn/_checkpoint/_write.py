@@ -1,0 +1,128 @@
+"""A checkpoint onto the disk: all of it, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainfn._checkpoint import _disk
+from trainfn._checkpoint._contents import Contents
+from trainfn._checkpoint._format import LIMIT, MANIFEST, Leaf, header, manifest_bytes
+from trainfn.errors import CheckpointError
+
+
+def write(target: Path, contents: Contents) -> None:
+    """Write a checkpoint to ``target``, over one that may be there.
+
+    Raises:
+        CheckpointError: If the disk does not take it; everything is then as it was before.
+    """
+    _check_replaceable(target)
+    beside = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    try:
+        if beside.exists():
+            _disk.discard(beside)
+        _disk.make_folder(beside)
+        _fill(beside, contents)
+        _disk.flush_folder(beside)
+        _disk.publish(beside, target)
+    except OSError as error:
+        raise CheckpointError(explained(error, target, contents.nbytes)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            if beside.exists():
+                _disk.discard(beside)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise if something else than a checkpoint, whole or not, is in the place of one."""
+    if not os.path.lexists(target) or (not target.is_symlink() and (target / MANIFEST).exists()):
+        return
+    ours = target.is_dir() and all(path.suffix in (".safetensors", ".json") for path in target.iterdir())
+    if target.is_symlink() or not ours:
+        raise CheckpointError(
+            f"{str(target)!r} exists and is no checkpoint (a folder with a {MANIFEST}): it is not replaced. Give a"
+            " folder that does not exist yet, such as one below it."
+        )
+
+
+def _fill(folder: Path, contents: Contents) -> None:
+    manifest = contents.manifest
+    files = {name: _disk.write(folder / name, [text]) for name, text in contents.texts.items()}
+    for name in dict.fromkeys(leaf.file for leaf in manifest.tree.values()):
+        files[name] = _disk.write(folder / name, _file(manifest.leaves_of(name), contents.leaves))
+    data = manifest_bytes(manifest._replace(files=files))
+    if len(data) > LIMIT:
+        raise ValueError(f"save to {folder.parent}: the manifest would take {len(data):,} bytes; {LIMIT:,} are read."
+                         " Put less into extra.")  # fmt: skip
+    _disk.write(folder / MANIFEST, [data])
+
+
+def _file(leaves: dict[str, Leaf], values: dict[str, Tensor]) -> Iterator[memoryview | bytes]:
+    yield header(leaves)
+    for name in leaves:
+        yield bytes_of(values[name].detach().cpu().contiguous().resolve_conj().resolve_neg())
+
+
+def bytes_of(value: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    flat = value.as_strided((value.numel(),), (1,))  # `reshape(-1)` would keep any stride of a dimension of size 1
+    return flat.view(torch.uint8).numpy().data
+
+
+# --- what an earlier crash left -----------------------------------------------------------------------------------
+
+_LEFT = re.compile(r"\.(?P<name>.+)\.(writing|removing)-(?P<pid>[0-9]+)")
+
+
+def sweep(folder: Path, name: str) -> None:
+    """Remove the unfinished work of dead processes on the folders whose name matches the pattern ``name``."""
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            left = _LEFT.fullmatch(path.name)
+            if left and re.fullmatch(name, left["name"]) and not _alive(int(left["pid"])) and not path.is_symlink():
+                _disk.discard(path)
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process has this number. What this process left is not in use: it writes one at a time."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def explained(error: OSError, target: Path, needed: int) -> str:
+    """What went wrong, and what to do about it."""
+    folder = target.parent
+    intact = "The training state in memory is intact, and so are the checkpoints saved earlier."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        try:
+            free = f"{shutil.disk_usage(folder).free:,} free"
+        except OSError:
+            free = "less free"
+        why = f"the disk is full: {needed:,} bytes needed, {free}. Make room, save elsewhere, or keep fewer (`keep=`)"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        why = f"the folder can't be written to ({error.strerror}). Change its permissions, or save elsewhere"
+    elif error.errno in (errno.ENOENT, errno.ENOTDIR) and not folder.is_dir():
+        why = f"its folder {str(folder)!r} has vanished. Bring it back, or save elsewhere"
+        intact = "The training state in memory is intact."
+    else:
+        why = f"{error.strerror or error}"
+    return f"the checkpoint {str(target)!r} could not be written: {why}. {intact}"

@@ -1,0 +1,37 @@
+"""The metrics of a state over many batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from trainfn._batches import placed
+from trainfn._types import Batch, Mean, Metrics, TrainState
+
+
+def evaluate(eval_step: Callable[[TrainState, Batch], Metrics], state: TrainState, batches: Iterable[Batch]) -> Metrics:
+    """The metrics over all batches, exact whatever their sizes; sums are kept in float64 where the device has it.
+
+    Raises:
+        ValueError: If there is no batch.
+
+    >>> import torch, trainfn as tfn
+    >>> state = tfn.init({"w": torch.tensor([3.0])}, tfn.optim.sgd(0.1))
+    >>> step = tfn.eval_step(lambda p, x: tfn.Mean.of(p["w"] * x))
+    >>> evaluate(step, state, [torch.ones(3), torch.zeros(1)])["loss"]
+    Mean(2.25 over weight 4)
+    """
+    device = state.step.device
+    total: Metrics = {}
+    for batch in batches:
+        metrics = {name: _wide(mean) for name, mean in eval_step(state, placed(batch, device)).items()}
+        total = {name: total[name] + mean for name, mean in metrics.items()} if total else metrics
+    if not total:
+        raise ValueError("evaluate(eval_step, state, batches): there was no batch. An iterator can be used once.")
+    return total
+
+
+def _wide(mean: Mean) -> Mean:
+    dtype = torch.float32 if mean.total.device.type == "mps" else torch.float64
+    return Mean(mean.total.to(dtype), mean.weight.to(dtype))

@@ -1,0 +1,217 @@
+"""Evaluation during training, and what follows from its numbers: stop early, keep the best."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from trainfn import tree
+from trainfn._evaluate import evaluate
+from trainfn._types import Batch, Metrics, StepInfo, Stop, TrainState
+from trainfn.callbacks._log import values
+
+Mode = Literal["min", "max"]
+
+
+class evaluation:
+    """Every so many steps and at the end, evaluate, and hand the metrics to further callbacks.
+
+    Before the first step one batch is evaluated, so that a misspelt metric, or an evaluation that fails, is found then
+    and not after an hour.
+
+    Args:
+        eval_step: From `trainfn.eval_step`, compiled or not.
+        batches: Batches that can be iterated again and again: a list, or a `trainfn.data` loader with ``epochs=1``.
+        every: The number of steps from one evaluation to the next.
+        then: Callbacks for the metrics, under their names with the prefix.
+        prefix: Of the metrics' names.
+        of: The state to evaluate, such as ``lambda s: s._replace(params=s.extra["ema"])``.
+
+    Raises:
+        ValueError: If ``every`` is below 1, or the batches can be iterated only once or never end; before the first
+            step, if a callback waits for a metric that there is not.
+
+    >>> import torch, trainfn as tfn
+    >>> optimizer = tfn.optim.sgd(0.5)
+    >>> loss = lambda p, x: tfn.Mean.of((p["w"] - x) ** 2)
+    >>> check = evaluation(tfn.eval_step(loss), [torch.ones(2)], every=2, then=[
+    ...     lambda info: print(info.n, values(info.metrics))])
+    >>> state = tfn.init({"w": torch.tensor([5.0])}, optimizer)
+    >>> _ = tfn.fit(tfn.train_step(loss, optimizer), state, lambda n: torch.ones(2), until=3, callbacks=[check])
+    2 {'eval_loss': 0.0}
+    3 {'eval_loss': 0.0}
+    """
+
+    def __init__(
+        self,
+        eval_step: Callable[[TrainState, Batch], Metrics],
+        batches: Iterable[Batch],
+        *,
+        every: int,
+        then: Sequence[Callable[[StepInfo], object]] = (),
+        prefix: str = "eval_",
+        of: Callable[[TrainState], TrainState] = lambda state: state,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"evaluation(..., every={every}): the number of steps from one to the next, 1 or more.")
+        if iter(batches) is batches:
+            raise ValueError(
+                "evaluation(eval_step, batches): these batches can be iterated only once. Give a list, or a"
+                " `tfn.data.loader(..., epochs=1)`."
+            )
+        if getattr(batches, "steps", 1) is None:
+            raise ValueError("evaluation(eval_step, batches): these never end. Say `tfn.data.loader(..., epochs=1)`.")
+        self.eval_step, self.batches, self.every, self.then = eval_step, batches, every, tuple(then)
+        self.prefix, self.of = prefix, of
+        self.latest: tuple[int, dict[str, float]] | None = None
+
+    def begin(self, info: StepInfo) -> list[str]:
+        """Evaluate one batch; return the metrics' names."""
+        first = next(iter(self.batches), None)
+        if first is None:
+            raise ValueError("evaluation(eval_step, batches): there is no batch.")
+        names = [self.prefix + name for name in evaluate(self.eval_step, self.of(info.state), [first])]
+        for callback in self.then:
+            if hasattr(callback, "check"):
+                callback.check(names)  # type: ignore[attr-defined]
+        return names
+
+    def __call__(self, info: StepInfo) -> Stop | None:
+        """Evaluate if it is time; stop if a callback says so."""
+        if info.n % self.every != 0 and info.n != info.until:
+            return None
+        metrics = evaluate(self.eval_step, self.of(info.state), self.batches)
+        named = info._replace(metrics={self.prefix + name: mean for name, mean in metrics.items()})
+        self.latest = info.n, values(named.metrics)
+        answers = [callback(named) for callback in self.then]
+        return next((answer for answer in answers if isinstance(answer, Stop)), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the callbacks keep, by number."""
+        return {str(i): c.state_dict() for i, c in enumerate(self.then) if hasattr(c, "state_dict")}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give the callbacks back what they kept."""
+        for i, callback in enumerate(self.then):
+            if str(i) in state and hasattr(callback, "load_state_dict"):
+                callback.load_state_dict(state[str(i)])  # type: ignore[attr-defined]
+
+
+class Best:
+    """The best value of a metric so far: a fold over its values.
+
+    Args:
+        metric: Its name.
+        mode: Whether the ``"min"`` or the ``"max"`` is best.
+        min_delta: By how much a value must be better to count as better.
+    """
+
+    def __init__(self, metric: str, mode: Mode = "min", min_delta: float = 0.0) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"{type(self).__name__}({metric!r}, mode={mode!r}): 'min' or 'max'.")
+        self.metric, self.mode, self.min_delta = metric, mode, min_delta
+        self.value, self.n = math.nan, 0
+
+    def better(self, value: float, n: int) -> bool:
+        """Take note of a value; True if it is the best so far. NaN never is."""
+        gain = self.value - value if self.mode == "min" else value - self.value
+        if math.isnan(value) or not (math.isnan(self.value) or gain > self.min_delta):
+            return False
+        self.value, self.n = value, n
+        return True
+
+    def of(self, info: StepInfo) -> float:
+        """This metric's value. Waits for the device."""
+        self.check(info.metrics)
+        return float(info.metrics[self.metric].value)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise if the metric is not among the names."""
+        known = list(names)
+        if self.metric not in known:
+            near = difflib.get_close_matches(self.metric, known, n=1, cutoff=0.0)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{type(self).__name__}({self.metric!r}): the metrics are {known}.{hint}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value and its step; JSON has no NaN."""
+        return {"value": None if math.isnan(self.value) else self.value, "n": self.n}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.value, self.n = math.nan if state["value"] is None else state["value"], state["n"]
+
+
+class early_stopping(Best):
+    """Stop once a metric has not become better for so many looks at it.
+
+    Args:
+        metric: Its name, such as ``"eval_loss"`` in `evaluation`.
+        patience: How many looks without a better value.
+        mode: Whether the ``"min"`` or the ``"max"`` is best.
+        min_delta: By how much a value must be better to count as better.
+
+    Raises:
+        ValueError: If the metric is not there: before the first step in an `evaluation`, else after it.
+
+    >>> import torch, trainfn as tfn
+    >>> stop = early_stopping("loss", patience=2)
+    >>> for n, value in enumerate([3.0, 2.0, 2.5, 2.0]):
+    ...     answer = stop(tfn.StepInfo(n, None, {"loss": tfn.Mean.of(torch.tensor([value]))}, 0.1))
+    >>> answer
+    Stop(reason="'loss' was best at step 1 (2), and not better in 2 looks since")
+    """
+
+    def __init__(self, metric: str, *, patience: int = 3, mode: Mode = "min", min_delta: float = 0.0) -> None:
+        super().__init__(metric, mode, min_delta)
+        if patience < 1:
+            raise ValueError(f"early_stopping({metric!r}, patience={patience}): 1 or more.")
+        self.patience, self.waited = patience, 0
+
+    def __call__(self, info: StepInfo) -> Stop | None:
+        """Look at the metric."""
+        self.waited = 0 if self.better(self.of(info), info.n) else self.waited + 1
+        if self.waited < self.patience:
+            return None
+        looks = "look" if self.waited == 1 else "looks"
+        return Stop(
+            f"{self.metric!r} was best at step {self.n} ({self.value:.6g}), and not better in {self.waited} {looks}"
+            " since"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value, its step, and the looks since."""
+        return {**super().state_dict(), "waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        super().load_state_dict(state)
+        self.waited = state["waited"]
+
+
+class keep_best(Best):
+    """Keep a copy of the state with the best value of a metric, in memory, as ``.state``.
+
+    On disk, `trainfn.Checkpoints` keeps the best with ``best="eval_loss"``.
+
+    Args:
+        metric: Its name.
+        mode: Whether the ``"min"`` or the ``"max"`` is best.
+        min_delta: By how much a value must be better to count as better.
+
+    >>> import torch, trainfn as tfn
+    >>> best = keep_best("loss")
+    >>> for n, value in enumerate([3.0, 2.0, 2.5]):
+    ...     best(tfn.StepInfo(n, {"w": torch.tensor(n)}, {"loss": tfn.Mean.of(torch.tensor([value]))}, 0.1))
+    >>> best.state, best.value, best.n
+    ({'w': tensor(1)}, 2.0, 1)
+    """
+
+    state: TrainState | None = None
+
+    def __call__(self, info: StepInfo) -> None:
+        """Look at the metric, and copy the state if it is the best."""
+        if self.better(self.of(info), info.n):
+            self.state = tree.copy(info.state)

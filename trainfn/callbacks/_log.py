@@ -1,0 +1,126 @@
+"""Numbers and lines: what a metric is worth, now and over a window of steps.
+
+A metric becomes a number only here, in `values`, and only when it is shown: that is the one place that waits for
+the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trainfn._types import Mean, Metrics, StepInfo
+
+
+def values(metrics: Metrics) -> dict[str, float]:
+    """The metrics as numbers. Waits for the device.
+
+    >>> import torch, trainfn as tfn
+    >>> values({"loss": tfn.Mean.of(torch.tensor([1.0, 3.0]))})
+    {'loss': 2.0}
+    """
+    return {name: float(mean.value) for name, mean in metrics.items()}
+
+
+def every(n: int, fn: Callable[[StepInfo], object]) -> Callable[[StepInfo], None]:
+    """Call ``fn(info)`` after every ``n`` steps.
+
+    >>> import torch, trainfn as tfn
+    >>> seen = []
+    >>> callback = every(2, lambda info: seen.append(info.n))
+    >>> for k in range(1, 6):
+    ...     callback(tfn.StepInfo(k, None, {}, 0.0))
+    >>> seen
+    [2, 4]
+    """
+    if n < 1:
+        raise ValueError(f"every({n}, fn): the interval is 1 or more.")
+
+    def call(info: StepInfo) -> None:
+        if info.n % n == 0:
+            fn(info)
+
+    return call
+
+
+class window:
+    """Like `every`, with the metrics and seconds of all steps since the last call, added up.
+
+    The sum stays on the device; nothing waits until ``fn`` looks. A run that goes on from a checkpoint goes on with
+    the sum.
+
+    >>> import torch, trainfn as tfn
+    >>> callback = window(2, lambda info: print(info.n, values(info.metrics)))
+    >>> for k in range(1, 5):
+    ...     callback(tfn.StepInfo(k, None, {"loss": tfn.Mean.of(torch.tensor([float(k)]))}, 0.1))
+    2 {'loss': 1.5}
+    4 {'loss': 3.5}
+    """
+
+    def __init__(self, n: int, fn: Callable[[StepInfo], object]) -> None:
+        if n < 1:
+            raise ValueError(f"window({n}, fn): the interval is 1 or more.")
+        self.n, self.fn, self._sum = n, fn, Sum()
+
+    def __call__(self, info: StepInfo) -> object:
+        """Add a step; call ``fn`` if it is time."""
+        self._sum.add(info)
+        return self.fn(self._sum.take(info)) if info.n % self.n == 0 else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sum so far, as JSON. Waits for the device."""
+        means = {name: [mean.total.tolist(), mean.weight.tolist()] for name, mean in self._sum.metrics.items()}
+        return {"metrics": means, "seconds": self._sum.seconds, "steps": self._sum.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._sum = Sum()
+        self._sum.metrics = {
+            name: Mean(torch.tensor(total), torch.tensor(weight)) for name, (total, weight) in state["metrics"].items()
+        }
+        self._sum.seconds, self._sum.steps = state["seconds"], state["steps"]
+
+
+class Sum:
+    """Metrics and seconds of several steps, added up."""
+
+    def __init__(self) -> None:
+        self.metrics: Metrics = {}
+        self.seconds = 0.0
+        self.steps = 0
+
+    def add(self, info: StepInfo) -> None:
+        """Add a step."""
+        self.metrics = {k: m + self._held(k, m) if k in self.metrics else m for k, m in info.metrics.items()}
+        self.seconds += info.seconds
+        self.steps += 1
+
+    def _held(self, name: str, like: Mean) -> Mean:
+        held = self.metrics[name]  # restored ones come from the CPU
+        device = like.total.device
+        return held if held.total.device == device else Mean(held.total.to(device), held.weight.to(device))
+
+    def take(self, info: StepInfo) -> StepInfo:
+        """The sum, as a `StepInfo`; it starts anew."""
+        summed = info._replace(metrics=self.metrics, seconds=self.seconds)
+        self.__init__()
+        return summed
+
+
+def log(n: int, fn: Callable[[str], object] = print) -> window:
+    """Every ``n`` steps, give ``fn`` one line: step, the metrics' means since the last line, steps per second.
+
+    >>> import torch, trainfn as tfn
+    >>> callback = log(1)
+    >>> callback(tfn.StepInfo(1, None, {"loss": tfn.Mean.of(torch.tensor([0.5]))}, 0.1, until=3))
+    step 1/3  loss 0.5  10 steps/s
+    """
+
+    def line(info: StepInfo) -> None:
+        numbers = "  ".join(f"{name} {number:.4g}" for name, number in values(info.metrics).items())
+        end = f"/{info.until}" if info.until is not None else ""
+        fn(f"step {info.n}{end}  {numbers}  {n / info.seconds:.3g} steps/s")
+
+    return window(n, line)

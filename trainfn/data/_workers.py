@@ -1,0 +1,76 @@
+"""Batches made ahead of time, in other processes: torch's ``DataLoader`` asked for batch numbers.
+
+A worker gets a number and returns that batch, so what it makes can't depend on which worker it is. Batches come out
+in order, epochs included: there is no end of an epoch at which workers would stop or start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from trainfn._types import Batch
+from trainfn.data._plan import natural
+
+
+def checked(call: str, num_workers: int, prefetch: int | None) -> int:
+    """Batches that a worker is ahead."""
+    natural(call, "num_workers", num_workers, least=0)
+    if prefetch is not None and num_workers == 0:
+        raise ValueError(f"`{call}`: nothing is made ahead of time without workers. Say num_workers=1, or leave out"
+                         " prefetch.")  # fmt: skip
+    return 2 if prefetch is None else natural(call, "prefetch", prefetch)
+
+
+class _Numbered(Dataset[Batch]):
+    def __init__(self, make: Callable[[int], Batch]) -> None:
+        self.make = make
+
+    def __getitem__(self, n: int) -> Batch:
+        return self.make(n)
+
+
+class _Streamed(IterableDataset[Batch]):
+    def __init__(self, make: Callable[[], Iterator[Batch]]) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.make()
+
+
+def each(make: Callable[[int], Batch], numbers: Iterable[int], num_workers: int, prefetch: int) -> Iterator[Batch]:
+    """``make(n)`` for each number, in order."""
+    if num_workers == 0:
+        return (make(n) for n in numbers)  # no `map`: a StopIteration in `make` would end it in silence
+    return _loaded(_Numbered(make), num_workers, prefetch, sampler=numbers)
+
+
+def streamed(make: Callable[[], Iterator[Batch]], num_workers: int, prefetch: int) -> Iterator[Batch]:
+    """What ``make()`` yields, in this process or in one worker."""
+    return make() if num_workers == 0 else _loaded(_Streamed(make), num_workers, prefetch)
+
+
+def _loaded(dataset: Any, num_workers: int, prefetch: int, **options: Any) -> Iterator[Batch]:
+    batches = iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            collate_fn=_same,
+            num_workers=num_workers,
+            prefetch_factor=prefetch,
+            pin_memory=torch.cuda.is_available(),  # so that the copy to the GPU overlaps with the step
+            generator=torch.Generator(),  # without one, it draws a seed from the global generator
+            **options,
+        )
+    )
+    try:
+        yield from batches
+    finally:  # also when the generator is left early: its workers end now, not at the next garbage collection
+        batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
