@@ -57,5 +57,5 @@ def register_profiles() -> None:
     """
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
     common = {"deadline": None, "max_examples": 25, "suppress_health_check": slow}
-    settings.register_profile("trainfn-dev", **common)  # type: ignore[arg-type]
+    settings.register_profile("trainfn-dev", derandomize=False, **common)  # type: ignore[arg-type]
     settings.register_profile("trainfn-ci", derandomize=True, **common)  # type: ignore[arg-type]
