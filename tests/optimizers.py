@@ -47,6 +47,61 @@ def ema_rule(p, state, t, decay=0.8):
     p.sub_(LR * state["ema"] / (1 - decay**t))
 
 
+def projected(p, state, t, rule, rank=2, gap=7, scale=0.25, kind="std"):
+    """GaLore: call ``rule(low-rank gradient)`` for what is projected back; other tensors as they are."""
+    if p.dim() != 2:
+        return rule(p.grad)
+    rows, columns = p.shape
+    tall = {"std": rows >= columns, "reverse_std": rows < columns, "right": True, "left": False}.get(kind)
+    if (t - 1) % gap == 0:
+        u, _, vh = torch.linalg.svd(p.grad, full_matrices=False)
+        state["left"], state["right"] = u[:, :rank].clone(), vh[:rank].clone()
+    left = torch.eye(rows).to(p) if tall is True else state["left"]
+    right = torch.eye(columns).to(p) if tall is False else state["right"]
+    return scale * (left @ rule(left.T @ p.grad @ right.T) @ right)
+
+
+def galore_adamw_rule(weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-6, **options):
+    def rule(p, state, t):
+        def adam(g):
+            state["m"] = b1 * state.get("m", torch.zeros_like(g)) + (1 - b1) * g
+            state["v"] = b2 * state.get("v", torch.zeros_like(g)) + (1 - b2) * g * g
+            return state["m"] / (state["v"].sqrt() + eps) * (math.sqrt(1 - b2**t) / (1 - b1**t))
+
+        p.sub_(LR * projected(p, state, t, adam, **options))
+        p.mul_(1 - LR * weight_decay)
+
+    return lambda params: Reference(params, rule)
+
+
+def factored(g, state, t, decay_rate=-0.8):
+    b2, square = 1 - t**decay_rate, g * g + 1e-30
+    if g.dim() < 2:
+        state["v"] = b2 * state.get("v", 0) + (1 - b2) * square
+        update = g / state["v"].sqrt()
+    else:
+        state["r"] = b2 * state.get("r", 0) + (1 - b2) * square.mean(-1)
+        state["c"] = b2 * state.get("c", 0) + (1 - b2) * square.mean(-2)
+        row = state["r"] / state["r"].mean(-1, keepdim=True)
+        update = g / (row.unsqueeze(-1) * state["c"].unsqueeze(-2)).sqrt()
+    return update / max(1.0, float(update.norm()) / update.numel() ** 0.5)
+
+
+def galore_adafactor_rule(p, state, t, weight_decay=0.1):
+    step = projected(p, state, t, lambda g: factored(g, state, t))
+    p.sub_(LR * (step + weight_decay * p))
+
+
+def lomo_rule(p, state, t, weight_decay=0.1):
+    p.mul_(1 - LR * weight_decay).sub_(LR * p.grad)
+
+
+def adalomo_rule(p, state, t, weight_decay=0.1):
+    rate = LR * max(1e-3, float(p.norm()) / math.sqrt(p.numel()))
+    step = factored(p.grad, state, t)
+    p.mul_(1 - rate * weight_decay).sub_(rate * step)
+
+
 class Pair:
     """Two torch optimizers that share the parameters, as one."""
 
@@ -169,6 +224,25 @@ OPTIMIZERS = [
         optim.muon(LR, adjust="original", nesterov=False),
         lambda p: torch_muon(p, "original", nesterov=False),
     ),
+    ("galore adamw", optim.galore_adamw(LR, rank=2, update_proj_gap=7), galore_adamw_rule()),
+    (
+        "galore adamw, both sides, decay",
+        optim.galore_adamw(LR, 0.8, 0.95, 1e-4, weight_decay=0.1, rank=2, update_proj_gap=7, proj_type="full"),
+        galore_adamw_rule(0.1, 0.8, 0.95, 1e-4, kind="full"),
+    ),
+    (
+        "galore adamw, long sides",
+        optim.galore_adamw(LR, rank=2, update_proj_gap=7, proj_type="reverse_std", scale=1.0),
+        galore_adamw_rule(kind="reverse_std", scale=1.0),
+    ),
+    (
+        "galore adafactor",
+        optim.galore_adafactor(LR, rank=2, update_proj_gap=7, weight_decay=0.1),
+        lambda p: Reference(p, galore_adafactor_rule),
+    ),
+    ("lomo", optim.lomo(LR, weight_decay=0.1), lambda p: Reference(p, lomo_rule)),
+    ("lomo clipped", optim.lomo(LR, clip_grad_norm=0.05), clipped(lambda p: t.SGD(p, LR))),
+    ("adalomo", optim.adalomo(LR, weight_decay=0.1), lambda p: Reference(p, adalomo_rule)),
     ("lookahead", optim.lookahead(optim.sgd(LR), 3), lambda p: Reference(p, lookahead_rule)),
     ("ema", optim.chain(optim.ema(0.8), optim.sgd(LR)), lambda p: Reference(p, ema_rule)),
     (

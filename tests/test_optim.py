@@ -118,6 +118,10 @@ NUMBERS = [
     ("adagrad", optim.adagrad, {"learning_rate": 0.1}),
     ("adafactor", optim.adafactor, {"learning_rate": 0.1, "b1": 0.9, "weight_decay": 0.1}),
     ("muon", optim.muon, {"learning_rate": 0.1}),
+    ("galore adamw", optim.galore_adamw, {"learning_rate": 0.1, "weight_decay": 0.1, "rank": 2}),
+    ("galore adafactor", optim.galore_adafactor, {"learning_rate": 0.1, "b1": 0.9, "weight_decay": 0.1, "rank": 2}),
+    ("lomo", optim.lomo, {"learning_rate": 0.1, "weight_decay": 0.1, "clip_grad_norm": 1.0, "clip_grad_value": 0.5}),
+    ("adalomo", optim.adalomo, {"learning_rate": 0.1, "weight_decay": 0.1, "clip_grad_norm": 1.0}),
 ]
 
 

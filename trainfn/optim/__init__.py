@@ -3,6 +3,13 @@
 A `Transform` is a pair of pure functions: ``init(params) -> state`` and ``update(updates, state, params) ->
 (updates, state)``. What comes out of the last one of a chain is added to the parameters, so
 ``adamw(lr)`` is ``chain(scale_by_adam(), add_decayed_weights(0.01), scale_by_learning_rate(lr))``.
+
+========================================================== ============================================================
+a moment or two per number of the parameters               `sgd`, `adam`, `adamw`, `lion`, `rmsprop`, `adagrad`, `muon`
+less: two vectors per matrix, or moments of low rank       `adafactor`, `adalomo`; `galore_adamw`, `galore_adafactor`
+none                                                       `sgd` without momentum, `lomo`
+around another rule                                        `galore`, `lookahead`, `masked`, `partition`
+========================================================== ============================================================
 """
 
 from trainfn._types import Transform as Transform
@@ -27,10 +34,16 @@ from trainfn.optim._combine import identity as identity
 from trainfn.optim._combine import masked as masked
 from trainfn.optim._combine import partition as partition
 from trainfn.optim._decay import add_decayed_weights as add_decayed_weights
+from trainfn.optim._galore import GaloreState as GaloreState
+from trainfn.optim._galore import galore as galore
+from trainfn.optim._galore import galore_adafactor as galore_adafactor
+from trainfn.optim._galore import galore_adamw as galore_adamw
 from trainfn.optim._hyperparams import InjectState as InjectState
 from trainfn.optim._hyperparams import get_hyperparams as get_hyperparams
 from trainfn.optim._hyperparams import inject_hyperparams as inject_hyperparams
 from trainfn.optim._hyperparams import set_hyperparams as set_hyperparams
+from trainfn.optim._lomo import adalomo as adalomo
+from trainfn.optim._lomo import lomo as lomo
 from trainfn.optim._masks import NO_DECAY as NO_DECAY
 from trainfn.optim._masks import Labels as Labels
 from trainfn.optim._masks import Mask as Mask

@@ -41,8 +41,8 @@ def decay_mask(name: str, param: Tensor) -> bool:
     return param.dim() >= 2 and not tree.matches(name, NO_DECAY)
 
 
-def select(call: str, mask: Mask, params: Params) -> frozenset[str]:
-    """The names that a mask selects.
+def select(call: str, mask: Mask, params: Params, argument: str = "mask") -> frozenset[str]:
+    """The names that a mask selects; ``argument`` is what the call calls it.
 
     Raises:
         ValueError: If a pattern occurs in no name, or a dict misses one.
@@ -52,11 +52,11 @@ def select(call: str, mask: Mask, params: Params) -> frozenset[str]:
     if isinstance(mask, str):
         names = frozenset(name for name in params if tree.matches(name, mask))
         if params and not names:
-            raise ValueError(_no_match(call, "mask", mask, params))
+            raise ValueError(_no_match(call, argument, mask, params))
         return names
     if callable(mask):
         return frozenset(name for name, param in params.items() if mask(name, param))
-    _require_names(call, "mask", mask, params)
+    _require_names(call, argument, mask, params)
     return frozenset(name for name in params if mask[name])
 
 
