@@ -484,3 +484,17 @@ def test_metrics_are_numbers_and_name_the_best(tmp_path):
         checkpoints.save(small(1), metrics={"eval_loss": "low"})
     with pytest.raises(TypeError, match=r"metrics\['eval_loss'\] is .*, not a number"):
         checkpoints.save(small(1), metrics={"eval_loss": torch.ones(2)})
+
+
+def test_text_files_stand_beside_the_state_and_are_sealed(tmp_path):
+    state = tfn.init({"w": torch.ones(2)}, tfn.optim.sgd(0.1))
+    store = tfn.Checkpoints(tmp_path)
+    store.save(state, files={"trainer_state.json": '{"epoch": 1.0}'}, wait=True)
+    file = store.newest() / "trainer_state.json"
+    assert file.read_text() == '{"epoch": 1.0}'
+    file.write_text('{"epoch": 2.0}')
+    with pytest.warns(UserWarning, match=r"trainer_state\.json: its bytes are not those that were written"):
+        assert store.newest() is None
+    for name in ("../x.json", ".hidden", "manifest.json", "more.safetensors", "a/b"):
+        with pytest.raises(ValueError, match=r"is no name for a file"):
+            store.save(state._replace(step=state.step + 1), files={name: ""})

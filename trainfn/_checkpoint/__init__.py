@@ -13,6 +13,8 @@ A folder is written beside its place, flushed, and renamed into it: one that has
 `_format.py` (what is in the files), `_write.py`, `_read.py`, `_store.py` (when, how many, which one).
 """
 
+from trainfn._checkpoint._api import manifest as manifest
 from trainfn._checkpoint._api import restore as restore
 from trainfn._checkpoint._api import save as save
+from trainfn._checkpoint._format import Manifest as Manifest
 from trainfn._checkpoint._store import Checkpoints as Checkpoints

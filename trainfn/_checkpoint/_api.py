@@ -96,3 +96,18 @@ def filled(
     found = {new: values[old] for new, old in sources.items()}
     kept = {name: leaf.detach().clone() for name, leaf in expected.items() if name not in found}
     return _leaves.refilled(like, {**kept, **found})
+
+
+def manifest(path: str | os.PathLike[str]) -> Manifest:
+    """What is known of the checkpoint in the folder ``path`` without its values: step, metrics, leaves, ``extra``.
+
+    Raises:
+        CheckpointError: If there is none, or it is damaged.
+
+    >>> import tempfile, torch, trainfn as tfn
+    >>> folder = tempfile.mkdtemp() + "/checkpoint"
+    >>> save(folder, tfn.init({"w": torch.ones(2)}, tfn.optim.sgd(0.1)))
+    >>> manifest(folder).step, sorted(manifest(folder).tree)
+    (0, ['key', 'model/w', 'step'])
+    """
+    return inspect(_disk.located(Path(path)))

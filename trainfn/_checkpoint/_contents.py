@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainfn._checkpoint import _leaves
-from trainfn._checkpoint._format import CODES, STATE_FILE, Leaf, Manifest
+from trainfn._checkpoint._format import CODES, MANIFEST, NAME, STATE_FILE, Leaf, Manifest
 from trainfn._compile._donate import check_alive
 from trainfn._types import Mean, TrainState
 
@@ -38,15 +38,20 @@ def contents_of(
     max_shard_size: int = SHARD,
     extra: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
 ) -> Contents:
     """What a save of ``state`` writes; ``call`` is for the errors."""
     check_alive(state)
     leaves = _leaves.named(state, call)
-    files, texts = _files(state, leaves, max_shard_size)
-    tree = {name: Leaf(_code(leaf, name, call), tuple(leaf.shape), files[name]) for name, leaf in leaves.items()}
+    places, texts = _files(state, leaves, max_shard_size)
+    tree = {name: Leaf(_code(leaf, name, call), tuple(leaf.shape), places[name]) for name, leaf in leaves.items()}
     config = getattr(state.module, "config", None)
     if callable(getattr(config, "to_json_string", None)):
         texts["config.json"] = _config(config, type(state.module).__name__)
+    for name, text in (files or {}).items():
+        if not NAME.fullmatch(name) or name == MANIFEST or name.endswith(".safetensors"):
+            raise ValueError(f"{call}: files={{{name!r}: ...}} is no name for a file beside the state's own.")
+        texts[name] = text.encode() if isinstance(text, str) else text
     plain = json.loads(_json_text(dict(extra or {}), call))  # a copy: what the user does to it later is not written
     numbers = {name: _number(value, name, call) for name, value in (metrics or {}).items()}
     return Contents(leaves, Manifest(int(state.step), numbers, {}, tree, plain, _versions()), texts)

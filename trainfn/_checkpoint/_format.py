@@ -82,7 +82,7 @@ def header(leaves: Mapping[str, Leaf]) -> bytes:
 # --- the manifest -------------------------------------------------------------------------------------------------
 
 _SEAL = re.compile(rb',\n"sha256": "([0-9a-f]{64})"\n}\n\Z')
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")  # no separator, no "..", nothing hidden
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")  # no separator, no "..", nothing hidden
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -171,7 +171,7 @@ def _number(value: Any) -> float:
 
 
 def _file_name(name: str) -> str:
-    if not _NAME.fullmatch(name) or name.lower() == MANIFEST:
+    if not NAME.fullmatch(name) or name.lower() == MANIFEST:
         raise ValueError(f"{name[:80]!r} is no name for a file of a checkpoint")
     return name
 

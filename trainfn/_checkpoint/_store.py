@@ -97,6 +97,7 @@ class Checkpoints:
         extra: Mapping[str, Any] | None = None,
         *,
         metrics: Mapping[str, Any] | None = None,
+        files: Mapping[str, str | bytes] | None = None,
         wait: bool = False,
     ) -> None:
         """Save the state as ``checkpoint-<its step>``. Waits for the save before this one, if that is still going on.
@@ -105,16 +106,20 @@ class Checkpoints:
             state: May be changed or donated as soon as this returns.
             extra: What `restore` gives back beside the state; plain JSON.
             metrics: Numbers or `Mean`s, for ``best=``.
+            files: Small files to put beside the others: their contents by name.
             wait: Whether to return only when it is on the disk.
 
         Raises:
             CheckpointError: If it can't be written, or the save before this one was not; or if another run saves here.
             TypeError: If ``extra`` is not plain JSON, or a leaf of the state can't be saved.
-            ValueError: If there is a checkpoint of a later step, which a resume would take for the newest.
+            ValueError: If there is a checkpoint of a later step, which a resume would take for the newest; or a file's
+                name is none.
         """
         self.wait()
         call = "Checkpoints.save(state)"
-        contents = contents_of(state, call, max_shard_size=self.max_shard_size, extra=extra, metrics=metrics)
+        contents = contents_of(
+            state, call, max_shard_size=self.max_shard_size, extra=extra, metrics=metrics, files=files
+        )
         if self.best is not None and metrics is not None and self.best not in metrics:
             near = difflib.get_close_matches(self.best, list(metrics), n=1, cutoff=0)
             raise ValueError(f"{call}: best={self.best!r} is not among the metrics. Did you mean {near}?")
