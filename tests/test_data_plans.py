@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from trainfn import data
 from trainfn.data import _bits
+from trainfn.testing import check_plan
 
 EACH = pytest.mark.parametrize(("name", "last"), TABLE)
 EACH_KIND = pytest.mark.parametrize("name", PLANS)
@@ -151,6 +152,14 @@ def test_weighted_frequencies():
     assert (np.abs(counts - expected) <= 4 * np.sqrt(expected)).all()
     rows = plan.rows(2)
     assert len(set(rows.visits.tolist())) == 1000  # each draw has a visit, and so randomness, of its own
+
+
+@EACH
+def test_the_law_of_plans(name, last):
+    """The public law, on our own table: pure, any order of questions, every row once per epoch."""
+    case = PLANS[name]
+    kinds = {} if case.covers or case.infinite else {"once": False}
+    check_plan(case.make(23, 4, 5, last), epochs=1 if name == "sequential" else 3, **kinds)
 
 
 @pytest.mark.parametrize(("word", "row"), [(0, 1), (2**64 - 1, 4)])
