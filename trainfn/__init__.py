@@ -26,6 +26,8 @@ from trainfn import schedules as schedules
 from trainfn import transforms as transforms
 from trainfn import tree as tree
 from trainfn._checkpoint import Checkpoints as Checkpoints
+from trainfn._checkpoint import Manifest as Manifest
+from trainfn._checkpoint import manifest as manifest
 from trainfn._checkpoint import restore as restore
 from trainfn._checkpoint import save as save
 from trainfn._compile import Buckets as Buckets
@@ -60,12 +62,30 @@ from trainfn._value import digest as digest
 from trainfn._value import fork as fork
 from trainfn.tree import copy as copy
 
+# The names of transformers' Trainer live in `trainfn.hf`, which needs transformers; `testing` needs hypothesis. Both
+# are imported when they are first used, so that `import trainfn` stays light.
+_LAZY = ("hf", "testing")
+_HF = (
+    *("Trainer", "TrainingArguments", "Seq2SeqTrainer", "Seq2SeqTrainingArguments", "SFTTrainer", "SFTConfig"),
+    *("TrainerCallback", "TrainerControl", "TrainerState", "EarlyStoppingCallback", "ProgressCallback"),
+    *("PrinterCallback", "EvalPrediction", "HfArgumentParser", "IntervalStrategy", "SchedulerType"),
+    *("DataCollatorForLanguageModeling", "DataCollatorForSeq2Seq", "DataCollatorForTokenClassification"),
+    *("DataCollatorWithPadding", "default_data_collator"),
+    *("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
+    *("AutoModelForSequenceClassification", "AutoModelForTokenClassification"),
+)
+
 
 def __getattr__(name: str) -> object:
-    """`trainfn.testing` needs hypothesis, so it is imported when it is first used."""
-    if name == "testing":
-        return _importlib.import_module("trainfn.testing")
+    if name in _LAZY:
+        return _importlib.import_module(f"trainfn.{name}")
+    if name in _HF:
+        return getattr(_importlib.import_module("trainfn.hf"), name)
     raise AttributeError(f"module 'trainfn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_HF})
 
 
 __version__ = "0.1.0"

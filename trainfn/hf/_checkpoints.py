@@ -1,0 +1,318 @@
+"""A Trainer's checkpoints: ``checkpoint-N`` with what trainfn needs and what transformers reads, sealed together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import operator
+import re
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.trainer_callback import TrainerState
+from transformers.utils import logging
+
+import trainfn as tfn
+
+logger = logging.get_logger(__name__)
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+TRAINER_STATE, ARGUMENTS = "trainer_state.json", "training_args.json"
+
+
+class Saving:
+    """The saves of one run, as a context: leaving it waits for the last one.
+
+    Args:
+        trainer: Whose state is saved.
+        windows: Where its data stands.
+    """
+
+    def __init__(self, trainer: Any, windows: Any) -> None:
+        args = trainer.args
+        self.trainer, self.windows = trainer, windows
+        best = metric_name(args) if args.load_best_model_at_end else None
+        mode = "max" if args.greater_is_better else "min"
+        self.store = tfn.Checkpoints(trainer._output_dir(), keep=args.save_total_limit, best=best, mode=mode)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.store.__exit__(kind, error, trace)
+
+    def check(self) -> None:
+        """Raise the error of a save in the background, if it failed."""
+        self.store.check()
+
+    def wait(self) -> None:
+        """Wait for the save in the background."""
+        self.store.wait()
+
+    def save(self) -> Path:
+        """Save the state as it is, in the background; return its folder."""
+        trainer = self.trainer
+        folder = Path(trainer._output_dir()) / f"checkpoint-{trainer.state.global_step}"
+        if trainer.args.save_only_model:
+            trainer._save(str(folder))
+            return folder
+        if trainer.args.save_strategy == "best" or folder.name == Path(trainer.state.best_model_checkpoint or "").name:
+            trainer.state.best_model_checkpoint = str(folder)
+        at, metrics = trainer._latest_metrics
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+        extra = {
+            "trainer_state": trainer._state_dict(),
+            "position": {"epoch": self.windows.epoch, "window": self.windows.window},
+            "losses": trainer._losses.state_dict(),
+        }
+        if trainer._controller_state is not None:
+            extra["controller"] = {name: leaf.tolist() for name, leaf in trainer._controller_state._asdict().items()}
+        current = numbers if at == trainer.state.global_step else None
+        if self.store.best is not None and current is not None and self.store.best not in current:
+            current = None
+        if trainer.push_in_progress is not None and trainer.args.save_total_limit:
+            trainer.push_in_progress.wait_until_done()  # what is being uploaded must not be rotated away
+        self.store.save(trainer.train_state, extra, metrics=current, files=files(trainer))
+        return folder
+
+
+def files(trainer: Any) -> dict[str, str | bytes]:
+    """What stands beside the state: for people, and for transformers."""
+    found: dict[str, str | bytes] = {
+        TRAINER_STATE: json.dumps(trainer._state_dict(), indent=2, sort_keys=True) + "\n",
+        ARGUMENTS: trainer.args.to_json_string() + "\n",
+    }
+    with tempfile.TemporaryDirectory() as folder, _quietly():
+        parts: list[Any] = [trainer.processing_class, getattr(trainer.model, "generation_config", None)]
+        for part in parts:
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained(folder)
+        found |= {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
+    return found
+
+
+@contextlib.contextmanager
+def _quietly() -> Generator[None]:
+    """Without log lines about a folder that nobody knows."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+# --- where a run goes on ------------------------------------------------------------------------------------------
+
+
+def to_resume(trainer: Any, asked: str | bool | None) -> str | None:
+    """The folder to go on from, or None for a new run.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if asked is None or asked is False:
+        return None
+    if asked is True:
+        folder = last_checkpoint(trainer._output_dir())
+        if folder is None:
+            raise ValueError(
+                f"train(resume_from_checkpoint=True): no valid checkpoint found in output directory"
+                f" ({trainer._output_dir()}). Leave it out to begin a run, or give a checkpoint's path."
+            )
+        return folder
+    if not Path(asked).is_dir():
+        raise ValueError(f"train(resume_from_checkpoint={str(asked)!r}): there is no such folder.")
+    return str(asked)
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The newest complete checkpoint in a folder: ours by its seal, or one of transformers with its state file."""
+    newest = tfn.Checkpoints(folder).newest()
+    foreign = [p for p in Path(folder).glob("checkpoint-*") if _FOLDER.fullmatch(p.name) and _is_foreign(p)]
+    candidates = [*([newest] if newest else []), *foreign]
+    found = max(candidates, key=lambda p: int(p.name.partition("-")[2]), default=None)
+    return None if found is None else str(found)
+
+
+def _is_foreign(folder: Path) -> bool:
+    return not (folder / "manifest.json").exists() and (folder / TRAINER_STATE).exists()
+
+
+def resume(trainer: Any, folder: str, windows: Any) -> None:
+    """Put the trainer's state, its model and its data where the checkpoint stood.
+
+    Raises:
+        trainfn.errors.CheckpointError: If it is damaged or does not fit.
+    """
+    if _is_foreign(Path(folder)):
+        state, position = _from_transformers(trainer, folder)
+    else:
+        saved = tfn.restore(folder, like=trainer.train_state)
+        extra = tfn.manifest(folder).extra
+        state, position = extra["trainer_state"], extra["position"]
+        place(trainer, saved)
+        trainer._restored_losses = extra["losses"]
+        if "controller" in extra:
+            first = trainer.lr_scheduler.controller.init()
+            held = {n: torch.tensor(v, dtype=getattr(first, n).dtype) for n, v in extra["controller"].items()}
+            trainer._controller_state = first._replace(**held)
+    fresh = trainer.state
+    trainer.state = TrainerState(**state)
+    for name in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size"):
+        setattr(trainer.state, name, getattr(fresh, name))  # from the arguments, never from the checkpoint
+    trainer.state.is_local_process_zero = fresh.is_local_process_zero
+    trainer.state.is_world_process_zero = fresh.is_world_process_zero
+    trainer.callback_handler.load_states(trainer.state.stateful_callbacks)  # or early stopping would start anew
+    if not trainer.args.ignore_data_skip:
+        updates = windows.run.updates_per_epoch
+        windows.epoch, windows.window = position["epoch"], position["window"]
+        if windows.window >= updates:
+            windows.epoch, windows.window = windows.epoch + 1, 0
+
+
+def place(trainer: Any, saved: tfn.TrainState) -> None:
+    """Take a restored state; its parameters and buffers go into the model's own memory."""
+    mine = trainer.train_state
+    with torch.no_grad():
+        for name, tensor in {**saved.params, **saved.buffers}.items():
+            (mine.params if name in mine.params else mine.buffers)[name].copy_(tensor)
+    trainer.train_state = saved._replace(params=mine.params, buffers=mine.buffers)
+
+
+def _from_transformers(trainer: Any, folder: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Weights and trainer state of a checkpoint that transformers wrote; nothing of it is unpickled."""
+    state = json.loads((Path(folder) / TRAINER_STATE).read_text())
+    index = Path(folder) / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    if any("/" in name or ".." in name for name in names) or not all((Path(folder) / n).is_file() for n in names):
+        raise tfn.errors.CheckpointError(
+            f"train(resume_from_checkpoint={folder!r}): it has no manifest.json, and not the safetensors files of a"
+            " checkpoint of transformers either. Files with pickles (pytorch_model.bin) are not read."
+        )
+    weights = {key: value for name in names for key, value in load_file(Path(folder) / name).items()}
+    found = trainer.model.load_state_dict(weights, strict=False)
+    tied = set(getattr(trainer.model, "all_tied_weights_keys", None) or {})
+    missing = [name for name in found.missing_keys if name not in tied]
+    if missing or found.unexpected_keys:
+        raise tfn.errors.CheckpointError(
+            f"train(resume_from_checkpoint={folder!r}): the weights do not fit the model. Missing: {missing[:5]};"
+            f" unexpected: {found.unexpected_keys[:5]}."
+        )
+    n, updates = state["global_step"], max(1, trainer._run.updates_per_epoch)
+    trainer.train_state = trainer.train_state._replace(
+        step=torch.full_like(trainer.train_state.step, n), opt_state=counted(trainer.train_state.opt_state, n)
+    )
+    logger.warning(
+        f"{folder} was written by transformers: the weights, the step, the schedule and the data position are taken"
+        " from it. Its optimizer.pt is a pickle and is not read: the optimizer's moments start at 0."
+    )
+    return state, {"epoch": n // updates, "window": n % updates}
+
+
+def counted(opt_state: Any, n: int) -> Any:
+    """The optimizer's state with its step counters at ``n``, so that schedules stand where they should."""
+    return tfn.tree.map(lambda x: torch.full_like(x, n) if x.dtype == torch.int64 and x.dim() == 0 else x, opt_state)
+
+
+def set_aside(trainer: Any) -> None:
+    """Move checkpoints of later steps out of the way: they belong to a run that is not gone on with.
+
+    They are not removed, for they may be all there is of a long run that was started again by mistake.
+    """
+    folder, step = Path(trainer._output_dir()), trainer.state.global_step
+    later = [p for p in folder.glob("checkpoint-*") if (m := _FOLDER.fullmatch(p.name)) and int(m[1]) > step]
+    if not later or trainer.args.save_strategy == "no":
+        return
+    aside = folder / "superseded"
+    for n in range(2, 10**6):
+        if not aside.exists():
+            break
+        aside = folder / f"superseded-{n}"
+    aside.mkdir()
+    for path in later:
+        path.rename(aside / path.name)
+    logger.warning(f"{folder} had checkpoints of later steps than {step}; this run does not go on from them: {aside}")
+
+
+# --- the best ------------------------------------------------------------------------------------------------------
+
+
+def metric_name(args: Any) -> str | None:
+    """The metric to choose by, with its prefix."""
+    name = args.metric_for_best_model
+    return name if name is None or name.startswith("eval_") else f"eval_{name}"
+
+
+def note_best(trainer: Any, metrics: dict[str, Any]) -> bool:
+    """Whether these metrics are the best so far; the trainer's state remembers.
+
+    Raises:
+        KeyError: If the metric is not among them.
+    """
+    name = metric_name(trainer.args)
+    if name is None:
+        return False
+    if name not in metrics:
+        raise KeyError(
+            f"TrainingArguments(metric_for_best_model={trainer.args.metric_for_best_model!r}): {name!r} is not among"
+            f" the evaluation's metrics {sorted(metrics)}."
+        )
+    state, value = trainer.state, float(metrics[name])
+    better = operator.gt if trainer.args.greater_is_better else operator.lt
+    if math.isnan(value) or not (state.best_metric is None or better(value, state.best_metric)):
+        return False
+    state.best_metric, state.best_global_step = value, state.global_step
+    if trainer.args.save_strategy != "no":
+        state.best_model_checkpoint = str(Path(trainer._output_dir()) / f"checkpoint-{state.global_step}")
+    return True
+
+
+def load_best(trainer: Any) -> None:
+    """The best checkpoint's weights into the model, if the arguments ask for them."""
+    best = trainer.state.best_model_checkpoint
+    if not trainer.args.load_best_model_at_end or best is None:
+        return
+    if not Path(best).is_dir():
+        logger.warning(f"load_best_model_at_end: {best} does not exist; the model keeps its last weights.")
+        return
+    logger.info(f"Loading the best model, of {best} ({trainer.state.best_metric}).")
+    with contextlib.suppress(AttributeError):
+        trainer._saving.wait()
+    chosen = tfn.restore(best, like=trainer.train_state, only="^model/")
+    place(trainer, trainer.train_state._replace(params=chosen.params, buffers=chosen.buffers))
+
+
+# --- the model alone -------------------------------------------------------------------------------------------------
+
+
+def save_model(trainer: Any, folder: str) -> None:
+    """The model, its tokenizer and the arguments, without what only a resume needs; no pickle."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    if isinstance(trainer.model, PreTrainedModel) or hasattr(trainer.model, "peft_config"):
+        trainer.model.save_pretrained(folder)
+    else:
+        tfn.save(target / "model", tfn.init(trainer.model, tfn.optim.identity(), storage="adopt"))
+        (target / "model" / "model.safetensors").rename(target / "model.safetensors")
+        for file in (target / "model").iterdir():
+            file.unlink()
+        (target / "model").rmdir()
+    if hasattr(trainer.processing_class, "save_pretrained"):
+        trainer.processing_class.save_pretrained(folder)
+    (target / ARGUMENTS).write_text(trainer.args.to_json_string() + "\n")
+
+
+def state_dict(trainer: Any) -> dict[str, Any]:
+    """The trainer's state as transformers writes it."""
+    trainer.state.stateful_callbacks = trainer.callback_handler.states(trainer.control)
+    return dataclasses.asdict(trainer.state)

@@ -1,0 +1,316 @@
+"""What the Trainer tells: the log history, the metrics of a split on screen and on disk, and how loudly."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.trainer_utils import speed_metrics
+from transformers.utils import logging as transformers_logging
+
+import trainfn as tfn
+
+_package = logging.getLogger("trainfn")
+
+
+def log(trainer: Any, logs: dict[str, Any], start_time: float | None = None) -> None:
+    """Add an entry to `state.log_history` and show it to the callbacks.
+
+    Args:
+        trainer: The Trainer.
+        logs: Numbers by name; `tfn.Mean` and tensors of one number will do. ``epoch``, and the number of tokens where
+            they are counted, are added to it.
+        start_time: When training began, for tokens per second.
+
+    >>> import transformers, types
+    >>> trainer = types.SimpleNamespace(
+    ...     args=types.SimpleNamespace(include_num_input_tokens_seen="no"), control=None,
+    ...     state=transformers.TrainerState(epoch=0.5, global_step=7),
+    ...     callback_handler=types.SimpleNamespace(on_log=lambda args, state, control, logs: control))
+    >>> log(trainer, {"loss": tfn.Mean(torch.tensor(6.0), torch.tensor(4.0))})
+    >>> trainer.state.log_history
+    [{'loss': 1.5, 'epoch': 0.5, 'step': 7}]
+    """
+    state = trainer.state
+    if state.epoch is not None:
+        logs["epoch"] = state.epoch
+    if trainer.args.include_num_input_tokens_seen not in ("no", False):
+        logs["num_input_tokens_seen"] = state.num_input_tokens_seen
+        if start_time is not None:
+            before = getattr(trainer, "_initial_num_input_tokens_seen", 0)
+            logs.update(speed_metrics("train", start_time, num_tokens=state.num_input_tokens_seen - before))
+    plain = {name: _plain(value) for name, value in logs.items()}
+    state.log_history.append({**plain, "step": state.global_step})
+    trainer.control = trainer.callback_handler.on_log(trainer.args, state, trainer.control, plain)
+
+
+def _plain(value: Any) -> Any:
+    """A number, or a list of them, for JSON. Waits for the device."""
+    if isinstance(value, tfn.Mean):
+        value = value.value
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        listed = value.tolist()
+        return listed[0] if isinstance(listed, list) and len(listed) == 1 else listed
+    return value
+
+
+# --- the loss since the last log --------------------------------------------------------------------------------------
+
+
+RUNNING = frozenset({"num_tokens"})  # counts, which go on from log to log
+
+
+class LossWindow:
+    """The metrics of all steps since the last log, added up on the device; nothing waits until `take`.
+
+    ``loss`` and the loss function's own metrics are exact means over the rows of all these steps; ``grad_norm`` and
+    ``learning_rate`` are the last step's; ``num_tokens`` is the total of all steps of the run.
+
+    Args:
+        nan_inf_filter: Whether steps with a NaN or infinite loss count for nothing
+            (`TrainingArguments.logging_nan_inf_filter`). They are counted, logged and warned of all the same.
+
+    >>> window = LossWindow()
+    >>> for value in (1.0, 2.0, float("inf")):
+    ...     window.add({"loss": tfn.Mean(torch.tensor(4 * value), torch.tensor(4.0))})
+    >>> with warnings.catch_warnings(action="ignore"):
+    ...     window.take(learning_rate=0.1)
+    {'loss': 1.5, 'learning_rate': 0.1, 'nonfinite_steps': 1}
+    >>> window.loss
+    1.5
+    """
+
+    def __init__(self, *, nan_inf_filter: bool = True) -> None:
+        self.nan_inf_filter = nan_inf_filter
+        self.steps = 0
+        self._sums: dict[str, tuple[Tensor, ...]] = {}  # total and weight, and of the loss how many were not finite
+        self._run = (0.0, 0.0)  # total and weight of the loss until the last `take`
+        self._warned = False
+
+    def add(self, metrics: tfn.Metrics) -> None:
+        """Add the metrics of one step."""
+        self.steps += 1
+        for name, mean in metrics.items():
+            new = self._counted(mean) if name == "loss" else (_wide(mean.total), _wide(mean.weight))
+            if name in self._sums and name not in ("grad_norm", "learning_rate"):
+                held = (part.to(new[0]) for part in self._sums[name])  # restored ones come from the CPU
+                new = tuple(a + b for a, b in zip(held, new, strict=True))
+            self._sums[name] = new
+
+    def _counted(self, loss: tfn.Mean) -> tuple[Tensor, ...]:
+        total, weight = _wide(loss.total), _wide(loss.weight)
+        finite = torch.isfinite(total / weight)
+        if self.nan_inf_filter:
+            total, weight = (torch.where(finite, part, 0) for part in (total, weight))
+        return total, weight, (~finite).to(total.dtype)
+
+    def take(self, *, learning_rate: float | Tensor | None = None) -> dict[str, float]:
+        """The window's numbers; it starts anew. Waits for the device, once.
+
+        Args:
+            learning_rate: To log with them, unless it is one of the step's metrics.
+        """
+        numbers = self._numbers()
+        means = {name: int(parts[0]) if name in RUNNING else _divide(*parts[:2]) for name, parts in numbers.items()}
+        order = [name for name in ("loss", "grad_norm") if name in means]
+        logs = {name: means.pop(name) for name in order}
+        if learning_rate is not None or "learning_rate" in means:
+            logs["learning_rate"] = means.pop("learning_rate", float(learning_rate or 0.0))
+        logs |= means
+        if "loss" in numbers:
+            total, weight, bad = numbers["loss"]
+            self._run = self._run[0] + total, self._run[1] + weight
+            if bad:
+                logs["nonfinite_steps"] = int(bad)
+                self._warn(int(bad))
+        self.steps, self._sums = 0, {name: parts for name, parts in self._sums.items() if name in RUNNING}
+        return logs
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of all steps so far: the ``train_loss`` of a run. Waits for the device."""
+        total, weight, *_ = self._numbers().get("loss", (0.0, 0.0))
+        return _divide(self._run[0] + total, self._run[1] + weight)
+
+    def _warn(self, bad: int) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        done = "are left out of the logged loss" if self.nan_inf_filter else "make the logged loss what it is"
+        warnings.warn(
+            f"The loss of {bad} of the last {self.steps} steps was NaN or infinite; these steps {done} and are counted"
+            ' as "nonfinite_steps". Lower the learning rate, or clip the gradient (`max_grad_norm=1.0`).',
+            tfn.errors.NonFiniteWarning,
+            stacklevel=3,
+        )
+
+    def _numbers(self) -> dict[str, list[float]]:
+        sizes = {name: len(parts) for name, parts in self._sums.items()}
+        if not sizes:
+            return {}
+        parts = [part for parts in self._sums.values() for part in parts]
+        flat = iter(torch.stack([part.to(parts[-1]) for part in parts]).tolist())
+        return {name: [next(flat) for _ in range(size)] for name, size in sizes.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the window holds, as JSON: a resumed run logs what an unbroken one would. Waits for the device."""
+        return {"sums": self._numbers(), "steps": self.steps, "run": list(self._run), "warned": self._warned}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._sums = {name: tuple(torch.tensor(parts, dtype=torch.float64)) for name, parts in state["sums"].items()}
+        self.steps, self._run, self._warned = state["steps"], (state["run"][0], state["run"][1]), state["warned"]
+
+
+def _wide(value: Tensor) -> Tensor:
+    """A number of its own in the widest type there is: thousands of steps are summed."""
+    value = value.detach().sum() if value.dim() else value.detach()
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64, copy=True)
+
+
+def _divide(total: float, weight: float) -> float:
+    return total / weight if weight else math.nan
+
+
+# --- metrics of a split -----------------------------------------------------------------------------------------------
+
+
+def metrics_format(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as they are shown: times as h:mm:ss, memory in MB, floating-point operations in GF, 4 decimals.
+
+    >>> metrics_format({"train_runtime": 61.257, "total_flos": 5 << 30, "eval_loss": 0.123456, "loss": 1})
+    {'train_runtime': '0:01:01.25', 'total_flos': '5GF', 'eval_loss': 0.1235, 'loss': 1}
+    """
+    return {name: _shown(name, value) for name, value in metrics.items()}
+
+
+def _shown(name: str, value: Any) -> Any:
+    if "_mem_" in name and isinstance(value, int):
+        return f"{value >> 20}MB"
+    if "_runtime" in name:
+        seconds = int(value)
+        return f"{datetime.timedelta(seconds=seconds)}.{int(abs(value - seconds) * 100):02d}"
+    if name == "total_flos":
+        return f"{int(value) >> 30}GF"
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def log_metrics(trainer: Any, split: str, metrics: Mapping[str, Any]) -> None:
+    """Print the metrics of a split, aligned, on the main process only.
+
+    Args:
+        trainer: The Trainer.
+        split: ``"train"``, ``"eval"``, ``"test"`` or another name.
+        metrics: What `train`, `evaluate` or `predict` gave.
+
+    >>> import types
+    >>> log_metrics(types.SimpleNamespace(is_world_process_zero=lambda: True), "eval", {"loss": 0.5, "accuracy": 1.0})
+    ***** eval metrics *****
+      accuracy = 1.0
+      loss     = 0.5
+    """
+    if not trainer.is_world_process_zero():
+        return
+    shown = metrics_format(metrics)
+    names, values = (max((len(str(x)) for x in each), default=0) for each in (shown, shown.values()))
+    print(f"***** {split} metrics *****")
+    for name in sorted(shown):
+        print(f"  {name: <{names}} = {shown[name]!s:>{values}}")
+
+
+def save_metrics(trainer: Any, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
+    """Write the metrics to ``{split}_results.json`` in `output_dir`, on the main process only.
+
+    Args:
+        trainer: The Trainer.
+        split: ``"train"``, ``"eval"``, ``"test"`` or another name.
+        metrics: What `train`, `evaluate` or `predict` gave.
+        combined: Whether to also bring ``all_results.json`` up to date with them.
+
+    >>> import tempfile, types
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     args = types.SimpleNamespace(output_dir=folder)
+    ...     trainer = types.SimpleNamespace(is_world_process_zero=lambda: True, args=args)
+    ...     save_metrics(trainer, "eval", {"eval_loss": 0.5})
+    ...     sorted(os.listdir(folder))
+    ['all_results.json', 'eval_results.json']
+    """
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    plain = {name: _plain(value) for name, value in metrics.items()}
+    _write(folder / f"{split}_results.json", plain)
+    if combined:
+        everything = folder / "all_results.json"
+        before = json.loads(everything.read_text(encoding="utf-8")) if everything.exists() else {}
+        _write(everything, {**before, **plain})
+
+
+def _write(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Replace a file whole, so that a reader, or a kill, never finds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"_{path.name}.{os.getpid()}")  # pushes to the Hub leave out what begins with "_"
+    beside.write_text(json.dumps(metrics, indent=4, sort_keys=True), encoding="utf-8")
+    beside.replace(path)
+
+
+def save_state(trainer: Any) -> None:
+    """Write ``trainer_state.json`` to `output_dir`, on the main process only.
+
+    >>> import tempfile, transformers, types
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_state(types.SimpleNamespace(is_world_process_zero=lambda: True, state=transformers.TrainerState(),
+    ...         args=types.SimpleNamespace(output_dir=folder)))
+    ...     os.listdir(folder)
+    ['trainer_state.json']
+    """
+    if trainer.is_world_process_zero():
+        Path(trainer.args.output_dir).mkdir(parents=True, exist_ok=True)
+        trainer.state.save_to_json(os.path.join(trainer.args.output_dir, "trainer_state.json"))
+
+
+# --- how loudly -------------------------------------------------------------------------------------------------------
+
+
+class _WhereNobodyListens(logging.StreamHandler[Any]):
+    """Writes to stderr while the program has set up no logging; afterwards that of the program is enough."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            self.stream = sys.stderr  # the one of this moment: notebooks and tests replace it
+            super().emit(record)
+
+
+def set_verbosity(args: Any) -> int:
+    """Set the level of this package's and of transformers' loggers to that of this process; return it.
+
+    The root logger and its handlers are the program's and stay as they are. A main process at ``"passive"`` tells
+    what transformers is set to, and `trainfn` tells ``INFO``.
+
+    Args:
+        args: The `TrainingArguments`: `log_level`, `log_level_replica`, `log_on_each_node`.
+
+    >>> import types
+    >>> before = transformers_logging.get_verbosity()
+    >>> args = types.SimpleNamespace(log_level="error", should_log=True, get_process_log_level=lambda: 40)
+    >>> set_verbosity(args), logging.getLogger("trainfn").level
+    (40, 40)
+    >>> transformers_logging.set_verbosity(before)
+    """
+    level = int(args.get_process_log_level())
+    transformers_logging.set_verbosity(level)
+    _package.setLevel(logging.INFO if args.log_level == "passive" and args.should_log else level)
+    if not any(isinstance(handler, _WhereNobodyListens) for handler in _package.handlers):
+        _package.addHandler(_WhereNobodyListens())
+    return level

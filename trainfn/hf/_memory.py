@@ -1,0 +1,55 @@
+"""Smaller micro-batches where the memory does not do. The update is the same for every split: nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+import trainfn as tfn
+
+logger = logging.get_logger(__name__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the allocator of the CPU, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(part in str(error) for part in ("out of memory", "can't allocate memory"))
+    )
+
+
+class Halving:
+    """A step that cuts its micro-batches in two, and once more, until they fit.
+
+    Only the gradients take much memory, and they change no state: a step that failed can be made again.
+
+    Args:
+        step: A step over a list of micro-batches.
+    """
+
+    def __init__(self, step: Callable[[Any, Any], Any]) -> None:
+        self.step, self.pieces = step, 1
+
+    def __call__(self, state: Any, window: list[Any]) -> Any:
+        """Make a step, in as many pieces as it takes."""
+        while True:
+            try:
+                return self.step(state, self._cut(window))
+            except Exception as error:
+                if not is_out_of_memory(error) or all(_rows(micro) <= self.pieces for micro in window):
+                    raise
+            # Not inside the handler: what the failed step held would be held on to.
+            self.pieces *= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            logger.warning(f"Out of memory: every micro-batch is cut into {self.pieces}. The updates stay the same.")
+
+    def _cut(self, window: list[Any]) -> list[Any]:
+        return [piece for micro in window for piece, _ in tfn.tree.split(micro, min(self.pieces, _rows(micro)))]
+
+
+def _rows(micro: Any) -> int:
+    return tfn.tree.row_count(micro)

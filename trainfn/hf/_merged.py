@@ -1,0 +1,57 @@
+"""The outputs of many batches as one: padded where ragged, concatenated once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Nested: TypeAlias = Any  # a tensor or array, or tuples, lists and dicts of them
+PADDING = -100  # what fills ragged outputs, as in transformers
+
+
+def merged(batches: Sequence[Nested]) -> Nested:
+    """Batches of arrays as one tree of arrays, `PADDING` where rows are shorter than the longest."""
+    first = batches[0]
+    if isinstance(first, Mapping):
+        items = {name: merged([batch[name] for batch in batches]) for name in cast("Mapping[str, Any]", first)}
+        return type(first)(items)  # type: ignore[call-arg]
+    if isinstance(first, tuple | list):
+        return type(first)(merged(parts) for parts in zip(*batches, strict=True))
+    return _concatenated([np.atleast_1d(batch) for batch in batches])
+
+
+def _concatenated(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    widths = [array.shape[1:] for array in arrays]
+    if len(set(widths)) == 1:
+        return np.concatenate(arrays)
+    # One allocation for all: concatenating batch by batch copies everything at each.
+    shape = (sum(len(array) for array in arrays), *np.max(widths, axis=0))
+    whole = np.full(shape, PADDING, dtype=np.result_type(*arrays))
+    start = 0
+    for array in arrays:
+        whole[(slice(start, start + len(array)), *map(slice, array.shape[1:]))] = array
+        start += len(array)
+    return whole
+
+
+def check_tensors(tree: Nested) -> None:
+    """Refuse outputs that can't be kept.
+
+    Raises:
+        TypeError: If something in the tree is no tensor.
+    """
+    if isinstance(tree, Mapping):
+        tree = tuple(cast("Mapping[str, Any]", tree).values())
+    if isinstance(tree, tuple | list):
+        for part in cast("Sequence[Any]", tree):
+            check_tensors(part)
+    elif tree is not None and not isinstance(tree, torch.Tensor):
+        raise TypeError(
+            f"`trainer.evaluation_loop(...)` can keep tensors, and tuples, lists and dicts of them, but the model "
+            f"gave a {type(tree).__name__}, which can't be concatenated. Leave it out by the name of the output: "
+            "trainer.evaluate(ignore_keys=['past_key_values'])."
+        )

@@ -1,0 +1,40 @@
+"""NEFTune: noise on the input embeddings, while training.
+
+Source: https://arxiv.org/abs/2310.05914.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def neftune(model: nn.Module, alpha: float) -> Generator[None]:
+    """Add uniform noise in ``± alpha / sqrt(positions * width)`` to the embeddings of training steps.
+
+    The noise is drawn from the state's key, as all randomness of a step. The hook goes when the block ends, however it
+    ends.
+
+    Raises:
+        ValueError: If ``alpha`` is not positive.
+    """
+    if alpha <= 0:
+        raise ValueError(f"TrainingArguments(neftune_noise_alpha={alpha}): give a positive number such as 5, or None.")
+
+    def add_noise(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        bound = alpha / (output.shape[-2] * output.shape[-1]) ** 0.5
+        return output + (2 * torch.rand_like(output) - 1) * bound
+
+    inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    handle = inner.get_input_embeddings().register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,245 @@
+"""`report_to`: the logs go to Accelerate's trackers, under the names that transformers gives them.
+
+What only transformers can report to (azure_ml, codecarbon, dagshub, flyte, kubeflow, neptune), its own callbacks do.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, rewrite_logs
+from transformers.trainer_callback import ExportableState
+
+# What each needs that is not called like it.
+_PACKAGES = {"comet_ml": ("comet_ml",), "tensorboard": ("tensorboard", "tensorboardX")}
+# What makes a tracker's run go on: the argument for the id, where the started tracker has it, what else to say.
+_CONTINUE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "wandb": ("id", "id", {"resume": "allow"}),
+    "mlflow": ("run_id", "info.run_id", {}),
+    "trackio": ("name", "name", {"resume": "allow"}),
+    "comet_ml": ("experiment_key", "id", {}),
+    "swanlab": ("id", "public.run_id", {"resume": "allow"}),
+    "aim": ("run_hash", "hash", {}),
+    "clearml": ("continue_last_task", "id", {}),
+}
+_SENT = int | float | str
+_RUN_NAME = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
+
+
+def tracker_callbacks(args: Any) -> list[TrainerCallback]:
+    """The callbacks that `report_to` asks for.
+
+    Args:
+        args: The `TrainingArguments`: `report_to`, `run_name`, `project`, `output_dir` and, if it has one,
+            `logging_dir`.
+
+    Raises:
+        ImportError: If a package is missing, with the line that installs it.
+        ValueError: If there is no tracker of a name.
+
+    >>> import types
+    >>> tracker_callbacks(types.SimpleNamespace(report_to="none"))
+    []
+    """
+    wanted = names(args.report_to)
+    ours = [each for each in wanted if isinstance(each, GeneralTracker) or each in LOGGER_TYPE_TO_CLASS]
+    theirs: list[TrainerCallback] = [INTEGRATION_TO_CALLBACK[each]() for each in wanted if each not in ours]
+    if not ours:
+        return theirs
+    tracker = TrackerCallback(ours, logging_dir=logging_dir(args), project=_project(args), run_name=args.run_name)
+    return [tracker, *theirs]
+
+
+def names(report_to: Any) -> list[Any]:
+    """`report_to` as a list of trackers, each known and installed.
+
+    Args:
+        report_to: ``"all"`` (that are installed), ``"none"``, a name, a `GeneralTracker`, or a list of these.
+
+    Raises:
+        ImportError: If a package is missing.
+        ValueError: If there is no tracker of a name.
+
+    >>> names(["none"]), names(None)
+    ([], [])
+    """
+    given: list[Any] = list(report_to) if isinstance(report_to, list | tuple) else [report_to]
+    wanted: list[Any] = []
+    for each in given:
+        every = [str(tracker.value) for tracker in get_available_trackers()] if each == "all" else [each]
+        wanted += [name for name in every if name not in (None, "none", *wanted)]
+    for each in wanted:
+        if not isinstance(each, GeneralTracker):
+            _check_installed(each)
+    return wanted
+
+
+def logging_dir(args: Any) -> str:
+    """Where trackers with files write: `args.logging_dir`, or ``runs/<date>_<host>`` in `output_dir`."""
+    given = getattr(args, "logging_dir", None) or os.environ.get("TENSORBOARD_LOGGING_DIR")
+    if given:
+        return str(Path(given).expanduser())
+    now = datetime.datetime.now().strftime("%b%d_%H-%M-%S")
+    return os.path.join(args.output_dir, "runs", f"{now}_{socket.gethostname()}")
+
+
+class TrackerCallback(TrainerCallback, ExportableState):
+    """Sends each log to trackers: ``eval_loss`` as ``eval/loss``, ``test_x`` as ``test/x``, all else as ``train/x``.
+
+    The trackers start with the training and finish with it. Their runs' ids are part of the callback's state, so a
+    training that is resumed goes on in the same runs.
+
+    Args:
+        trackers: Names that `accelerate.tracking` knows, or instances of its `GeneralTracker`.
+        logging_dir: For the trackers that write files.
+        project: The name under which a tracker groups runs.
+        run_name: The run's own name.
+
+    Raises:
+        ImportError: If a package is missing.
+        ValueError: If there is no tracker of a name.
+
+    >>> TrackerCallback([], logging_dir="runs/one").state()["attributes"]
+    {'logging_dir': 'runs/one', 'run_ids': {}}
+    """
+
+    def __init__(
+        self,
+        trackers: Sequence[Any],
+        *,
+        logging_dir: str = "runs",
+        project: str = "huggingface",
+        run_name: str | None = None,
+    ) -> None:
+        self.names = names(list(trackers))
+        self.logging_dir, self.project, self.run_name = logging_dir, project, run_name
+        self.run_ids: dict[str, str] = {}
+        self.trackers: list[GeneralTracker] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Start the trackers, or let those of an earlier training go on; tell them the arguments."""
+        if not state.is_world_process_zero:
+            return
+        if state.global_step > 0:
+            self._start_all(state)
+            return
+        self.run_ids = {}  # a training that begins is a run of its own
+        self._start_all(state)
+        for tracker in self.trackers:
+            tracker.store_init_configuration(_configuration(args, model))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Send what is logged: numbers and texts, which is what trackers take.
+
+        Outside of a training, as when a trained model is evaluated, the run goes on for this one log.
+        """
+        if not state.is_world_process_zero:
+            return
+        between = not self.trackers
+        if between:
+            self._start_all(state)
+        values = {name: value for name, value in rewrite_logs(logs or {}).items() if isinstance(value, _SENT)}
+        for tracker in self.trackers:
+            tracker.log(values, step=state.global_step)
+        if between:
+            self.finish()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finish the runs."""
+        self.finish()
+
+    def finish(self) -> None:
+        """Finish the runs, if there are any."""
+        for tracker in self.trackers:
+            tracker.finish()
+        self.trackers = []
+
+    def state(self) -> dict[str, Any]:
+        """The runs' ids and folder."""
+        named = [name for name in self.names if isinstance(name, str)]
+        attributes = {"logging_dir": self.logging_dir, "run_ids": dict(self.run_ids)}
+        return {"args": {"trackers": named}, "attributes": attributes}
+
+    def _start_all(self, state: Any) -> None:
+        self.finish()
+        folder = Path(self.logging_dir, *([state.trial_name] if state.trial_name else []))
+        for each in self.names:
+            tracker = self._made(each, folder, state.global_step) if isinstance(each, str) else each
+            tracker.start()
+            self.trackers.append(tracker)
+            self._remember(tracker)
+
+    def _made(self, name: str, folder: Path, step: int) -> GeneralTracker:
+        """A tracker; if its run's id is known, that run goes on."""
+        kind: Any = LOGGER_TYPE_TO_CLASS[name]
+        options = self._options(name, step)
+        if name == "tensorboard":  # writes to the folder that its two arguments make
+            return kind(folder.name, str(folder.parent), **options)
+        if kind.requires_logging_directory:
+            return kind(self.project, str(folder), **options)
+        return kind(self.project, **options)
+
+    def _options(self, name: str, step: int) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        if self.run_name is not None and name in _RUN_NAME:
+            options[_RUN_NAME[name]] = self.run_name
+        if name == "tensorboard" and step > 0:
+            options["purge_step"] = step + 1  # hides what an interrupted run wrote after its checkpoint
+        if name == "dvclive" and step > 0:
+            options["resume"] = True
+        if name in self.run_ids:
+            argument, _, more = _CONTINUE[name]
+            options |= {argument: self.run_ids[name], **more}
+        return options
+
+    def _remember(self, tracker: GeneralTracker) -> None:
+        name = str(getattr(tracker, "name", ""))
+        if name not in _CONTINUE:
+            return
+        found: Any = getattr(tracker, "tracker", None)
+        for part in _CONTINUE[name][1].split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, str):
+            self.run_ids[name] = found
+
+
+def _project(args: Any) -> str:
+    return os.environ.get("WANDB_PROJECT") or getattr(args, "project", None) or "huggingface"
+
+
+def _configuration(args: Any, model: Any) -> dict[str, Any]:
+    """The arguments, without secrets, and what trackers take of the model's configuration: numbers and texts."""
+    config: Any = getattr(model, "config", None)
+    described: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    model_values = {f"model/{name}": value for name, value in described.items() if isinstance(value, _SENT)}
+    return {**model_values, **args.to_sanitized_dict()}
+
+
+def _check_installed(name: Any) -> None:
+    if name not in LOGGER_TYPE_TO_CLASS and name not in INTEGRATION_TO_CALLBACK:
+        known = ", ".join(sorted({*LOGGER_TYPE_TO_CLASS, *INTEGRATION_TO_CALLBACK}))
+        raise ValueError(
+            f"`TrainingArguments(report_to={name!r})`: there is no such tracker. There are {known}; register another"
+            ' with `accelerate.tracking.register_tracker_class(Mine)`, or write `report_to="none"`.'
+        )
+    if not _is_built_in(name) or name not in LOGGER_TYPE_TO_CLASS:
+        return  # a user's own class, or a callback of transformers, which looks for its package itself
+    packages = _PACKAGES.get(name, (name,))
+    if not any(importlib.util.find_spec(package) for package in packages):
+        raise ImportError(
+            f"`TrainingArguments(report_to={name!r})` needs a package that is not installed. Run `pip install"
+            f' {packages[0]}`, or write `report_to="none"`.',
+            name=packages[0],
+        )
+
+
+def _is_built_in(name: str) -> bool:
+    return getattr(LOGGER_TYPE_TO_CLASS.get(name), "__module__", "") == GeneralTracker.__module__

@@ -1,0 +1,259 @@
+"""The training loop: the core's steps, with the events of transformers around each."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
+from transformers.utils import logging
+
+import trainfn as tfn
+from trainfn.hf import _checkpoints, _data, _manual
+from trainfn.hf._additive import check_additive
+from trainfn.hf._data import Run, Windows
+from trainfn.hf._logs import LossWindow
+from trainfn.hf._loss import find_shift, training_loss
+from trainfn.hf._memory import Halving
+from trainfn.hf._neftune import neftune
+
+logger = logging.get_logger(__name__)
+
+
+def train(
+    trainer: Any, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
+) -> TrainOutput:
+    """Train from the beginning or from a checkpoint, and return what `Trainer.train` promises."""
+    if trial is not None and trainer._trial is None:
+        raise ValueError("train(trial=...): trials are of `trainer.hyperparameter_search(...)`, which calls train.")
+    folder = _checkpoints.to_resume(trainer, resume_from_checkpoint)
+    if trainer.model_init is not None:
+        trainer._new_model()
+    loader = trainer.get_train_dataloader()
+    run = _data.arithmetic(trainer.args, loader, trainer.num_examples(loader))
+    trainer._train_dataloader, trainer.is_in_train, trainer._run = loader, True, run
+    trainer.callback_handler.train_dataloader = loader
+    trainer._changes, trainer._controller_state, trainer._restored_losses = [], None, None
+    windows = Windows(trainer, loader, run)
+    try:
+        with _surroundings(trainer):
+            prepare(trainer, run)
+            if folder is not None:
+                _checkpoints.resume(trainer, folder, windows)
+            _checkpoints.set_aside(trainer)
+            _announce(trainer, run, folder)
+            return _loop(trainer, run, windows, ignore_keys_for_eval)
+    finally:
+        trainer.is_in_train = False
+        trainer.end()
+
+
+@contextlib.contextmanager
+def _surroundings(trainer: Any) -> Generator[None]:
+    """What holds for a run and not after it, however it ends."""
+    args, model = trainer.args, trainer.model
+    training = {module: module.training for module in model.modules()}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(args.matmul_precision())
+        if args.enable_jit_checkpoint:
+            stack.enter_context(_saving_at_sigterm(trainer))
+        if args.full_determinism:
+            torch.use_deterministic_algorithms(True)
+            stack.callback(torch.use_deterministic_algorithms, deterministic)
+        if args.activation_checkpointing:
+            stack.enter_context(_recomputing(model, dict(args.activation_checkpointing_kwargs or {})))
+        if args.neftune_noise_alpha is not None:
+            stack.enter_context(neftune(model, args.neftune_noise_alpha))
+        model.train()
+        try:
+            yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+
+@contextlib.contextmanager
+def _saving_at_sigterm(trainer: Any) -> Generator[None]:
+    """Save and stop after the step at hand when a cluster says that the machine is about to go."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+        yield
+        return
+    trainer._terminated = False
+
+    def note(number: int, frame: object) -> None:
+        trainer._terminated = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _recomputing(model: Any, options: dict[str, Any]) -> Generator[None]:
+    """Blocks forget their activations and compute them again in the backward pass, for the time of a block."""
+    if getattr(model, "is_activation_checkpointing", False):
+        yield
+        return
+    whole = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    model.activation_checkpointing_enable({"use_reentrant": False, **options}, **whole)
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+
+
+def prepare(trainer: Any, run: Run) -> None:
+    """The optimizer, the schedule, the first state and the step; a fresh log."""
+    args = trainer.args
+    trainer.create_optimizer_and_scheduler(num_training_steps=run.max_steps)
+    transform = trainer._transform
+    trainer.train_state = tfn.init(trainer.model, transform, seed=args.seed, storage="adopt")
+    alone = run.accumulate == 1 and not args.auto_find_batch_size
+    accumulate = 1 if alone else "stream"
+    compiled, why = compiles(trainer)
+    step: Any = tfn.train_step(training_loss(trainer), transform, accumulate=accumulate)
+    if not compiled and _manual.overrides(trainer):
+        step = _manual.step(trainer, step)
+    trainer._step = tfn.jit(
+        step,
+        compile=compiled,
+        donate=True,
+        backend=args.torch_compile_backend or "inductor",
+        mode=args.torch_compile_mode,
+        max_graphs=64,
+    )
+    if args.auto_find_batch_size:
+        trainer._step = Halving(trainer._step)
+    trainer._compiles = compiled, why
+    trainer.state = TrainerState(
+        is_hyper_param_search=trainer._trial is not None,
+        trial_name=None if trainer._trial is None or trainer._hp_name is None else trainer._hp_name(trainer._trial),
+        trial_params=None if trainer._trial is None else dict(trainer._trial.params),
+        max_steps=run.max_steps,
+        num_train_epochs=min(run.epochs, 2**31),
+        train_batch_size=args.train_batch_size,
+        is_local_process_zero=trainer.is_local_process_zero(),
+        is_world_process_zero=trainer.is_world_process_zero(),
+    )
+    trainer.state.compute_steps(args, run.max_steps)
+
+
+def compiles(trainer: Any) -> tuple[bool, str]:
+    """Whether the step is compiled, and why."""
+    args = trainer.args
+    overrides = _manual.overrides(trainer)
+    if overrides:
+        return False, f"{', '.join(overrides)} is overridden, which runs Python between the parts of a step"
+    if getattr(args, "torch_compile_given", True):
+        return bool(args.torch_compile), "as torch_compile says"
+    if args.device.type == "cpu":
+        return False, "on a CPU compiling takes longer than most runs; torch_compile=True does it"
+    return True, "by default on an accelerator; torch_compile=False runs the same step eagerly"
+
+
+def _announce(trainer: Any, run: Run, folder: str | None) -> None:
+    logger.info("***** Running training *****")
+    for line in trainer.plan().splitlines():
+        logger.info(line)
+    if folder is not None:
+        logger.info(f"  Going on from {folder}, after step {trainer.state.global_step}")
+
+
+def _loop(trainer: Any, run: Run, windows: Windows, ignore_keys: list[str] | None) -> TrainOutput:
+    began, first = time.time(), trainer.state.global_step
+    trainer._losses = losses = LossWindow(nan_inf_filter=trainer.args.logging_nan_inf_filter)
+    if trainer._restored_losses is not None:
+        losses.load_state_dict(trainer._restored_losses)
+    trainer._ignore_keys, trainer._began = ignore_keys, began
+    trainer._event("on_train_begin")
+    if trainer.args.eval_on_start and first < run.max_steps:
+        trainer._evaluate(ignore_keys)
+    open_epoch = False
+    with _checkpoints.Saving(trainer, windows) as saving:
+        trainer._saving = saving
+        stream = tfn.steps(_changing(trainer), trainer.train_state, windows, until=run.max_steps, nonfinite="continue")
+        with contextlib.closing(stream):  # type: ignore[type-var]
+            for info in stream:
+                trainer.train_state = info.state
+                open_epoch = True
+                _after(trainer, run, windows, info)
+                if trainer.control.should_training_stop:
+                    break
+        if open_epoch and windows.window:  # the stream was left inside or at the end of an epoch
+            trainer._end_epoch()
+        output = _finished(trainer, run, began, first, losses)
+        trainer._event("on_train_end")
+    trainer._saving = None
+    return output
+
+
+def _changing(trainer: Any) -> Any:
+    """The step, after what was decided between the steps: another learning rate, say."""
+    looked = trainer.args.gradient_accumulation_steps == 1
+
+    def step(state: tfn.TrainState, batch: Any) -> tuple[tfn.TrainState, tfn.Metrics]:
+        nonlocal looked
+        for change in trainer._changes:
+            state = change(state)
+        trainer._changes.clear()
+        micro = batch[0] if isinstance(batch, list) else batch
+        find_shift(trainer, micro)
+        if not looked:
+            looked = True
+            check_additive(trainer, micro)
+        return trainer._step(state, batch)
+
+    return step
+
+
+def _after(trainer: Any, run: Run, windows: Windows, info: tfn.StepInfo) -> None:
+    """The events of a step that is done, then the log, the evaluation and the checkpoint that are due."""
+    state = trainer.state
+    trainer._saving.check()
+    for _ in range(windows.micro_done - (windows.window - 1) * run.accumulate - 1):
+        trainer._event("on_substep_end")
+    trainer._event("on_pre_optimizer_step")
+    trainer._event("on_optimizer_step")
+    state.global_step = info.n
+    state.epoch = windows.epoch + windows.micro_done / run.micro_counted
+    trainer._losses.add(info.metrics)
+    trainer._event("on_step_end")
+    if trainer._terminated:
+        trainer.control.should_save = trainer.control.should_training_stop = True
+    maybe_log_save_evaluate(trainer)
+
+
+def maybe_log_save_evaluate(trainer: Any) -> None:
+    """Log, evaluate and save, in this order, if the callbacks decided so."""
+    control = trainer.control
+    if control.should_log and trainer._losses.steps > 0:
+        trainer.log(trainer._losses.take(learning_rate=trainer.get_learning_rates()[0]), trainer._began)
+    if control.should_evaluate:
+        metrics = trainer._evaluate(trainer._ignore_keys)
+        better = _checkpoints.note_best(trainer, metrics)
+        if trainer.args.save_strategy == SaveStrategy.BEST:
+            control.should_save = better
+    if control.should_save:
+        trainer._save_checkpoint(trainer.model, trial=None)
+        trainer._event("on_save")
+
+
+def _finished(trainer: Any, run: Run, began: float, first: int, losses: Any) -> TrainOutput:
+    steps = trainer.state.global_step - first
+    rows = (run.num_examples or 0) * steps / run.updates_per_epoch
+    metrics = speed_metrics("train", began, num_samples=rows, num_steps=steps)
+    metrics["total_flos"] = trainer.state.total_flos
+    metrics["train_loss"] = losses.loss
+    trainer.log(metrics)
+    trainer._saving.wait()
+    _checkpoints.load_best(trainer)
+    return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)
