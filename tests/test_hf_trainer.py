@@ -210,7 +210,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     assert_identical(parameters(trainer.model), parameters(best))
 
 
-# --- overrides ------------------------------------------------------------------------------------------------------
+# --- overrides ----------------------------------------------------------------------------------------------------
 
 WEIGHTS = torch.tensor([1.0, 2.0, 3.0])
 
@@ -372,7 +372,7 @@ def test_somebody_elses_dataloader_resumes_too(tmp_path):
         assert_identical(parameters(go(tmp_path / str(stop), resume=True).model), parameters(whole.model))
 
 
-# --- nothing left behind ----------------------------------------------------------------------------------------------
+# --- nothing left behind ------------------------------------------------------------------------------------------
 
 
 def hooks(model):
@@ -525,7 +525,7 @@ def test_tokens_and_operations_are_counted(tmp_path):
     assert trainer.state.total_flos > 0 and math.isfinite(trainer.state.total_flos)
 
 
-# --- memory, search, signals ------------------------------------------------------------------------------------------
+# --- memory, search, signals --------------------------------------------------------------------------------------
 
 
 class Small(nn.Module):
@@ -588,3 +588,39 @@ def test_sigterm_saves_and_stops(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 2 and (tmp_path / "checkpoint-2").is_dir()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# --- 16 bits ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_sixteen_bits_train_close_to_float32_and_resume(kind, tmp_path):
+    options = {"optim": "sgd", "max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    exact = trained(tmp_path, llama(), tokens(), **options)
+    low = trained(tmp_path / "a", llama(), tokens(), **{kind: True}, **options, save_strategy="steps", save_steps=2)
+    assert all(p.dtype == torch.float32 for p in low.model.parameters())
+    assert_close(parameters(low.model), parameters(exact.model), 2e-2)
+    again = Trainer(
+        llama(), arguments(tmp_path / "a", **{kind: True}, **options, save_strategy="steps"), train_dataset=tokens()
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert_identical(again.train_state, low.train_state)
+    assert ("loss_scale" in low.train_state.extra) == (kind == "fp16")
+
+
+def test_an_overflow_of_float16_is_skipped_and_lowers_the_scale(tmp_path):
+    class Large(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(model, inputs, False, num_items_in_batch) * 1e30
+
+    model = llama()
+    before = parameters(model)
+    trainer = trained(tmp_path, model, tokens(), Large, fp16=True, optim="sgd", max_steps=2)
+    assert trainer.state.global_step == 2
+    assert trainer.train_state.extra["loss_scale"]["scale"] == 2.0**14
+    assert_identical(parameters(model), before)
+
+
+def test_float16_needs_a_step_that_knows_of_its_scale(tmp_path):
+    with pytest.raises(ValueError, match=r"overridden training_step.*Override compute_loss"):
+        trained(tmp_path, llama(), tokens(), OwnStep, fp16=True, max_steps=1)

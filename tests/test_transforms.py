@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import trainfn as tfn
 from trainfn.testing import check_step
-from trainfn.transforms import after, ema, skip_nonfinite
+from trainfn.transforms import after, dynamic_loss_scale, ema, skip_nonfinite
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
 
@@ -20,7 +20,7 @@ def linear():
     return state, tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), SGD)
 
 
-TRANSFORMS = {"ema": ema(0.9), "skip_nonfinite": skip_nonfinite()}
+TRANSFORMS = {"ema": ema(0.9), "skip_nonfinite": skip_nonfinite(), "loss_scale": dynamic_loss_scale()}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -147,3 +147,59 @@ def test_after_wraps_a_step_or_any_function():
         new, more = wrapped(state, torch.ones(2))
         assert_identical(new.params, tfn.tree.mul(plain.params, 2.0))
         assert list(more) == [*metrics, "was"] and more["was"].value == 1.0
+
+
+# --- dynamic_loss_scale -------------------------------------------------------------------------------------------
+
+
+def test_a_scaled_loss_gives_the_same_update():
+    """Powers of two divide out exactly."""
+    net, optimizer = MLP_NET, adamw()
+    scaling = dynamic_loss_scale()
+    step = tfn.train_step(net.loss, optimizer, accumulate=2)
+    plain = tfn.init(net.module(), optimizer)
+    scaled, expected = scaling.init(plain), plain
+    for n in range(3):
+        scaled, metrics = scaling(step)(scaled, net.batch(4, n))
+        expected, wanted = step(expected, net.batch(4, n))
+    assert_identical(scaled._replace(extra={}), expected)
+    assert_identical(metrics["grad_norm"], wanted["grad_norm"])
+    assert metrics["loss_scale"].value == 2.0**16
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=12))
+def test_the_scale_is_that_of_torchs_grad_scaler(good):
+    """As `torch.amp.GradScaler` has it, with the same factors and interval."""
+    scaling = dynamic_loss_scale(8.0, growth_interval=2)
+    state, step = linear()
+    state, step = scaling.init(state), scaling(step)
+    scale, tracker = torch.tensor(8.0), torch.tensor(0, dtype=torch.int32)
+    for fine in good:
+        before = state
+        state, _ = step(state, torch.full((2, 2), 1.0 if fine else float("nan")))
+        torch._amp_update_scale_(scale, tracker, torch.tensor(0.0 if fine else 1.0), 2.0, 0.5, 2)
+        assert state.extra["loss_scale"]["scale"] == scale
+        assert fine or not tfn.diff(before.params, state.params)
+
+
+def test_small_float16_gradients_survive():
+    """1e-4 twice is below what float16 can hold."""
+
+    def loss(p, x):
+        small = torch.tensor(1e-4, dtype=torch.float16)
+        return tfn.Mean.of(((p["w"] * x).half() * small * small).float())
+
+    optimizer, x = tfn.optim.sgd(1.0), torch.full((64,), 1e-3)
+    state = tfn.init({"w": torch.tensor([1.0])}, optimizer)
+    assert tfn.value_and_grad(loss)(state, x).grads["w"] == 0
+    scaled = tfn.value_and_grad(loss)(dynamic_loss_scale().init(state), x).grads["w"]
+    assert float(scaled) == pytest.approx(64 * 1e-3 * 1e-8, rel=0.02)
+
+
+def test_the_scales_numbers_are_checked():
+    for options in ({"initial": 0.0}, {"growth_interval": 0}, {"growth": 1.0}, {"backoff": 1.0}):
+        with pytest.raises(ValueError, match=r"the scale is positive, the interval 1 or more"):
+            dynamic_loss_scale(**options)
+    state, step = linear()
+    with pytest.raises(ValueError, match=r"no 'loss_scale'.*dynamic_loss_scale\(65536\.0\)\.init\(state\)"):
+        dynamic_loss_scale()(step)(state, torch.ones(2))

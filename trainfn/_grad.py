@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -61,20 +61,29 @@ def value_and_grad(loss: Loss) -> GradientFunction:
                 bound(state, params, training=True) as (model, buffers),
             ):
                 mean, metrics = exact(loss(model, batch), rows)
-                grads = _derivatives(mean.total, params)
+                grads = _derivatives(mean, params, state.extra.get("loss_scale"))
         return Gradients(detached(mean), grads, {k: detached(m) for k, m in metrics.items()}, buffers)
 
     return gradients
 
 
-def _derivatives(total: Tensor, params: Params) -> Params:
-    if not total.requires_grad:
+def _derivatives(mean: Mean, params: Params, scaling: Any) -> Params:
+    """The gradients of the total; with loss scaling, of a larger one on the way back, so that float16 holds them."""
+    if not mean.total.requires_grad:
         raise ValueError(
             "value_and_grad(loss): the loss does not depend on any parameter. Compute it from the `model` argument:"
             " a module taken from outside the loss, `torch.no_grad()` or `.detach()` cuts the connection."
         )
-    grads = torch.autograd.grad(total, list(params.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(params, grads, strict=True))
+    scale = None if scaling is None else scaling["scale"] / _power_of_two(mean.weight.detach())
+    seed = mean.total if scale is None else mean.total.float() * scale
+    grads = torch.autograd.grad(seed, list(params.values()), allow_unused=True, materialize_grads=True)
+    named = dict(zip(params, grads, strict=True))
+    return named if scale is None else tree.div(named, scale)
+
+
+def _power_of_two(weight: Tensor) -> Tensor:
+    """The next one: what is scaled is the mean, but by a number that divides out exactly."""
+    return torch.exp2(torch.ceil(torch.log2(weight.clamp(min=1.0))))
 
 
 def detached(mean: Mean) -> Mean:

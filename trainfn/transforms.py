@@ -124,6 +124,60 @@ def skip_nonfinite() -> StepTransform:
     return StepTransform(lambda state: state, after(change))
 
 
+def dynamic_loss_scale(
+    initial: float = 2.0**16, *, growth_interval: int = 2000, growth: float = 2.0, backoff: float = 0.5
+) -> StepTransform:
+    """Scale the loss on its way back, so that float16 gradients neither vanish nor overflow.
+
+    The gradients that come out are those of the loss itself. A step whose gradients are NaN or infinite changes no
+    parameter, buffer or optimizer state, as with `skip_nonfinite`, and lowers the scale; after so many good steps it
+    rises. The scale is in ``state.extra["loss_scale"]``, and among the metrics. Only for losses that compute in
+    float16: bfloat16 has the range of float32.
+
+    Args:
+        initial: The first scale, a power of two.
+        growth_interval: Good steps in a row after which the scale grows.
+        growth: By which factor, above 1.
+        backoff: The factor after a bad step, between 0 and 1.
+
+    Raises:
+        ValueError: If a number is out of range, or ``init`` was not applied to the state.
+
+    Source: https://arxiv.org/abs/1710.03740, section 3.2; `torch.amp.GradScaler`.
+
+    >>> import torch, trainfn as tfn
+    >>> optimizer, scaling = tfn.optim.sgd(0.5), dynamic_loss_scale(4.0)
+    >>> state = scaling.init(tfn.init({"w": torch.tensor([4.0])}, optimizer))
+    >>> step = scaling(tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer))
+    >>> state, metrics = step(state, torch.tensor([float("inf")]))
+    >>> state.params["w"], state.extra["loss_scale"]["scale"], metrics["skipped"].value
+    (tensor([4.]), tensor(2.), tensor(1.))
+    """
+    if not (initial > 0 and growth_interval >= 1 and growth > 1 and 0 < backoff < 1):
+        raise ValueError(
+            f"dynamic_loss_scale({initial}, growth_interval={growth_interval}, growth={growth}, backoff={backoff}): the"
+            " scale is positive, the interval 1 or more, growth above 1 and backoff between 0 and 1."
+        )
+    skip = skip_nonfinite()
+
+    def init(state: TrainState) -> TrainState:
+        held = {"scale": torch.full_like(state.step, 0, dtype=torch.float32) + initial, "good": state.step * 0}
+        return state._replace(extra={**state.extra, "loss_scale": held})
+
+    def change(old: TrainState, new: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
+        _needs(old, "loss_scale", f"dynamic_loss_scale({initial})")
+        held, bad = old.extra["loss_scale"], metrics["skipped"].total > 0
+        good = torch.where(bad, 0, held["good"] + 1)
+        grows = good >= growth_interval
+        factor = torch.where(bad, backoff, torch.where(grows, growth, 1.0))
+        next_held = {"scale": held["scale"] * factor, "good": torch.where(grows, 0, good)}
+        shown = {**metrics, "loss_scale": Mean(held["scale"], torch.ones_like(held["scale"]))}
+        return new._replace(extra={**new.extra, "loss_scale": next_held}), shown
+
+    adjust = after(change)
+    return StepTransform(init, lambda step: adjust(skip(step)))
+
+
 def _needs(state: TrainState, name: str, call: str) -> None:
     if name not in state.extra:
         raise ValueError(

@@ -117,12 +117,6 @@ REFUSED: tuple[Refused, ...] = (
         "the step accumulates gradients itself, and there is no Accelerator to be configured",
         "Write `gradient_accumulation_steps=...`, and leave the other keys out",
     ),
-    Refused(
-        "fp16",
-        _truthy,
-        "float16 needs a loss scale that follows overflows, which trainfn doesn't have yet, and no CPU has it at all",
-        "Write `bf16=True`, which needs no loss scale",
-    ),
     Refused("tf32", _on_cpu, "TF32 is a mode of NVIDIA's matrix units, and this is no NVIDIA GPU", "Leave `tf32` out"),
     Refused(
         "use_liger_kernel",
@@ -198,7 +192,7 @@ USED: dict[str, str] = {
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _SAVE),
     **dict.fromkeys(("per_device_train_batch_size", "num_train_epochs", "max_steps"), _LOOP),
     **dict.fromkeys(("gradient_accumulation_steps", "seed", "full_determinism", "ignore_data_skip"), _LOOP),
-    **dict.fromkeys(("auto_find_batch_size", "enable_jit_checkpoint"), _LOOP),
+    **dict.fromkeys(("auto_find_batch_size", "enable_jit_checkpoint", "fp16"), _LOOP),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32"), _LOOP),
     **dict.fromkeys(("use_cpu",), _LOOP),
     **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs"), _LOOP),
