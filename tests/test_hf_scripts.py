@@ -202,7 +202,7 @@ def test_the_model_is_shared_under_the_name_that_is_asked_for(run, monkeypatch):
             r"`--text_column body`: there is no such column in the data, which have article",
         ),
         (f"{NEWS} --lang ro_RO", r"`--lang ro_RO`: a .* knows of no languages"),
-        (f"{NEWS} --fp16", r"fp16=True.* can't work"),
+        (f"{NEWS} --debug underflow_overflow", r"debug=.* can't work"),
     ],
 )
 def test_what_cannot_work_in_summarization(options, message, run, work):
@@ -333,3 +333,9 @@ def test_the_functional_script_shares_the_model(run, monkeypatch):
     assert [*server.repos] == ["tester/out"]
     pushed = server.repos["tester/out"].keys()
     assert {"model.safetensors", "all_results.json"} <= pushed and not [x for x in pushed if "checkpoint" in x]
+
+
+def test_half_precision(run, work):
+    """As in the documentation's torchrun command."""
+    run(SUMMARIZE, MODEL, NEWS, f"--do_train --fp16 --max_steps 1 --output_dir out {SHORT}")
+    assert (work / "out" / "train_results.json").exists()

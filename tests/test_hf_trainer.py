@@ -171,9 +171,12 @@ def test_a_checkpoint_is_what_transformers_reads(tmp_path):
     assert_identical(parameters(model), parameters(trainer.model))
 
 
-def test_a_checkpoint_of_transformers_is_gone_on_from(tmp_path):
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_a_checkpoint_of_transformers_is_gone_on_from(optim, tmp_path):
+    """Moments included: they are read as tensors, not unpickled."""
     options = {"per_device_train_batch_size": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
-               "optim": "sgd", "train_sampling_strategy": "sequential"}  # fmt: skip
+               "optim": optim, "train_sampling_strategy": "sequential", "weight_decay": 0.1, "learning_rate": 1e-2,
+               "lr_scheduler_type": "linear"}  # fmt: skip
     data = tokens(16)
     reference = theirs(llama(), tmp_path, data, **options)
     trainer = Trainer(llama(), arguments(tmp_path, **options), train_dataset=data)

@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 import trainfn as tfn
+from trainfn.hf._foreign import from_transformers
 
 logger = logging.get_logger(__name__)
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -155,7 +155,7 @@ def resume(trainer: Any, folder: str, windows: Any) -> None:
         trainfn.errors.CheckpointError: If it is damaged or does not fit.
     """
     if _is_foreign(Path(folder)):
-        state, position = _from_transformers(trainer, folder)
+        state, position = from_transformers(trainer, folder)
     else:
         saved = tfn.restore(folder, like=trainer.train_state)
         extra = tfn.manifest(folder).extra
@@ -187,41 +187,6 @@ def place(trainer: Any, saved: tfn.TrainState) -> None:
         for name, tensor in {**saved.params, **saved.buffers}.items():
             (mine.params if name in mine.params else mine.buffers)[name].copy_(tensor)
     trainer.train_state = saved._replace(params=mine.params, buffers=mine.buffers)
-
-
-def _from_transformers(trainer: Any, folder: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Weights and trainer state of a checkpoint that transformers wrote; nothing of it is unpickled."""
-    state = json.loads((Path(folder) / TRAINER_STATE).read_text())
-    index = Path(folder) / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    if any("/" in name or ".." in name for name in names) or not all((Path(folder) / n).is_file() for n in names):
-        raise tfn.errors.CheckpointError(
-            f"train(resume_from_checkpoint={folder!r}): it has no manifest.json, and not the safetensors files of a"
-            " checkpoint of transformers either. Files with pickles (pytorch_model.bin) are not read."
-        )
-    weights = {key: value for name in names for key, value in load_file(Path(folder) / name).items()}
-    found = trainer.model.load_state_dict(weights, strict=False)
-    tied = set(getattr(trainer.model, "all_tied_weights_keys", None) or {})
-    missing = [name for name in found.missing_keys if name not in tied]
-    if missing or found.unexpected_keys:
-        raise tfn.errors.CheckpointError(
-            f"train(resume_from_checkpoint={folder!r}): the weights do not fit the model. Missing: {missing[:5]};"
-            f" unexpected: {found.unexpected_keys[:5]}."
-        )
-    n, updates = state["global_step"], max(1, trainer._run.updates_per_epoch)
-    trainer.train_state = trainer.train_state._replace(
-        step=torch.full_like(trainer.train_state.step, n), opt_state=counted(trainer.train_state.opt_state, n)
-    )
-    logger.warning(
-        f"{folder} was written by transformers: the weights, the step, the schedule and the data position are taken"
-        " from it. Its optimizer.pt is a pickle and is not read: the optimizer's moments start at 0."
-    )
-    return state, {"epoch": n // updates, "window": n % updates}
-
-
-def counted(opt_state: Any, n: int) -> Any:
-    """The optimizer's state with its step counters at ``n``, so that schedules stand where they should."""
-    return tfn.tree.map(lambda x: torch.full_like(x, n) if x.dtype == torch.int64 and x.dim() == 0 else x, opt_state)
 
 
 def set_aside(trainer: Any) -> None:
