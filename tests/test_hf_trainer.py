@@ -453,6 +453,17 @@ def test_a_compiled_run_is_the_eager_one(tmp_path):
     assert_close(parameters(compiled.model), parameters(eager.model), 1e-6)
 
 
+@pytest.mark.slow
+def test_ragged_batches_do_not_compile_forever(tmp_path):
+    """One exact graph, one for any length, and one for what torch treats apart."""
+    data = [{name: x[: 2 + i % 5] for name, x in row.items()} for i, row in enumerate(tokens(20))]
+    options = arguments(tmp_path, num_train_epochs=1, per_device_train_batch_size=1, optim="sgd", torch_compile=True,
+                        torch_compile_backend="aot_eager", train_sampling_strategy="sequential")  # fmt: skip
+    trainer = Trainer(llama(), options, train_dataset=data)
+    trainer.train()
+    assert trainer.state.global_step == 20 and trainer._step.explain().graphs <= 3
+
+
 def test_the_plan_says_what_will_happen(tmp_path):
     options = arguments(
         tmp_path, per_device_train_batch_size=5, gradient_accumulation_steps=2, num_train_epochs=2.5,
