@@ -338,8 +338,6 @@ NOT_DEFAULT = {  # a value for every field that is refused or ignored, and what 
     "fsdp_config": ({"min_num_params": 1}, "configures FSDP.*Leave `fsdp_config` out"),
     "parallelism_config": (object(), "one process.*Leave `parallelism_config` out"),
     "tf32": (True, "no NVIDIA GPU.*Leave `tf32` out"),
-    "use_liger_kernel": (True, "doesn't do that yet.*Leave it out"),
-    "liger_kernel_config": ({"rope": True}, "Leave `liger_kernel_config` out"),
     "torch_empty_cache_steps": (4, "plans its memory.*Leave `torch_empty_cache_steps` out"),
     "dataloader_persistent_workers": (True, "trainfn.data"),
     "dataloader_multiprocessing_context": ("spawn", "trainfn.data"),

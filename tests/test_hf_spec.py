@@ -238,8 +238,23 @@ def test_dots_stand_for_what_is_left_out():
 def test_liger_needs_its_package():
     from trainfn import Trainer, TrainingArguments
 
-    with pytest.raises((ImportError, ValueError), match=r"liger"):
+    with pytest.raises(ImportError, match=r"use_liger_kernel=True.*`pip install liger-kernel`"):
         Trainer(gpt2(), TrainingArguments("x", use_liger_kernel=True, max_steps=1, **small()), train_dataset=tokens())
+
+
+def test_liger_gets_its_arguments(monkeypatch):
+    """A stand-in for the package, whose kernels need a GPU: it notes what it is called with."""
+    from trainfn import Trainer, TrainingArguments
+    from trainfn.hf import _setup, _train
+
+    called = []
+    monkeypatch.setattr(_setup, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(_train, "apply_liger_kernel", lambda model, config: called.append((model, config)))
+    config = {"rope": True, "cross_entropy": True, "rms_norm": False, "swiglu": True}
+    options = {"use_liger_kernel": True, "liger_kernel_config": config, "max_steps": 1, "save_strategy": "no"}
+    model = gpt2()
+    Trainer(model, TrainingArguments("x", **options, **small()), train_dataset=tokens()).train()
+    assert called == [(model, config)]
 
 
 def test_every_name_of_the_text_can_be_imported():

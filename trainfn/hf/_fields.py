@@ -119,18 +119,6 @@ REFUSED: tuple[Refused, ...] = (
     ),
     Refused("tf32", _on_cpu, "TF32 is a mode of NVIDIA's matrix units, and this is no NVIDIA GPU", "Leave `tf32` out"),
     Refused(
-        "use_liger_kernel",
-        _truthy,
-        "its Triton kernels replace layers of the model in place, and the Trainer doesn't do that yet",
-        "Leave it out; `torch_compile=True` fuses what it can",
-    ),
-    Refused(
-        "liger_kernel_config",
-        _truthy,
-        "it configures the kernels that `use_liger_kernel` would bring",
-        "Leave `liger_kernel_config` out",
-    ),
-    Refused(
         "optim_target_modules",
         lambda value, args: value is not None and "galore" not in args.optim,
         "it chooses the layers of GaLore, and this is another `optim`",
@@ -192,7 +180,9 @@ USED: dict[str, str] = {
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _SAVE),
     **dict.fromkeys(("per_device_train_batch_size", "num_train_epochs", "max_steps"), _LOOP),
     **dict.fromkeys(("gradient_accumulation_steps", "seed", "full_determinism", "ignore_data_skip"), _LOOP),
-    **dict.fromkeys(("auto_find_batch_size", "enable_jit_checkpoint", "fp16"), _LOOP),
+    **dict.fromkeys(
+        ("auto_find_batch_size", "enable_jit_checkpoint", "fp16", "use_liger_kernel", "liger_kernel_config"), _LOOP
+    ),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32"), _LOOP),
     **dict.fromkeys(("use_cpu",), _LOOP),
     **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs"), _LOOP),

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils import is_liger_kernel_available
 
 
 def report_misspelt(cls: type, base: type) -> None:
@@ -59,6 +60,14 @@ def smoother(args: Any, model: nn.Module) -> LabelSmoother | None:
         warnings.warn("Label smoothing means nothing for multi-label classification; it is left out.", stacklevel=3)
         return None
     return LabelSmoother(epsilon=args.label_smoothing_factor)
+
+
+def check_liger(args: Any) -> None:
+    """Raise now, and not when training begins, if the package is missing."""
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError(
+            "TrainingArguments(use_liger_kernel=True) needs liger-kernel 0.3 or newer: `pip install liger-kernel`."
+        )
 
 
 def arguments_of(model: nn.Module) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Generator
 from typing import Any
 
 import torch
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 from transformers.utils import logging
@@ -35,6 +36,8 @@ def train(
     folder = _checkpoints.to_resume(trainer, resume_from_checkpoint)
     if trainer.model_init is not None:
         trainer._new_model()
+    if trainer.args.use_liger_kernel:  # it replaces layers of the model, for good; twice is the same as once
+        apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
     loader = trainer.get_train_dataloader()
     run = _data.arithmetic(trainer.args, loader, trainer.num_examples(loader))
     trainer._train_dataloader, trainer.is_in_train, trainer._run = loader, True, run

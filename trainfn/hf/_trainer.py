@@ -103,6 +103,7 @@ class Trainer(Reporting):
     ) -> None:
         self.args = args if args is not None else TrainingArguments("tmp_trainer")
         check_supported(self.args)
+        _setup.check_liger(self.args)
         self._device = self.args.device
         self.model_init = model_init
         self.model = _setup.first_model(model, model_init, self.args)
