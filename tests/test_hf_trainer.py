@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import assert_close, assert_identical
-from hf_models import HEADS, gpt2, llama, mixtral, tokens
+from hf_models import HEADS, gpt2, llama, mixtral, seeded, tokens
 from torch import nn
 
 import trainfn as tfn
@@ -638,3 +638,145 @@ def test_an_overflow_of_float16_is_skipped_and_lowers_the_scale(tmp_path):
 def test_float16_needs_a_step_that_knows_of_its_scale(tmp_path):
     with pytest.raises(ValueError, match=r"overridden training_step.*Override compute_loss"):
         trained(tmp_path, llama(), tokens(), OwnStep, fp16=True, max_steps=1)
+
+
+# --- what a review found --------------------------------------------------------------------------------------------
+
+
+def with_evaluation(folder, *callbacks, model=None, metrics=None, data=None, **options):
+    options = {"num_train_epochs": 3, "per_device_train_batch_size": 2, "optim": "sgd", **options}
+    return Trainer(
+        model or gpt2(), arguments(folder, **options), train_dataset=data or tokens(8), eval_dataset=tokens(4),
+        compute_metrics=metrics, callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+class StopsAtTheEpochsEnd(TrainerCallback):
+    def on_epoch_end(self, args, state, control, **kwargs):
+        return {"should_training_stop": True}
+
+
+def test_a_stop_at_an_epochs_end_is_at_once(tmp_path):
+    trainer = with_evaluation(tmp_path, StopsAtTheEpochsEnd(), eval_strategy="epoch", save_strategy="epoch")
+    trainer.train()
+    assert trainer.state.global_step == 4 and trainer.state.epoch == 1.0
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_an_epochs_end_that_was_cut_off_is_made_up_for(tmp_path):
+    """The checkpoint is of the epoch's last step, before its log and evaluation."""
+    options = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "epoch", "logging_strategy": "epoch"}
+    whole = with_evaluation(tmp_path / "a", **options)
+    whole.train()
+    with_evaluation(tmp_path / "b", StopAt(4), **options).train()
+    again = with_evaluation(tmp_path / "b", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
+    told = [
+        [(log["step"], log.get("loss"), log.get("eval_loss")) for log in t.state.log_history] for t in (again, whole)
+    ]
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_resumed_plateau_keeps_the_rate_it_had_decided(own, tmp_path):
+    options = {
+        "max_steps": 8, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3,
+        "lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.1},
+        "logging_strategy": "steps", "logging_steps": 1,
+    }  # fmt: skip
+
+    def make(folder, *callbacks):
+        values = iter([1.0, 2.0, 3.0]) if not (folder / "checkpoint-6").exists() else iter([3.0])
+        model = gpt2()
+        trainer = with_evaluation(folder, *callbacks, model=model, metrics=lambda _: {"loss": next(values)}, **options)
+        if own:
+            trainer._given_optimizers = (torch.optim.SGD(model.parameters(), 0.1), None)
+        return trainer
+
+    whole = make(tmp_path / "a")
+    whole.train()
+    make(tmp_path / "b", StopAt(6)).train()
+    again = make(tmp_path / "b")
+    again.train(resume_from_checkpoint=True)
+    assert_identical(again.train_state, whole.train_state)
+    rates = [log["learning_rate"] for log in whole.state.log_history if "learning_rate" in log]
+    assert rates == pytest.approx([0.1] * 6 + [0.01] * 2)
+
+
+def test_the_best_of_weights_alone_is_loaded(tmp_path):
+    trainer = with_evaluation(
+        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        save_only_model=True, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    best = transformers.GPT2LMHeadModel.from_pretrained(trainer.state.best_model_checkpoint)
+    assert_identical(parameters(trainer.model), parameters(best))
+
+
+def test_another_save_is_not_the_best(tmp_path):
+    class Saves(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            return {"should_save": state.global_step in (3, 4)}
+
+    values = iter([1.0, 2.0, 3.0, 4.0])
+    trainer = with_evaluation(
+        tmp_path, Saves(), metrics=lambda _: {"loss": next(values)}, max_steps=6, eval_strategy="steps", eval_steps=2,
+        save_strategy="best", metric_for_best_model="loss", greater_is_better=False, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+
+def test_a_stream_knows_its_epoch(tmp_path):
+    epochs = []
+
+    class Rows(torch.utils.data.IterableDataset):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+
+        def __iter__(self):
+            return iter(tokens(4))
+
+    with_evaluation(tmp_path, data=Rows(), max_steps=4).train()
+    assert epochs == [0, 1]
+
+
+def test_trying_a_head_out_leaves_its_statistics_alone(tmp_path):
+    class Normed(Small):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            outputs = self.inner(input_ids=input_ids, labels=labels)
+            return {"loss": outputs.loss + 0 * self.norm(input_ids.float()).sum()}
+
+    model = seeded(Normed)
+    trained(tmp_path, model, tokens(), per_device_train_batch_size=2, max_steps=3, optim="sgd")
+    assert model.norm.num_batches_tracked == 3
+
+
+def test_a_loss_that_one_row_does_not_have_is_no_business_of_the_check(tmp_path):
+    class Pairs(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False):
+            logits = model(input_ids=inputs["input_ids"]).logits
+            return logits.view(-1, 2, *logits.shape[1:]).square().mean()
+
+    trained(tmp_path, llama(), tokens(8), Pairs, per_device_train_batch_size=2, gradient_accumulation_steps=2, **SGD)
+
+
+def test_another_accumulation_goes_on_with_the_same_rows(tmp_path):
+    options = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 2, "optim": "sgd"}
+    with_evaluation(tmp_path, StopAt(2), **options).train()  # two of four micro-batches
+    seen = []
+
+    class Watches(Trainer):
+        def _prepare_inputs(self, inputs):
+            seen.append(inputs["input_ids"].tolist())
+            return super()._prepare_inputs(inputs)
+
+    made = arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, **options)
+    trainer = Watches(gpt2(), made, train_dataset=tokens(8))
+    trainer.train(resume_from_checkpoint=True)
+    assert seen == [batch["input_ids"].tolist() for batch in list(trainer.get_train_dataloader())[2:]]

@@ -12,7 +12,7 @@ from trainfn._batches import Batches, start_anywhere
 from trainfn._checkpoint import Checkpoints
 from trainfn._interrupt import Held, termination
 from trainfn._types import StepInfo, TrainState
-from trainfn.callbacks._evaluation import Best
+from trainfn.callbacks._evaluation import SavedBest
 
 Callback = Callable[[StepInfo], object]
 _OTHER_ROWS = "from here on the steps see other rows than the saved run would have seen"
@@ -41,7 +41,7 @@ class Session(contextlib.ExitStack):
         self.saved: int | None = None
         self.until: int | None = None
         self.terminated = Held()
-        self.best: Best | None = None
+        self.best: SavedBest | None = None
         if checkpoints is None:
             return
         if not start_anywhere(batches):
@@ -50,7 +50,7 @@ class Session(contextlib.ExitStack):
                 " a checkpoint. Give a function of the step, `lambda n: batch`, or a `tfn.data.loader`."
             )
         if checkpoints.best is not None:
-            self.best = Best(checkpoints.best, checkpoints.mode)
+            self.best = SavedBest(checkpoints.best, checkpoints.mode)
 
     def __enter__(self) -> Self:
         """Lock the folder, and take note of SIGTERM."""

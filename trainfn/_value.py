@@ -94,8 +94,8 @@ def _difference(x: Any, y: Any) -> Difference | None:
         return None
     if not (x.is_floating_point() or x.is_complex()) and x.numel() == 1:
         return Difference(f"{x.item()} and {y.item()}", float(abs(x.item() - y.item())))
-    gap = (x.double() - y.double()).abs().nan_to_num(nan=float("inf"))
-    largest, scale = float(gap.max()), float(x.double().abs().max())
+    gap = torch.where(x == y, 0.0, (x.double() - y.double()).abs().nan_to_num(nan=float("inf")))
+    largest, scale = float(gap.max()), float(torch.where(x.isfinite(), x.double(), 0.0).abs().max())
     count = int((gap > 0).sum())
     if count == 0:
         return Difference("equal, but not in its bits (the sign of a zero, or the kind of a NaN)", 0.0, 0.0)

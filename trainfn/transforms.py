@@ -22,6 +22,7 @@ from trainfn import tree
 from trainfn._step import TrainStep
 from trainfn._types import Mean, Metrics, TrainState
 
+_SMALLEST_SCALE = 2.0**-24  # a run whose loss is NaN for good must not end up dividing by 0
 _Advance = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
@@ -170,7 +171,7 @@ def dynamic_loss_scale(
         good = torch.where(bad, 0, held["good"] + 1)
         grows = good >= growth_interval
         factor = torch.where(bad, backoff, torch.where(grows, growth, 1.0))
-        next_held = {"scale": held["scale"] * factor, "good": torch.where(grows, 0, good)}
+        next_held = {"scale": (held["scale"] * factor).clamp(min=_SMALLEST_SCALE), "good": torch.where(grows, 0, good)}
         shown = {**metrics, "loss_scale": Mean(held["scale"], torch.ones_like(held["scale"]))}
         return new._replace(extra={**new.extra, "loss_scale": next_held}), shown
 

@@ -135,6 +135,10 @@ class Best:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{type(self).__name__}({self.metric!r}): the metrics are {known}.{hint}")
 
+
+class SavedBest(Best):
+    """The same, kept in checkpoints."""
+
     def state_dict(self) -> dict[str, Any]:
         """The best value and its step; JSON has no NaN."""
         return {"value": None if math.isnan(self.value) else self.value, "n": self.n}
@@ -144,7 +148,7 @@ class Best:
         self.value, self.n = math.nan if state["value"] is None else state["value"], state["n"]
 
 
-class early_stopping(Best):
+class early_stopping(SavedBest):
     """Stop once a metric has not become better for so many looks at it.
 
     Args:
@@ -194,7 +198,7 @@ class early_stopping(Best):
 class keep_best(Best):
     """Keep a copy of the state with the best value of a metric, in memory, as ``.state``.
 
-    On disk, `trainfn.Checkpoints` keeps the best with ``best="eval_loss"``.
+    On disk, `trainfn.Checkpoints` keeps the best with ``best="eval_loss"``; this one begins anew with each process.
 
     Args:
         metric: Its name.

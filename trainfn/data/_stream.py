@@ -47,6 +47,7 @@ class Stream:
     prefetch: int
     rank: int = 0
     world: int = 1
+    first_epoch: int = 0  # the number of the first pass, for who counts epochs outside
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -125,7 +126,8 @@ class Stream:
     def _batches(self, step: int) -> Iterator[Batch]:
         per_epoch = self.steps_per_epoch
         epoch, number = (0, step) if per_epoch is None else divmod(step, per_epoch)
-        while self.epochs is None or epoch < self.epochs:
+        epoch += self.first_epoch
+        while self.epochs is None or epoch < self.first_epoch + self.epochs:
             rows = self._rows(epoch, number * self.batch_size)
             while read := list(itertools.islice(rows, self.batch_size)):
                 if len(read) == self.batch_size or self.last != "drop":

@@ -25,7 +25,7 @@ def check_additive(trainer: Any, inputs: dict[str, Any]) -> None:
     """
     rows = next((x.shape[0] for x in inputs.values() if isinstance(x, Tensor) and x.dim() > 0), 0)
     count = min(rows, _ROWS)
-    if count < 2 or any(isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] != rows for x in inputs.values()):
+    if count < 2 or any(not isinstance(x, Tensor) or (x.dim() and x.shape[0] != rows) for x in inputs.values()):
         return
     modes = [(m, m.training) for m in trainer.model.modules()]
     trainer.model.eval()
@@ -33,6 +33,8 @@ def check_additive(trainer: Any, inputs: dict[str, Any]) -> None:
         with torch.no_grad(), tfn.keyed(tfn.random.key(0)):
             whole = exact_loss(trainer, trainer.model, _cut(inputs, 0, count))[0]
             pieces = sum(exact_loss(trainer, trainer.model, _cut(inputs, i, i + 1))[0] for i in range(count))
+    except Exception:  # a loss of pairs, say, can't be had of one row; it is no business of this check to fail
+        return
     finally:
         for module, mode in modes:
             module.training = mode

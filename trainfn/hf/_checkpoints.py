@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 import trainfn as tfn
-from trainfn.hf._foreign import from_transformers
+from trainfn.hf._foreign import from_transformers, load_weights
 
 logger = logging.get_logger(__name__)
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -65,13 +65,11 @@ class Saving:
         if trainer.args.save_only_model:
             trainer._save(str(folder))
             return folder
-        if trainer.args.save_strategy == "best" or folder.name == Path(trainer.state.best_model_checkpoint or "").name:
-            trainer.state.best_model_checkpoint = str(folder)
         at, metrics = trainer._latest_metrics
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         extra = {
             "trainer_state": trainer._state_dict(),
-            "position": {"epoch": self.windows.epoch, "window": self.windows.window},
+            "position": {"epoch": self.windows.epoch, "micro": self.windows.window and self.windows.micro_done},
             "losses": trainer._losses.state_dict(),
         }
         if trainer._controller_state is not None:
@@ -163,21 +161,41 @@ def resume(trainer: Any, folder: str, windows: Any) -> None:
         place(trainer, saved)
         trainer._restored_losses = extra["losses"]
         if "controller" in extra:
-            first = trainer.lr_scheduler.controller.init()
-            held = {n: torch.tensor(v, dtype=getattr(first, n).dtype) for n, v in extra["controller"].items()}
-            trainer._controller_state = first._replace(**held)
+            _control_again(trainer, extra["controller"])
     fresh = trainer.state
-    trainer.state = TrainerState(**state)
+    known = {field.name for field in dataclasses.fields(TrainerState)}  # another version's may have more
+    trainer.state = TrainerState(**{name: value for name, value in state.items() if name in known})
     for name in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size"):
         setattr(trainer.state, name, getattr(fresh, name))  # from the arguments, never from the checkpoint
     trainer.state.is_local_process_zero = fresh.is_local_process_zero
     trainer.state.is_world_process_zero = fresh.is_world_process_zero
     trainer.callback_handler.load_states(trainer.state.stateful_callbacks)  # or early stopping would start anew
-    if not trainer.args.ignore_data_skip:
-        updates = windows.run.updates_per_epoch
-        windows.epoch, windows.window = position["epoch"], position["window"]
-        if windows.window >= updates:
-            windows.epoch, windows.window = windows.epoch + 1, 0
+    _go_to(windows, position, skip=not trainer.args.ignore_data_skip)
+
+
+def _go_to(windows: Any, position: dict[str, int], *, skip: bool) -> None:
+    """Let the data go on after the micro-batches that were seen of the epoch."""
+    windows.epoch = position["epoch"]
+    if not skip:
+        return
+    accumulate, run = windows.run.accumulate, windows.run
+    done = run.micro_per_epoch is not None and position["micro"] >= run.micro_per_epoch
+    windows.window = run.updates_per_epoch if done else position["micro"] // accumulate
+    if not done and position["micro"] % accumulate:
+        logger.warning(
+            f"gradient_accumulation_steps={accumulate} does not divide the {position['micro']} micro-batches of this"
+            f" epoch that the checkpoint had seen: the last {position['micro'] % accumulate} of them are seen again."
+        )
+
+
+def _control_again(trainer: Any, saved: dict[str, Any]) -> None:
+    """Let a controller go on from what it knew, and the rate be what it had decided."""
+    scheduled = trainer.lr_scheduler[0] if isinstance(trainer.lr_scheduler, list) else trainer.lr_scheduler
+    first = scheduled.controller.init()
+    held = {n: torch.tensor(v, dtype=getattr(first, n).dtype) for n, v in saved.items()}
+    trainer._controller_state = first._replace(**held)
+    rate = float(trainer._controller_state.learning_rate)
+    trainer._changes.append(lambda state: tfn.optim.set_hyperparams(state, learning_rate=rate))
 
 
 def place(trainer: Any, saved: tfn.TrainState) -> None:
@@ -253,6 +271,9 @@ def load_best(trainer: Any) -> None:
     logger.info(f"Loading the best model, of {best} ({trainer.state.best_metric}).")
     with contextlib.suppress(AttributeError):
         trainer._saving.wait()
+    if not (Path(best) / "manifest.json").exists():  # weights alone, or transformers' own
+        load_weights(trainer.model, best)
+        return
     chosen = tfn.restore(best, like=trainer.train_state, only="^model/")
     place(trainer, trainer.train_state._replace(params=chosen.params, buffers=chosen.buffers))
 

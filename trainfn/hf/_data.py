@@ -28,7 +28,7 @@ def train_loader(trainer: Any) -> Any:
     seed = args.seed if args.data_seed is None else args.data_seed
     dataset, collate = prepared(trainer, dataset, "training")
     last = "drop" if args.dataloader_drop_last else "short"
-    if not hasattr(dataset, "__len__"):
+    if _is_stream(dataset):
         return tfn.data.stream(dataset, args.train_batch_size, last=last, seed=seed, collate=collate)
     n, size = len(dataset), args.train_batch_size
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
@@ -45,11 +45,15 @@ def eval_loader(trainer: Any, dataset: Any, description: str) -> Any:
     """A dataset's batches in its own order."""
     args = trainer.args
     dataset, collate = prepared(trainer, dataset, description)
-    if not hasattr(dataset, "__len__"):
+    if _is_stream(dataset):
         return tfn.data.stream(dataset, args.eval_batch_size, last="short", collate=collate)
     last = "drop" if args.dataloader_drop_last else "short"
     plan = tfn.data.sequential(len(dataset), args.eval_batch_size, last=last)
     return tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args))
+
+
+def _is_stream(dataset: Any) -> bool:
+    return isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__")
 
 
 def _workers(args: Any) -> dict[str, Any]:
@@ -141,6 +145,10 @@ def arithmetic(args: Any, loader: Any, num_examples: int | None) -> Run:
     return Run(micro, accumulate, steps, math.ceil(steps / updates), num_examples)
 
 
+class Ended(Exception):
+    """There is no further window: the epochs are over, or somebody said stop between two steps."""
+
+
 class Windows:
     """The micro-batches of each update, from wherever the run stands; fires what happens before a step.
 
@@ -159,8 +167,9 @@ class Windows:
         """The windows from ``(epoch, window)`` on; ``step`` only says that the run has come there."""
         trainer, run = self.trainer, self.run
         while self.epoch < run.epochs:
-            trainer._event("on_epoch_begin")
-            self.micro_done = self.window * run.accumulate
+            if self.window < run.updates_per_epoch:  # else the epoch is done, but for its end
+                trainer._event("on_epoch_begin")
+            self.micro_done = min(self.window * run.accumulate, run.micro_counted)
             with contextlib.closing(self._micro(self.epoch, self.micro_done)) as micro:
                 while window := list(_take(micro, run.accumulate)):
                     self.window += 1
@@ -171,9 +180,16 @@ class Windows:
                         break
             if self.micro_done == 0:
                 logger.warning("Trainer: this epoch has not a single batch; training stops here.")
-                return
-            self.epoch, self.window = self.epoch + 1, 0
-            trainer._end_epoch()
+                break
+            self.end_epoch()
+            if trainer.control.should_training_stop:
+                break
+        raise Ended
+
+    def end_epoch(self) -> None:
+        """What belongs to the end of an epoch; what is saved there begins with the next one."""
+        self.epoch, self.window = self.epoch + 1, 0
+        self.trainer._end_epoch()
 
     def _micro(self, epoch: int, first: int) -> Generator[dict[str, Any]]:
         loader = self.loader
@@ -183,7 +199,7 @@ class Windows:
             endless = dataclasses.replace(loader, epochs=None)
             batches = _limited(endless.start(begin + first), self.run.micro_per_epoch - first)
         elif isinstance(loader, tfn.data.Stream):
-            batches = loader.start(first)
+            batches = dataclasses.replace(loader, first_epoch=epoch).start(first)
         else:
             seed = self.trainer.args.seed
             batches = _seeded(loader, seed if seed is not None else 0, epoch, first)
@@ -228,6 +244,8 @@ def _seeded(loader: Any, seed: int, epoch: int, skip: int) -> Generator[Any]:
     """
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch)
+    if isinstance(own := getattr(loader, "generator", None), torch.Generator):
+        own.manual_seed(_number(seed, epoch))
     lent = _Generators(seed, epoch)
     with lent:
         batches = iter(loader)
@@ -241,12 +259,16 @@ def _seeded(loader: Any, seed: int, epoch: int, skip: int) -> Generator[Any]:
             yield batch
 
 
+def _number(seed: int, epoch: int) -> int:
+    return int(tfn.random.fold_in(tfn.random.key(seed), epoch)[0]) % 2**32
+
+
 class _Generators:
     """States of the global generators, put in place for a block."""
 
     def __init__(self, seed: int, epoch: int) -> None:
         saved = _get()
-        number = int(tfn.random.fold_in(tfn.random.key(seed), epoch)[0]) % 2**32
+        number = _number(seed, epoch)
         torch.manual_seed(number)
         np.random.seed(number)
         random.seed(number)
@@ -290,4 +312,6 @@ def _moved(value: Any, device: torch.device) -> Any:
         return torch.as_tensor(value).to(device)
     if isinstance(value, Mapping):
         return {name: _moved(item, device) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, device) for item in value]
     return value

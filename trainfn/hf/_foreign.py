@@ -20,22 +20,7 @@ logger = logging.get_logger(__name__)
 def from_transformers(trainer: Any, folder: str) -> tuple[dict[str, Any], dict[str, int]]:
     """Weights and trainer state of a checkpoint that transformers wrote; nothing of it is unpickled."""
     state = json.loads((Path(folder) / "trainer_state.json").read_text())
-    index = Path(folder) / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    if any("/" in name or ".." in name for name in names) or not all((Path(folder) / n).is_file() for n in names):
-        raise tfn.errors.CheckpointError(
-            f"train(resume_from_checkpoint={folder!r}): it has no manifest.json, and not the safetensors files of a"
-            " checkpoint of transformers either. Files with pickles (pytorch_model.bin) are not read."
-        )
-    weights = {key: value for name in names for key, value in load_file(Path(folder) / name).items()}
-    found = trainer.model.load_state_dict(weights, strict=False)
-    tied = set(getattr(trainer.model, "all_tied_weights_keys", None) or {})
-    missing = [name for name in found.missing_keys if name not in tied]
-    if missing or found.unexpected_keys:
-        raise tfn.errors.CheckpointError(
-            f"train(resume_from_checkpoint={folder!r}): the weights do not fit the model. Missing: {missing[:5]};"
-            f" unexpected: {found.unexpected_keys[:5]}."
-        )
+    load_weights(trainer.model, folder)
     n, updates = state["global_step"], max(1, trainer._run.updates_per_epoch)
     opt_state = counted(trainer.train_state.opt_state, n)
     moments = adam_moments(trainer.model, Path(folder) / "optimizer.pt")
@@ -48,7 +33,31 @@ def from_transformers(trainer: Any, folder: str) -> tuple[dict[str, Any], dict[s
             f"{folder} was written by transformers: the weights, the step, the schedule and the data position are taken"
             " from it, but its optimizer.pt is not one of Adam for this model: the optimizer's state starts anew."
         )
-    return state, {"epoch": n // updates, "window": n % updates}
+    return state, {"epoch": n // updates, "micro": n % updates * trainer._run.accumulate}
+
+
+def load_weights(model: Any, folder: str) -> None:
+    """The safetensors files of a folder, one or several, into a model.
+
+    Raises:
+        trainfn.errors.CheckpointError: If they are not there, or do not fit.
+    """
+    index = Path(folder) / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    if any("/" in name or ".." in name for name in names) or not all((Path(folder) / n).is_file() for n in names):
+        raise tfn.errors.CheckpointError(
+            f"load({folder!r}): it has no manifest.json, and not the safetensors files of a"
+            " checkpoint of transformers either. Files with pickles (pytorch_model.bin) are not read."
+        )
+    weights = {key: value for name in names for key, value in load_file(Path(folder) / name).items()}
+    found = model.load_state_dict(weights, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = [name for name in found.missing_keys if name not in tied]
+    if missing or found.unexpected_keys:
+        raise tfn.errors.CheckpointError(
+            f"load({folder!r}): the weights do not fit the model. Missing: {missing[:5]};"
+            f" unexpected: {found.unexpected_keys[:5]}."
+        )
 
 
 def counted(opt_state: Any, n: int) -> Any:

@@ -81,7 +81,11 @@ def counted(trainer: Any, inputs: Mapping[str, Any]) -> Tensor:
         first = next(x for x in inputs.values() if isinstance(x, Tensor) and x.dim() > 0)
         return torch.full((), first.shape[0], dtype=torch.float32, device=first.device)
     labels = labels[..., 1:] if shifted and labels.dim() > 1 else labels
-    return (labels != IGNORED).sum().float()
+    counts = labels != IGNORED
+    other = getattr(getattr(trainer.model, "config", None), "semantic_loss_ignore_index", None)
+    if other is not None and labels.dim() > 2:  # a segmentation map
+        counts = counts & (labels != other)
+    return counts.sum().float()
 
 
 def shifts_labels(trainer: Any) -> bool:
@@ -122,9 +126,15 @@ def find_shift(trainer: Any, inputs: Mapping[str, Any]) -> None:
 
 
 def _tried(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """The head's loss, with the same dropout each time."""
-    with torch.no_grad(), tfn.keyed(tfn.random.key(0)):
-        return _head_loss(model(**inputs), inputs)
+    """The head's loss in eval mode: it leaves running statistics alone."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), tfn.keyed(tfn.random.key(0)):
+            return _head_loss(model(**inputs), inputs)
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _returns_loss_for_labels(model: nn.Module) -> bool:

@@ -48,6 +48,8 @@ class Halving:
             logger.warning(f"Out of memory: every micro-batch is cut into {self.pieces}. The updates stay the same.")
 
     def _cut(self, window: list[Any]) -> list[Any]:
+        if self.pieces == 1:
+            return window
         return [piece for micro in window for piece, _ in tfn.tree.split(micro, min(self.pieces, _rows(micro)))]
 
 

@@ -62,6 +62,12 @@ def smoother(args: Any, model: nn.Module) -> LabelSmoother | None:
     return LabelSmoother(epsilon=args.label_smoothing_factor)
 
 
+def set_use_cache(model: Any, args: Any) -> None:
+    """Whether the model keeps keys and values, which training has no use for."""
+    if getattr(model, "config", None) is not None:
+        model.config.use_cache = args.use_cache
+
+
 def check_liger(args: Any) -> None:
     """Raise now, and not when training begins, if the package is missing."""
     if args.use_liger_kernel and not is_liger_kernel_available():

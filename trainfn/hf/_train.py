@@ -18,11 +18,12 @@ from transformers.utils import logging
 import trainfn as tfn
 from trainfn.hf import _checkpoints, _data, _manual
 from trainfn.hf._additive import check_additive
-from trainfn.hf._data import Run, Windows
+from trainfn.hf._data import Ended, Run, Windows
 from trainfn.hf._logs import LossWindow
 from trainfn.hf._loss import find_shift, training_loss
 from trainfn.hf._memory import Halving
 from trainfn.hf._neftune import neftune
+from trainfn.hf._setup import smoother
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +37,8 @@ def train(
     folder = _checkpoints.to_resume(trainer, resume_from_checkpoint)
     if trainer.model_init is not None:
         trainer._new_model()
+    if trial is not None:
+        trainer.label_smoother = smoother(trainer.args, trainer.model)
     if trainer.args.use_liger_kernel:  # it replaces layers of the model, for good; twice is the same as once
         apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
     loader = trainer.get_train_dataloader()
@@ -53,7 +56,7 @@ def train(
             _announce(trainer, run, folder)
             return _loop(trainer, run, windows, ignore_keys_for_eval)
     finally:
-        trainer.is_in_train = False
+        trainer.is_in_train, trainer._saving = False, None
         trainer.end()
 
 
@@ -192,13 +195,13 @@ def _loop(trainer: Any, run: Run, windows: Windows, ignore_keys: list[str] | Non
         losses.load_state_dict(trainer._restored_losses)
     trainer._ignore_keys, trainer._began = ignore_keys, began
     trainer._event("on_train_begin")
-    if trainer.args.eval_on_start and first < run.max_steps:
-        trainer._evaluate(ignore_keys)
+    if trainer.args.eval_on_start and first == 0:
+        trainer.evaluate(ignore_keys=ignore_keys)
     open_epoch = False
     with _checkpoints.Saving(trainer, windows) as saving:
         trainer._saving = saving
         stream = tfn.steps(_changing(trainer), trainer.train_state, windows, until=run.max_steps, nonfinite="continue")
-        with contextlib.closing(stream):  # type: ignore[type-var]
+        with contextlib.closing(stream), contextlib.suppress(Ended):  # type: ignore[type-var]
             for info in stream:
                 trainer.train_state = info.state
                 open_epoch = True
@@ -206,7 +209,7 @@ def _loop(trainer: Any, run: Run, windows: Windows, ignore_keys: list[str] | Non
                 if trainer.control.should_training_stop:
                     break
         if open_epoch and windows.window:  # the stream was left inside or at the end of an epoch
-            trainer._end_epoch()
+            windows.end_epoch()
         output = _finished(trainer, run, began, first, losses)
         trainer._event("on_train_end")
     trainer._saving = None
@@ -254,11 +257,11 @@ def maybe_log_save_evaluate(trainer: Any) -> None:
     control = trainer.control
     if control.should_log and trainer._losses.steps > 0:
         trainer.log(trainer._losses.take(learning_rate=trainer.get_learning_rates()[0]), trainer._began)
-    if control.should_evaluate:
+    if control.should_evaluate and not trainer._terminated:
         metrics = trainer._evaluate(trainer._ignore_keys)
         better = _checkpoints.note_best(trainer, metrics)
         if trainer.args.save_strategy == SaveStrategy.BEST:
-            control.should_save = better
+            control.should_save = control.should_save or better
     if control.should_save:
         trainer._save_checkpoint(trainer.model, trial=None)
         trainer._event("on_save")

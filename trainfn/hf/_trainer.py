@@ -127,8 +127,7 @@ class Trainer(Reporting):
         self.push_in_progress: Any = None
         if self.args.push_to_hub:
             _hub.init_repo(self)
-        if getattr(self.model, "config", None) is not None:
-            self.model.config.use_cache = self.args.use_cache  # type: ignore[union-attr]
+        _setup.set_use_cache(self.model, self.args)
         self._event("on_init_end")
 
     def _fresh(self) -> None:
@@ -149,6 +148,8 @@ class Trainer(Reporting):
 
     def _new_model(self) -> None:
         self.model = _setup.made_model(self.model_init, self.args, self._trial)
+        self._shifts = self._parameter_count = self._signature_columns = None  # of another model
+        _setup.set_use_cache(self.model, self.args)
 
     # --- names that are kept --------------------------------------------------------------------------------------
 
