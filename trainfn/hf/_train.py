@@ -19,6 +19,7 @@ import trainfn as tfn
 from trainfn.hf import _checkpoints, _data, _manual
 from trainfn.hf._additive import check_additive
 from trainfn.hf._data import Ended, Run, Windows
+from trainfn.hf._found import same_modes
 from trainfn.hf._logs import LossWindow
 from trainfn.hf._loss import find_shift, training_loss
 from trainfn.hf._memory import Halving
@@ -64,7 +65,6 @@ def train(
 def _surroundings(trainer: Any) -> Generator[None]:
     """What holds for a run and not after it, however it ends."""
     args, model = trainer.args, trainer.model
-    training = {module: module.training for module in model.modules()}
     deterministic = torch.are_deterministic_algorithms_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(args.matmul_precision())
@@ -77,12 +77,9 @@ def _surroundings(trainer: Any) -> Generator[None]:
             stack.enter_context(_recomputing(model, dict(args.activation_checkpointing_kwargs or {})))
         if args.neftune_noise_alpha is not None:
             stack.enter_context(neftune(model, args.neftune_noise_alpha))
+        stack.enter_context(same_modes(model))
         model.train()
-        try:
-            yield
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        yield
 
 
 @contextlib.contextmanager
