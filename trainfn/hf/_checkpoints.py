@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.hf._foreign import from_transformers, load_weights
+from trainfn.hf._optimization import control_again, metric_name
 
 logger = logging.get_logger(__name__)
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -161,7 +162,7 @@ def resume(trainer: Any, folder: str, windows: Any) -> None:
         place(trainer, saved)
         trainer._restored_losses = extra["losses"]
         if "controller" in extra:
-            _control_again(trainer, extra["controller"])
+            control_again(trainer, extra["controller"])
     fresh = trainer.state
     known = {field.name for field in dataclasses.fields(TrainerState)}  # another version's may have more
     trainer.state = TrainerState(**{name: value for name, value in state.items() if name in known})
@@ -186,16 +187,6 @@ def _go_to(windows: Any, position: dict[str, int], *, skip: bool) -> None:
             f"gradient_accumulation_steps={accumulate} does not divide the {position['micro']} micro-batches of this"
             f" epoch that the checkpoint had seen: the last {position['micro'] % accumulate} of them are seen again."
         )
-
-
-def _control_again(trainer: Any, saved: dict[str, Any]) -> None:
-    """Let a controller go on from what it knew, and the rate be what it had decided."""
-    scheduled = trainer.lr_scheduler[0] if isinstance(trainer.lr_scheduler, list) else trainer.lr_scheduler
-    first = scheduled.controller.init()
-    held = {n: torch.tensor(v, dtype=getattr(first, n).dtype) for n, v in saved.items()}
-    trainer._controller_state = first._replace(**held)
-    rate = float(trainer._controller_state.learning_rate)
-    trainer._changes.append(lambda state: tfn.optim.set_hyperparams(state, learning_rate=rate))
 
 
 def place(trainer: Any, saved: tfn.TrainState) -> None:
@@ -228,12 +219,6 @@ def set_aside(trainer: Any) -> None:
 
 
 # --- the best ------------------------------------------------------------------------------------------------------
-
-
-def metric_name(args: Any) -> str | None:
-    """The metric to choose by, with its prefix."""
-    name = args.metric_for_best_model
-    return name if name is None or name.startswith("eval_") else f"eval_{name}"
 
 
 def note_best(trainer: Any, metrics: dict[str, Any]) -> bool:
