@@ -254,8 +254,6 @@ def load_best(trainer: Any) -> None:
         logger.warning(f"load_best_model_at_end: {best} does not exist; the model keeps its last weights.")
         return
     logger.info(f"Loading the best model, of {best} ({trainer.state.best_metric}).")
-    with contextlib.suppress(AttributeError):
-        trainer._saving.wait()
     if not (Path(best) / "manifest.json").exists():  # weights alone, or transformers' own
         load_weights(trainer.model, best)
         return

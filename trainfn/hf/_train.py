@@ -122,7 +122,7 @@ def prepare(trainer: Any, run: Run) -> None:
     trainer.train_state = tfn.init(trainer.model, transform, seed=args.seed, storage="adopt")
     alone = run.accumulate == 1 and not args.auto_find_batch_size
     accumulate = 1 if alone else "stream"
-    compiled, why = compiles(trainer)
+    compiled, _ = compiles(trainer)
     step: Any = tfn.train_step(training_loss(trainer), transform, accumulate=accumulate)
     if not compiled and _manual.overrides(trainer):
         step = _manual.step(trainer, step)
@@ -138,7 +138,6 @@ def prepare(trainer: Any, run: Run) -> None:
     )
     if args.auto_find_batch_size:
         trainer._step = Halving(trainer._step)
-    trainer._compiles = compiled, why
     trainer.state = TrainerState(
         is_hyper_param_search=trainer._trial is not None,
         trial_name=None if trainer._trial is None or trainer._hp_name is None else trainer._hp_name(trainer._trial),
@@ -209,7 +208,6 @@ def _loop(trainer: Any, run: Run, windows: Windows, ignore_keys: list[str] | Non
             windows.end_epoch()
         output = _finished(trainer, run, began, first, losses)
         trainer._event("on_train_end")
-    trainer._saving = None
     return output
 
 
