@@ -29,7 +29,7 @@ def train_loader(trainer: Any) -> Any:
     dataset, collate = prepared(trainer, dataset, "training")
     last = "drop" if args.dataloader_drop_last else "short"
     if _is_stream(dataset):
-        return tfn.data.stream(dataset, args.train_batch_size, last=last, seed=seed, collate=collate)
+        return tfn.data.stream(dataset, args.train_batch_size, last=last, seed=seed, collate=collate, **_reader(args))
     n, size = len(dataset), args.train_batch_size
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     if strategy == "group_by_length":
@@ -46,7 +46,7 @@ def eval_loader(trainer: Any, dataset: Any, description: str) -> Any:
     args = trainer.args
     dataset, collate = prepared(trainer, dataset, description)
     if _is_stream(dataset):
-        return tfn.data.stream(dataset, args.eval_batch_size, last="short", collate=collate)
+        return tfn.data.stream(dataset, args.eval_batch_size, last="short", collate=collate, **_reader(args))
     last = "drop" if args.dataloader_drop_last else "short"
     plan = tfn.data.sequential(len(dataset), args.eval_batch_size, last=last)
     return tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args))
@@ -59,6 +59,17 @@ def _is_stream(dataset: Any) -> bool:
 def _workers(args: Any) -> dict[str, Any]:
     workers = args.dataloader_num_workers
     return {"num_workers": workers, "prefetch": args.dataloader_prefetch_factor if workers else None}
+
+
+def _reader(args: Any) -> dict[str, Any]:
+    """The same for a stream, which one worker reads, or none."""
+    options = _workers(args)
+    if options["num_workers"] > 1:
+        logger.warning_once(
+            f"TrainingArguments(dataloader_num_workers={options['num_workers']}): an iterable dataset is read by one"
+            " worker, for with more its order would depend on them. For more, give a dataset with rows by number."
+        )
+    return {**options, "num_workers": min(options["num_workers"], 1)}
 
 
 def prepared(trainer: Any, dataset: Any, description: str) -> tuple[Any, Any]:
