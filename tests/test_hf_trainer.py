@@ -714,6 +714,21 @@ def test_the_best_of_weights_alone_is_loaded(tmp_path):
     assert_identical(parameters(trainer.model), parameters(best))
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(1, [4, 10]), (2, [4, 10]), (3, [4, 8, 10]), (None, [2, 4, 6, 8, 10])])
+def test_weights_alone_are_rotated_and_the_best_is_kept(limit, kept, tmp_path):
+    values = iter([2.0, 1.0, 3.0, 4.0, 5.0])
+    trainer = with_evaluation(
+        tmp_path, metrics=lambda _: {"loss": next(values)}, max_steps=10, eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, save_only_model=True, save_total_limit=limit,
+        metric_for_best_model="loss", greater_is_better=False,
+    )  # fmt: skip
+    (tmp_path / "checkpoint-mine").mkdir()
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    names = {p.name for p in tmp_path.glob("checkpoint-*")}
+    assert names == {"checkpoint-mine", *(f"checkpoint-{n}" for n in kept)}
+
+
 def test_another_save_is_not_the_best(tmp_path):
     class Saves(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
