@@ -45,7 +45,8 @@ class Watched:
         }
         if changed:
             said["variable"] = "\n".join(f"{n}: {old} became {new}" for n, (old, new) in list(changed.items())[:4])
-        module = [what for what, before in self.held.items() if not _same(before, _held(self.module).get(what))]
+        held = _held(self.module)
+        module = [what for what, before in self.held.items() if not _same(before, held.get(what))]
         if module:
             said["module"] = "\n".join(module[:4])
         return said
