@@ -511,6 +511,15 @@ def test_plateau_follows_the_metric(tmp_path):
                               optimizers=(torch.optim.ASGD(gpt2().parameters()), None)).train(),
             ValueError, r"ASGD.*can't be part of a pure step",
         ),
+        (
+            lambda f: Trainer(gpt2(), arguments(f, dataloader_drop_last=True), train_dataset=tokens(3)).train(),
+            ValueError, r"\(per_device_train_batch_size=8, dataloader_drop_last=True\): the training set has 3 rows",
+        ),
+        (
+            lambda f: Trainer(gpt2(), arguments(f, dataloader_drop_last=True)).evaluate(tokens(3)),
+            ValueError, r"\(per_device_eval_batch_size=8, dataloader_drop_last=True\): the evaluation set has 3 rows",
+        ),
+        (lambda f: Trainer(gpt2(), arguments(f), train_dataset=[]).train(), ValueError, r"training set has no rows"),
     ],
 )  # fmt: skip
 def test_mistakes_are_explained(make, error, match, tmp_path):
