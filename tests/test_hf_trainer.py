@@ -276,6 +276,39 @@ def test_overrides_are_called_and_split_exactly(kind, tmp_path):
         assert len(split.losses) == 3
 
 
+def decay(model):
+    return 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
+class AddsBackward(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        decay(model).backward()
+        return loss
+
+
+class AddsBackwardBefore(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        decay(model).backward()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class AddsToTheLoss(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False):
+        return model(**inputs).loss + decay(model)
+
+
+@pytest.mark.parametrize("kind", [AddsBackward, AddsBackwardBefore])
+@pytest.mark.parametrize("head", ["bert classes", "gpt2"])
+@pytest.mark.parametrize(("size", "accumulate"), [(12, 1), (5, 3)])
+def test_a_backward_pass_beside_that_of_the_step_is_of_a_mean_too(kind, head, size, accumulate, tmp_path):
+    make, data = HEADS[head]
+    options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate, **SGD}
+    beside = trained(tmp_path, make(), data(), kind, **options)
+    within = trained(tmp_path, make(), data(), AddsToTheLoss, per_device_train_batch_size=12, **SGD)
+    assert_close(parameters(beside.model), parameters(within.model), 2e-6)
+
+
 class Weighted(Trainer):
     """The spec's own: a weighted mean, whose weights only it knows."""
 
