@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trainfn import random, tree
-from trainfn._grad import GradientFunction, detached, exact, summed, value_and_grad
+from trainfn._grad import GradientFunction, detached, exact, gradient_function, summed, value_and_grad
 from trainfn._keyed import keyed
 from trainfn._module import bound, check_state
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState, Transform, Tree
@@ -40,6 +40,10 @@ class Distribution(Protocol):
 
     def gradients(self, gradients: GradientFunction, /) -> GradientFunction:
         """The gradients of one rank's rows."""
+        ...
+
+    def largest(self, state: TrainState, weight: Tensor, /) -> Tensor:
+        """The largest of all ranks' weights."""
         ...
 
     def update(self, update: Update, /) -> Update:
@@ -129,7 +133,7 @@ def train_step(
         )
     if plan is None:
         return _accumulated(TrainStep(gradients=value_and_grad(loss), update=_update(optimizer)), accumulate)
-    gradients = plan.gradients(value_and_grad(plan.loss(loss)))
+    gradients = plan.gradients(gradient_function(plan.loss(loss), plan.largest))
     return _accumulated(TrainStep(gradients=gradients, update=plan.update(_update(optimizer)), plan=plan), accumulate)
 
 

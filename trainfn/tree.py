@@ -269,6 +269,25 @@ def _norm_over_ranks(flat: list[Any]) -> Tensor:
     return torch.stack(squares).sum().sqrt()
 
 
+def of_whole(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``fn(x)``, on the whole of a tensor that is split over ranks; what comes out is of its shape, and split alike.
+
+    For functions whose numbers depend on how the work is cut, such as products of matrices in low precision.
+
+    >>> import torch
+    >>> of_whole(torch.sin, torch.zeros(2))
+    tensor([0., 0.])
+    """
+    if not hasattr(x, "placements"):
+        return fn(x)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    split: Any = x
+    everywhere = [Replicate()] * split.device_mesh.ndim
+    out = fn(split.redistribute(placements=everywhere).to_local())
+    return DTensor.from_local(out, split.device_mesh, everywhere).redistribute(placements=split.placements)
+
+
 def sum_over(x: Tensor, group: Any) -> Tensor:
     """The sum of ``x`` over the ranks of a group (a mesh of one axis, say), as a new tensor; in a graph it is one node.
 

@@ -143,6 +143,17 @@ def _sum(plan: Layout, state: TrainState, x: Tensor) -> Tensor:
     return x
 
 
+def largest(plan: Layout, state: TrainState, weight: Tensor) -> Tensor:
+    """The largest of all ranks' weights, for what must be the same number everywhere."""
+    if plan.world == 1:
+        return weight
+    from torch.distributed import _functional_collectives as collectives
+
+    for axis in _data_axes(plan):
+        weight = collectives.wait_tensor(collectives.all_reduce(weight, "max", mesh_of(state)[axis]))
+    return weight
+
+
 def mesh_of(state: TrainState) -> Any:
     """The mesh that a state is laid out on."""
     return next(iter(state.params.values())).device_mesh  # type: ignore[attr-defined]
@@ -178,11 +189,12 @@ def first_rows(plan: Layout, state: TrainState, batch: Batch) -> tuple[Tensor, T
     """Of all ranks' rows in order: how many come before this rank's, and how many there are; ``int64[]`` both."""
     from torch.distributed import _functional_collectives as collectives
 
+    _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # until torch 2.12
     rows = 0 if isinstance(batch, Idle) else tree.row_count(batch)
     counts = torch.full((1,), rows, dtype=torch.int64, device=state.step.device)
     mesh = mesh_of(state)
     for axis in reversed(_data_axes(plan)):
-        counts = collectives.wait_tensor(collectives.all_gather_tensor(counts, 0, mesh[axis]))
+        counts = collectives.wait_tensor(_all_gather(counts, 0, mesh[axis]))
     return counts[: plan.data_rank].sum(), counts.sum()
 
 

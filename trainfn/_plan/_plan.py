@@ -81,6 +81,10 @@ class Plan(Layout):
         """The gradients of this rank's rows."""
         return _apply.gradients_on(self, gradients)
 
+    def largest(self, state: TrainState, weight: Tensor) -> Tensor:
+        """The largest of all ranks' weights."""
+        return _apply.largest(self, state, weight)
+
     def update(self, update: Callable[..., Any]) -> Callable[..., Any]:
         """The update by the sums over all ranks."""
         return _apply.update_on(self, update)
