@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -198,29 +198,6 @@ def first_rows(plan: Layout, state: TrainState, batch: Batch) -> tuple[Tensor, T
     return counts[: plan.data_rank].sum(), counts.sum()
 
 
-def pieces_on(plan: Layout, state: TrainState, batch: Batch, accumulate: int | str) -> Iterator[tuple[Batch, Tensor]]:
-    """Micro-batches of this rank, each with the place of its first row among the rows of all ranks.
-
-    A batch that is cut here is this rank's part of the whole batch: the parts of all ranks, one after the other. Of a
-    stream, each micro-batch is such a part. A rank with fewer rows than micro-batches takes part in the others idly.
-    """
-    if accumulate == "stream":
-        before = torch.zeros((), dtype=torch.int64, device=state.step.device)
-        for micro in batch:
-            first, rows = first_rows(plan, state, micro)
-            yield micro, before + first
-            before = before + rows
-        return
-    assert isinstance(accumulate, int)
-    first, _ = first_rows(plan, state, batch)
-    rows = 0 if isinstance(batch, Idle) else tree.row_count(batch)
-    piece = batch
-    for piece, row in tree.split(batch, min(accumulate, rows)) if rows else ():
-        yield piece, first + row
-    for _ in range(accumulate - min(accumulate, rows)):
-        yield piece if isinstance(piece, Idle) else Idle(piece), first
-
-
 def metrics_on(plan: Layout, evaluate: Callable[..., Metrics]) -> Callable[[TrainState, Batch], Metrics]:
     """The metrics of all ranks' rows."""
 
@@ -237,6 +214,7 @@ def metrics_on(plan: Layout, evaluate: Callable[..., Metrics]) -> Callable[[Trai
             means = evaluate(state, batch, first)
         return reduce_means(plan, state, means)
 
+    of_all_ranks.plan = plan  # type: ignore[attr-defined]
     return of_all_ranks
 
 
@@ -257,9 +235,11 @@ def check_laid_out(plan: Layout, state: TrainState) -> None:
             "step(state, batch): the step has a plan, and the state is not laid out by it. Before the first step:"
             " `state = tfn.shard(state, plan)`."
         )
-    name, param = next(iter(params.items()))
-    if tuple(param.placements) != placements(plan, name, tuple(param.shape), "params"):
-        raise ValueError(
-            f"step(state, batch): the state is laid out by another plan: {name!r} is {param.placements}. Lay it out by"
-            " the step's: `tfn.shard(tfn.gather(state), plan)`."
-        )
+    for name, param in params.items():
+        shape = tuple(param.shape)
+        axes = tuple(axis for axis, size in plan.shape(plan.world).items() if size > 1)
+        if param.device_mesh.mesh_dim_names != axes or param.placements != placements(plan, name, shape, "params"):
+            raise ValueError(
+                f"step(state, batch): the state is laid out by another plan: {name!r} is {param.placements} on"
+                f" {param.device_mesh.mesh_dim_names}. Lay it out by the step's: `tfn.shard(tfn.gather(state), plan)`."
+            )

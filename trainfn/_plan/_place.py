@@ -129,6 +129,13 @@ def _check_rules(plan: Layout, state: TrainState) -> None:
                 f"shard(state, plan): {name!r} of shape {list(param.shape)} can't be split into {ranks} equal"
                 f" {plan.rule(name)} (Plan(tensor={ranks}))."
             )
+    config = getattr(state.module, "config", None)
+    for name, rate in (config.to_dict() if ranks > 1 and hasattr(config, "to_dict") else {}).items():  # pyright: ignore
+        if tree.matches(name, "att.*(dropout|drop)") and isinstance(rate, float) and rate > 0:
+            raise ValueError(
+                f"Plan(tensor={ranks}): with model.config.{name}={rate}, ranks would drop the same weights in different"
+                f" heads. Set `model.config.{name} = 0.0` before the model is made."
+            )
     if ranks > 1 and not any(plan.rule(name) in ("columns", "rows") for name in state.params):
         raise ValueError(
             f"Plan(tensor={ranks}): no rule says which layers are split. Say `rules=tfn.launch.tensor_rules(model)` or"
