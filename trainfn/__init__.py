@@ -64,7 +64,7 @@ from trainfn.tree import copy as copy
 
 # The names of transformers' Trainer live in `trainfn.hf`, which needs transformers; `testing` needs hypothesis. Both
 # are imported when they are first used, so that `import trainfn` stays light.
-_LAZY = ("hf", "testing")
+_LAZY = ("deepspeed", "hf", "testing")
 _HF = (
     *("Trainer", "TrainingArguments", "Seq2SeqTrainer", "Seq2SeqTrainingArguments", "SFTTrainer", "SFTConfig"),
     *("TrainerCallback", "TrainerControl", "TrainerState", "EarlyStoppingCallback", "ProgressCallback"),

@@ -1,0 +1,194 @@
+"""What every rank of a DeepSpeed run does: `python deepspeed_worker.py JOB FOLDER`, started by a launcher.
+
+Each case trains a small model for a few steps; the first rank writes what came out to FOLDER/<case>.pt.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+import trainfn as tfn
+
+STEPS, WIDTH, CLIP = 4, 6, 0.05
+ROWS = [(5, 3), (4, 6), (3, 3), (7, 4)]  # of each rank in each step
+
+
+class Net(torch.nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.first = torch.nn.Linear(WIDTH, 8)
+        self.dropout = torch.nn.Dropout(dropout)
+        self.last = torch.nn.Linear(8, 3)
+        self.register_buffer("shift", torch.full((8,), 0.1))
+        self.tag = "the module's own"
+
+    def forward(self, x):
+        return self.last(self.dropout(torch.tanh(self.first(x) + self.shift)))
+
+
+def net(dropout=0.0):
+    torch.manual_seed(3)
+    return Net(dropout)
+
+
+def batch(step):
+    """The global batch: ragged weights, and a row that does not count."""
+    draw = torch.Generator().manual_seed(100 + step)
+    rows = sum(ROWS[step % len(ROWS)])
+    weight = torch.randint(1, 9, (rows,), generator=draw).float() ** 2
+    weight[0] = 0
+    return {
+        "x": torch.randn(rows, WIDTH, generator=draw),
+        "y": torch.randint(3, (rows,), generator=draw),
+        "weight": weight,
+    }
+
+
+def local(step, rank, world):
+    whole = batch(step)
+    if world == 1:
+        return whole
+    first = ROWS[step % len(ROWS)][0]
+    cut = slice(0, first) if rank == 0 else slice(first, None)
+    return {name: value[cut] for name, value in whole.items()}
+
+
+def loss(model, batch):
+    assert model.tag == "the module's own"
+    logits = model(batch["x"]).float()
+    values = torch.nn.functional.cross_entropy(logits, batch["y"], reduction="none")
+    return tfn.Mean.of(values, batch["weight"]), {"accuracy": tfn.metrics.accuracy(logits, batch["y"])}
+
+
+def adamw(params, lr=2e-2):
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.1)
+
+
+def config(stage, accumulate=1, **more):
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": CLIP,
+        "zero_optimization": {"stage": stage, **more.pop("zero", {})},
+        **more,
+    }
+
+
+def train(state, step, steps=range(STEPS)):
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    seen = []
+    for n in steps:
+        state, metrics = step(state, local(n, rank, world))
+        seen.append({name: mean.value.item() for name, mean in metrics.items()})
+    return state, seen
+
+
+def plain(case):
+    """Train with the given configuration; say what came out."""
+    dropout = case.get("dropout", 0.0)
+    model = net(dropout)
+    optimizer = None if "optimizer" in (case["config"] or {}) else adamw
+    schedule = tfn.schedules.linear(2e-2, total_steps=8) if case.get("schedule") else None
+    state = tfn.deepspeed.init(
+        model, optimizer, config=case["config"], values=case.get("values"), schedule=schedule, seed=5
+    )
+    state, seen = train(state, tfn.deepspeed.train_step(loss))
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    held_out = tfn.evaluate(tfn.deepspeed.eval_step(loss), state, [local(n, rank, world) for n in (9, 10)])
+    out = {
+        "seen": seen,
+        "eval": {name: mean.value.item() for name, mean in held_out.items()},
+        "weights": tfn.deepspeed.weights(state),
+        "kind": type(state.engine.optimizer).__name__,
+        "world": world,
+    }
+    return state, out
+
+
+def resumed(case, folder):
+    """Save in the middle, spoil the engine, go back, and train the rest: as if nothing had happened."""
+    step = tfn.deepspeed.train_step(loss)
+    straight, _ = train(tfn.deepspeed.init(net(0.2), adamw, config=case["config"], seed=5), step)
+    want = tfn.deepspeed.weights(straight)
+    state, _ = train(tfn.deepspeed.init(net(0.2), adamw, config=case["config"], seed=5), step, range(2))
+    at = str(folder / f"ckpt-{case['name']}")
+    tfn.deepspeed.save(at, state)
+    fresh = tfn.deepspeed.init(net(0.2), adamw, config=case["config"], seed=0)
+    fresh = tfn.deepspeed.restore(at, fresh)
+    restored = int(fresh.step)
+    kept = tfn.deepspeed.weights(fresh)
+    after, _ = train(fresh, step, range(2, STEPS))
+    got = tfn.deepspeed.weights(after)
+    return after, {"want": want, "got": got, "restored": restored, "kept": kept, "folder": at}
+
+
+def loop(case, folder):
+    """The driver: `fit` with a callback that saves."""
+    rank, world = torch.distributed.get_rank, torch.distributed.get_world_size
+    state = tfn.deepspeed.init(net(), adamw, config=case["config"])
+    at = folder / "fit"
+    state = tfn.fit(
+        tfn.deepspeed.train_step(loss),
+        state,
+        lambda n: local(n, rank(), world()),
+        until=STEPS,
+        callbacks=[tfn.deepspeed.saving(at, every=2)],
+    )
+    saved = sorted(path.name for path in at.iterdir() if path.is_dir())
+    return state, {"weights": tfn.deepspeed.weights(state), "step": int(state.step), "saved": saved}
+
+
+def errors(case):
+    """What can only go wrong with an engine."""
+    said = {}
+
+    def note(name, call):
+        try:
+            call()
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    step = tfn.deepspeed.train_step(loss)
+    old = tfn.deepspeed.init(net(), adamw, config=case["config"])
+    state, _ = step(old, local(0, rank, world))
+    note("stale", lambda: step(old, local(1, rank, world)))
+    note("stale eval", lambda: tfn.deepspeed.eval_step(loss)(old, local(1, rank, world)))
+    note("stale engine", lambda: old.engine)
+    note("copy", lambda: __import__("copy").deepcopy(state))
+    note("kind", lambda: step(object(), None))
+    note("no checkpoint", lambda: tfn.deepspeed.restore("/nonexistent", state))
+    few = {name: value[:1] for name, value in local(1, rank, world).items()} if rank == 0 else local(1, rank, world)
+    note("few rows", lambda: step(state, few))
+    said["repr"] = f"{old!r} {state!r}"
+    more = tfn.deepspeed.init(net(), adamw, config={**case["config"], "gradient_accumulation_steps": 1})
+    note("frozen", lambda: tfn.deepspeed.train_step(lambda m, b: tfn.Mean.of(m(b["x"]).detach()))(more, local(0, rank, world)))
+    more = more._run.handle()
+    part = tfn.deepspeed.train_step(lambda m, b: tfn.Mean.of(m.last(torch.ones(len(b["x"]), 8))))
+    note("part", lambda: part(more, local(0, rank, world)))
+    return more, {"said": said}
+
+
+def main():
+    job, folder = torch.load(sys.argv[1]), Path(sys.argv[2])
+    warnings.simplefilter("ignore")
+    torch.distributed.init_process_group("gloo")
+    for case in job:
+        kind = case.get("kind", "plain")
+        state, out = {
+            "plain": lambda: plain(case),
+            "resumed": lambda: resumed(case, folder),
+            "loop": lambda: loop(case, folder),
+            "errors": lambda: errors(case),
+        }[kind]()
+        if torch.distributed.get_rank() == 0:
+            torch.save(out, folder / f"{case['name']}.pt")
+        tfn.deepspeed.close(state)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
