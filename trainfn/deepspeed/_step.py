@@ -142,7 +142,7 @@ def _forward(run: Run, loss: Loss, piece: Batch, rows: int) -> tuple[Mean, Metri
             "step(state, batch): the loss does not depend on any parameter. Compute it from the `model` argument: a"
             " module taken from outside the loss, `torch.no_grad()` or `.detach()` cuts the connection."
         )
-    if model._calls != 1:
+    if model._calls < 1:
         raise ValueError(
             f"step(state, batch): the loss called the model {model._calls} times; DeepSpeed's engine follows one call for"
             " each backward pass. Call `model(...)` itself, not a part of it, and once: concatenate the rows of"
@@ -198,11 +198,7 @@ def _update(run: Run, divisor: float) -> Tensor | None:
     """One step of the engine on its gradients divided by ``divisor``; the norm of those, before clipping."""
     engine = run.engine
     optimizer = engine.optimizer
-    if run.schedule is not None:
-        done = torch.full((), engine.global_steps - engine.skipped_steps, dtype=torch.int64, device=engine.device)
-        rate = float(run.schedule(done))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    _set_rate(run)
     if optimizer is engine.basic_optimizer:  # stage 0 in float32: the gradients are where torch has them
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if divisor != 1.0:
@@ -210,15 +206,26 @@ def _update(run: Run, divisor: float) -> Tensor | None:
         norm = tree.global_norm(grads)
         engine.step()
         return norm
+    scale = getattr(optimizer, "loss_scale", 1.0)
     if divisor == 1.0:
         engine.step()
     elif hasattr(optimizer, "loss_scale"):
-        before = optimizer.loss_scale
-        optimizer.loss_scale = before * divisor
+        optimizer.loss_scale = scale * divisor
         engine.step()
-        optimizer.loss_scale = before * (optimizer.loss_scale / (before * divisor))  # a dynamic scale may have moved
+        optimizer.loss_scale = scale * (optimizer.loss_scale / (scale * divisor))  # a dynamic scale may have moved
     else:  # stage 1 with bfloat16 parameters and float32 sums
         torch._foreach_div_(optimizer.fp32_groups_gradients_flat, divisor)
         engine.step()
     norm = engine.get_global_grad_norm()
+    if type(optimizer).__name__ == "FP16_UnfusedOptimizer":  # the one that reports it scaled
+        norm = norm / (scale * divisor)
     return None if norm is None else torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
+
+
+def _set_rate(run: Run) -> None:
+    if run.schedule is None:
+        return
+    engine = run.engine
+    done = torch.full((), engine.global_steps - engine.skipped_steps, dtype=torch.int64, device=engine.device)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = float(run.schedule(done))
