@@ -132,7 +132,10 @@ def resumed(case, folder):
     kept = tfn.deepspeed.weights(fresh)
     after, _ = train(fresh, step, range(2, STEPS))
     got = tfn.deepspeed.weights(after)
-    return after, {"want": want, "got": got, "restored": restored, "kept": kept, "folder": at}
+    again = tfn.deepspeed.restore(at, after)  # the same engine, back
+    back, _ = train(again, step, range(2, STEPS))
+    again = tfn.deepspeed.weights(back)
+    return back, {"want": want, "got": got, "again": again, "restored": restored, "kept": kept, "folder": at}
 
 
 def loop(case, folder):
@@ -151,7 +154,7 @@ def loop(case, folder):
     return state, {"weights": tfn.deepspeed.weights(state), "step": int(state.step), "saved": saved}
 
 
-def errors(case):
+def errors(case, folder):
     """What can only go wrong with an engine."""
     said = {}
 
@@ -176,9 +179,20 @@ def errors(case):
     said["repr"] = f"{old!r} {state!r}"
     more = tfn.deepspeed.init(net(), adamw, config={**case["config"], "gradient_accumulation_steps": 1})
     note("frozen", lambda: tfn.deepspeed.train_step(lambda m, b: tfn.Mean.of(m(b["x"]).detach()))(more, local(0, rank, world)))
-    more = more._run.handle()
     part = tfn.deepspeed.train_step(lambda m, b: tfn.Mean.of(m.last(torch.ones(len(b["x"]), 8))))
     note("part", lambda: part(more, local(0, rank, world)))
+
+    calls = []
+
+    def fails(model, batch):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise ArithmeticError("on purpose")
+        return loss(model, batch)
+
+    note("halfway", lambda: tfn.deepspeed.train_step(fails)(state, local(1, rank, world)))
+    note("after halfway", lambda: step(state, local(1, rank, world)))
+    note("restore after halfway", lambda: tfn.deepspeed.restore(folder, state))
     return more, {"said": said}
 
 
@@ -192,7 +206,7 @@ def main():
             "plain": lambda: plain(case),
             "resumed": lambda: resumed(case, folder),
             "loop": lambda: loop(case, folder),
-            "errors": lambda: errors(case),
+            "errors": lambda: errors(case, folder),
         }[kind]()
         if torch.distributed.get_rank() == 0:
             torch.save(out, folder / f"{case['name']}.pt")

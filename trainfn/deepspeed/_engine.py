@@ -22,7 +22,10 @@ Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclasses.dataclass(eq=False)
 class Run:
-    """What all handles on one engine share; ``generation`` numbers the handle that is valid."""
+    """What all handles on one engine share.
+
+    ``generation`` numbers the handle that is valid; ``halfway`` is true from a step's first backward pass to its end.
+    """
 
     engine: Any
     key: Tensor
@@ -30,6 +33,7 @@ class Run:
     modes: list[tuple[nn.Module, bool]]
     owns_group: bool
     generation: int = 0
+    halfway: bool = False
 
     @property
     def group(self) -> Any:
@@ -44,6 +48,7 @@ class Run:
     def handle(self) -> EngineState:
         """The one valid handle from now on."""
         self.generation += 1
+        self.halfway = False
         step = torch.full((), self.engine.global_steps, dtype=torch.int64, device=self.engine.device)
         return EngineState(step, self, self.generation)
 
@@ -86,18 +91,35 @@ class EngineState:
         )
 
 
-def alive(state: object, call: str) -> Run:
-    """The run of a state that is still valid."""
+def run_of(state: object, call: str) -> Run:
+    """The run of a state, valid or not."""
     if not isinstance(state, EngineState):
         raise TypeError(
-            f"{call} got a {type(state).__name__} for the state. Make one first: `state = tfn.deepspeed.init(model,"
-            " config=...)`."
+            f"{call} got a value of type {type(state).__name__} for the state. Make one first:"
+            " `state = tfn.deepspeed.init(model, config=...)`."
         )
-    run = state._run
+    return state._run
+
+
+def whole(state: object, call: str) -> Run:
+    """The run of a state, valid or not, with no step half done."""
+    run = run_of(state, call)
+    if run.halfway:
+        raise DonatedStateError(
+            f"{call}: a step failed on the way and left the engine with part of its gradients. Go on from a checkpoint with"
+            " a new engine: `state = tfn.deepspeed.restore(path, tfn.deepspeed.init(model, config=...))`."
+        )
+    return run
+
+
+def alive(state: object, call: str) -> Run:
+    """The run of a state that is still valid."""
+    run = whole(state, call)
+    assert isinstance(state, EngineState)
     if state._generation != run.generation:
         raise DonatedStateError(
-            f"{call}: this state, of step {int(state.step)}, has been used: the engine works in place and has moved on,"
-            " or the step that got it raised. Go on with the newest one, `state, metrics = step(state, batch)`, or"
+            f"{call}: this state, of step {int(state.step)}, has been used: the engine works in place and has moved on. Go"
+            " on with the newest one, `state, metrics = step(state, batch)`, or from a checkpoint,"
             " `state = tfn.deepspeed.restore(path, state)`."
         )
     return run
@@ -223,9 +245,11 @@ def _join(deepspeed: Any) -> bool:
 def close(state: EngineState) -> None:
     """Shut the engine down, and the process group if `init` made it; every rank calls it, at the end.
 
+    Without it, processes may abort when Python exits.
+
     >>> close(state)  # doctest: +SKIP
     """
-    run = alive(state, "close(state)")
+    run = run_of(state, "close(state)")
     run.generation += 1
     torch.distributed.barrier()
     run.engine.destroy()

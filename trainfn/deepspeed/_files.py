@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainfn._types import StepInfo
-from trainfn.deepspeed._engine import EngineState, alive, package
+from trainfn.deepspeed._engine import EngineState, alive, package, whole
 from trainfn.errors import CheckpointError
 
 
@@ -42,7 +42,7 @@ def restore(path: str | Path, state: EngineState, *, tag: str | None = None) -> 
 
     Args:
         path: The folder given to `save`.
-        state: A state of the same model, optimizer and configuration, for its engine; it is consumed.
+        state: A state of the same model, optimizer and configuration, for its engine, valid or not; it is consumed.
         tag: Which subfolder; by default the newest.
 
     Raises:
@@ -50,7 +50,7 @@ def restore(path: str | Path, state: EngineState, *, tag: str | None = None) -> 
 
     >>> state = restore("runs/ds", state)  # doctest: +SKIP
     """
-    run = alive(state, "restore(path, state)")
+    run = whole(state, "restore(path, state)")
     name = tag if tag is not None else _latest(Path(path))
     if not (Path(path) / name).is_dir():
         raise CheckpointError(

@@ -56,11 +56,11 @@ def train_step(loss: Loss) -> Step:
     over the rows of all ranks. Buffers such as BatchNorm's statistics are each rank's own, as DeepSpeed has them.
 
     Args:
-        loss: See `trainfn.value_and_grad`. It calls the model, once.
+        loss: See `trainfn.value_and_grad`. It calls the model itself, not only parts of it.
 
     Raises:
         DonatedStateError: If the state has been used.
-        ValueError: If a rank has fewer rows than micro-batches, or the loss does not call the model once.
+        ValueError: If a rank has fewer rows than micro-batches, or the loss does not call the model.
 
     >>> step = train_step(lambda model, x: tfn.Mean.of(model(x) ** 2))
     >>> state, metrics = step(state, torch.ones(3, 2))  # doctest: +SKIP
@@ -68,9 +68,8 @@ def train_step(loss: Loss) -> Step:
 
     def step(state: EngineState, batch: Batch, /) -> tuple[EngineState, Metrics]:
         run = alive(state, "step(state, batch)")
-        run.generation += 1  # whatever happens below, the engine is no longer what `state` stood for
         run.set_mode(True)
-        sums, norm = _Sums(run), None
+        sums = _Sums(run)
         pieces = _pieces(run, batch)
         key = random.fold_in(run.key, state.step)
         for number, (piece, first_row) in enumerate(pieces, 1):
@@ -78,6 +77,7 @@ def train_step(loss: Loss) -> Step:
             rows = tree.row_count(piece)
             with keyed(key, rows=rows, first_row=first_row), torch.enable_grad():
                 mean, metrics = _forward(run, loss, piece, rows)
+                run.halfway = True
                 run.engine.backward(sums.share(mean, len(pieces)), scale_wrt_gas=False)
             sums.add({"loss": detached(mean), **{name: detached(metric) for name, metric in metrics.items()}})
         total = _over_ranks(run, sums.means)
@@ -144,9 +144,8 @@ def _forward(run: Run, loss: Loss, piece: Batch, rows: int) -> tuple[Mean, Metri
         )
     if model._calls < 1:
         raise ValueError(
-            f"step(state, batch): the loss called the model {model._calls} times; DeepSpeed's engine follows one call for"
-            " each backward pass. Call `model(...)` itself, not a part of it, and once: concatenate the rows of"
-            " several calls, or move them into the module's `forward`."
+            "step(state, batch): the loss did not call the model, only parts of it, and DeepSpeed's engine prepares the"
+            " backward pass when it is called. Call `model(...)`, and move what is different into the module's `forward`."
         )
     return mean, metrics
 
