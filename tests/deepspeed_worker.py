@@ -98,7 +98,7 @@ def train(state, step, steps=range(STEPS)):
     return state, seen
 
 
-def plain(case):
+def plain(case, folder):
     """Train with the given configuration; say what came out."""
     model, optimizer = net(case.get("dropout", 0.0)), OPTIMIZERS[case.get("optimizer", "adamw")]
     schedule = tfn.schedules.linear(2e-2, total_steps=8) if case.get("schedule") else None
@@ -199,21 +199,22 @@ def errors(case, folder):
 def main():
     job, folder = torch.load(sys.argv[1]), Path(sys.argv[2])
     warnings.simplefilter("ignore")
-    torch.distributed.init_process_group("gloo")
+    grouped = len(job) > 1  # with one case, `init` makes the process group, and `close` ends it
+    if grouped:
+        torch.distributed.init_process_group("gloo")
     for case in job:
-        kind = case.get("kind", "plain")
-        state, out = {
-            "plain": lambda: plain(case),
-            "resumed": lambda: resumed(case, folder),
-            "loop": lambda: loop(case, folder),
-            "errors": lambda: errors(case, folder),
-        }[kind]()
+        kind = KINDS[case.get("kind", "plain")]
+        state, out = kind(case, folder)
         if torch.distributed.get_rank() == 0:
             torch.save(out, folder / f"{case['name']}.pt")
         tfn.deepspeed.close(state)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if grouped:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    assert not torch.distributed.is_initialized()
 
+
+KINDS = {"plain": plain, "resumed": resumed, "loop": loop, "errors": errors}
 
 if __name__ == "__main__":
     main()

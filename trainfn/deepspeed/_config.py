@@ -57,6 +57,11 @@ def resolved(config: Mapping[str, Any] | str | Path | None, values: Mapping[str,
             "init(model, config=...): the configuration has no batch size, which DeepSpeed counts samples with. Write"
             ' `tfn.deepspeed.init(model, ..., values={"train_micro_batch_size_per_gpu": 8})`.'
         )
+    if out.get("fp16", {}).get("enabled") and not out.get("zero_optimization", {}).get("stage", 0):
+        raise ValueError(
+            "init(model, config=...): fp16 at stage 0. DeepSpeed divides those gradients by a loss scale that it has not"
+            ' multiplied the loss by, so they come out too small. Write `"zero_optimization": {"stage": 1}`, or bf16.'
+        )
     if out.get("managed_gradient_accumulation") is False:
         raise ValueError(
             "init(model, config=...): managed_gradient_accumulation=false leaves the accumulation to you, and here the"

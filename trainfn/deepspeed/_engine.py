@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -31,7 +32,7 @@ class Run:
     key: Tensor
     schedule: Schedule | None
     modes: list[tuple[nn.Module, bool]]
-    owns_group: bool
+    ends: contextlib.ExitStack
     generation: int = 0
     halfway: bool = False
 
@@ -137,7 +138,8 @@ def init(
     """Start a DeepSpeed engine on a module, and return the first state.
 
     The engine takes the module: it is moved, cast and, by stage 3, sharded in place. A process group that does not
-    exist yet is made: gloo on the CPU, what DeepSpeed prefers elsewhere.
+    exist yet is made: gloo on the CPU, what DeepSpeed prefers elsewhere. What the configuration leaves out has
+    DeepSpeed's defaults; one of them clips at 1.0, so write ``"gradient_clipping": 0.0`` for none.
 
     Args:
         model: Any module but a pipeline; for stage 3 it may have been built under ``deepspeed.zero.Init``.
@@ -163,12 +165,12 @@ def init(
     deepspeed = package()
     _check(model, optimizer, deepspeed)
     complete = _with_optimizer(resolved(config, values or {}, model), optimizer, schedule)
-    owns_group = _join(deepspeed)
+    ends = _joined(deepspeed)
     modes = [(m, m.training or not model.training) for m in model.modules()]
     learned = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=learned, config=complete)
     key = random.key(seed, device=engine.device)
-    return Run(engine, key, schedule, modes, owns_group).handle()
+    return Run(engine, key, schedule, modes, ends).handle()
 
 
 def package() -> Any:
@@ -222,24 +224,27 @@ def _with_optimizer(config: Config, optimizer: object, schedule: object) -> Conf
     return config
 
 
-def _join(deepspeed: Any) -> bool:
-    """Make the process group if there is none; whether it was made here."""
-    dist = torch.distributed
-    made = not dist.is_initialized()
-    if made:
-        cpu = deepspeed.accelerator.get_accelerator().device_name() == "cpu"
-        backend = "gloo" if cpu else None
+def _joined(deepspeed: Any) -> contextlib.ExitStack:
+    """Make the process group if there is none; what undoes that."""
+    dist, ends = torch.distributed, contextlib.ExitStack()
+    if not dist.is_initialized():
+        accelerator = deepspeed.accelerator.get_accelerator()
+        backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
         if "WORLD_SIZE" not in os.environ:
-            backend = backend or deepspeed.accelerator.get_accelerator().communication_backend_name()
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False)
+        ends.callback(dist.destroy_process_group)
     ranks, launched = dist.get_world_size(), int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks != launched:
+    if ranks < launched:
         raise ValueError(
             f"init(model, ...): {launched} processes were launched, and this one's process group has {ranks}: each would"
-            " train alone. Make the group of all of them, `deepspeed.init_distributed('gloo')` on CPUs, or none."
+            " train alone. Make a group of all of them before, `torch.distributed.init_process_group('gloo')` on CPUs;"
+            " or none, and `init` makes it."
         )
-    return made
+    if ranks == 1 and "LOCAL_RANK" not in os.environ:  # DeepSpeed reads it in every step, launcher or not
+        os.environ["LOCAL_RANK"] = "0"
+        ends.callback(os.environ.pop, "LOCAL_RANK", None)
+    return ends
 
 
 def close(state: EngineState) -> None:
@@ -253,5 +258,4 @@ def close(state: EngineState) -> None:
     run.generation += 1
     torch.distributed.barrier()
     run.engine.destroy()
-    if run.owns_group:
-        torch.distributed.destroy_process_group()
+    run.ends.close()
