@@ -20,12 +20,13 @@ class Net(torch.nn.Module):
         super().__init__()
         self.first = torch.nn.Linear(WIDTH, 8)
         self.dropout = torch.nn.Dropout(dropout)
-        self.last = torch.nn.Linear(8, 3)
+        self.last = self.also_last = torch.nn.Linear(8, 3)  # tied: one tensor, two names
+        self.gain = torch.nn.Parameter(torch.full((3,), 1.5), requires_grad=False)
         self.register_buffer("shift", torch.full((8,), 0.1))
         self.tag = "the module's own"
 
     def forward(self, x):
-        return self.last(self.dropout(torch.tanh(self.first(x) + self.shift.to(x.dtype))))
+        return self.gain * self.last(self.dropout(torch.tanh(self.first(x) + self.shift.to(x.dtype))))
 
 
 def net(dropout=0.0):
@@ -76,17 +77,42 @@ def sgd(params):
     return torch.optim.SGD(params, lr=1.0, momentum=0.5)
 
 
+BF16 = {"bf16": {"enabled": True}}
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd, None: None}
 
 
-def config(stage, accumulate=1, **more):
+def config(stage, accumulate=1, clip=CLIP, **more):
     return {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": CLIP,
+        "gradient_clipping": clip,
         "zero_optimization": {"stage": stage, **more.pop("zero", {})},
         **more,
     }
+
+
+AUTO = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_gather_16bit_weights_on_model_save": "auto",
+    },
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
+}
+VALUES = {
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 3,
+    "gradient_clipping": CLIP,
+    "optimizer.params.lr": 2e-2,
+    "optimizer.params.weight_decay": 0.1,
+}
 
 
 def train(state, step, steps=range(STEPS)):
@@ -105,7 +131,7 @@ def plain(case, folder):
     state = tfn.deepspeed.init(
         model, optimizer, config=case["config"], values=case.get("values"), schedule=schedule, seed=5
     )
-    state, seen = train(state, tfn.deepspeed.train_step(twice if case.get('twice') else loss))
+    state, seen = train(state, tfn.deepspeed.train_step(twice if case.get("twice") else loss))
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     held_out = tfn.evaluate(tfn.deepspeed.eval_step(loss), state, [local(n, rank, world) for n in (9, 10)])
     out = {
@@ -129,13 +155,17 @@ def resumed(case, folder):
     fresh = tfn.deepspeed.init(net(0.2), adamw, config=case["config"], seed=0)
     fresh = tfn.deepspeed.restore(at, fresh)
     restored = int(fresh.step)
-    kept = tfn.deepspeed.weights(fresh)
+    kept, converted = tfn.deepspeed.weights(fresh), None
+    if case["config"]["zero_optimization"]["stage"] > 0 and torch.distributed.get_rank() == 0:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        converted = {name: value.clone() for name, value in get_fp32_state_dict_from_zero_checkpoint(at).items()}
     after, _ = train(fresh, step, range(2, STEPS))
     got = tfn.deepspeed.weights(after)
     again = tfn.deepspeed.restore(at, after)  # the same engine, back
     back, _ = train(again, step, range(2, STEPS))
     again = tfn.deepspeed.weights(back)
-    return back, {"want": want, "got": got, "again": again, "restored": restored, "kept": kept, "folder": at}
+    return back, {"want": want, "got": got, "again": again, "restored": restored, "kept": kept, "converted": converted}
 
 
 def loop(case, folder):
@@ -174,14 +204,22 @@ def errors(case, folder):
     note("copy", lambda: __import__("copy").deepcopy(state))
     note("kind", lambda: step(object(), None))
     note("no checkpoint", lambda: tfn.deepspeed.restore("/nonexistent", state))
+    tfn.deepspeed.save(folder / "errors", state)
+    note("no tag", lambda: tfn.deepspeed.restore(folder / "errors", state, tag="global_step7"))
     few = {name: value[:1] for name, value in local(1, rank, world).items()} if rank == 0 else local(1, rank, world)
     note("few rows", lambda: step(state, few))
     said["repr"] = f"{old!r} {state!r}"
     more = tfn.deepspeed.init(net(), adamw, config={**case["config"], "gradient_accumulation_steps": 1})
-    note("frozen", lambda: tfn.deepspeed.train_step(lambda m, b: tfn.Mean.of(m(b["x"]).detach()))(more, local(0, rank, world)))
+    note(
+        "frozen",
+        lambda: tfn.deepspeed.train_step(lambda m, b: tfn.Mean.of(m(b["x"]).detach()))(more, local(0, rank, world)),
+    )
     part = tfn.deepspeed.train_step(lambda m, b: tfn.Mean.of(m.last(torch.ones(len(b["x"]), 8))))
     note("part", lambda: part(more, local(0, rank, world)))
 
+    store = tfn.Checkpoints(folder / f"store-{rank}")
+    note("store", lambda: tfn.fit(step, state, lambda n: local(n, rank, world), until=3, checkpoints=store))
+    note("tfn.save", lambda: tfn.save(folder / "plain", state))
     calls = []
 
     def fails(model, batch):

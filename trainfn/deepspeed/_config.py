@@ -59,8 +59,9 @@ def resolved(config: Mapping[str, Any] | str | Path | None, values: Mapping[str,
         )
     if out.get("fp16", {}).get("enabled") and not out.get("zero_optimization", {}).get("stage", 0):
         raise ValueError(
-            "init(model, config=...): fp16 at stage 0. DeepSpeed divides those gradients by a loss scale that it has not"
-            ' multiplied the loss by, so they come out too small. Write `"zero_optimization": {"stage": 1}`, or bf16.'
+            "init(model, config=...): fp16 at stage 0. DeepSpeed divides those gradients by a loss scale that it has"
+            " not multiplied the loss by, so they come out too small. Write"
+            ' `"zero_optimization": {"stage": 1}`, or bf16.'
         )
     if out.get("managed_gradient_accumulation") is False:
         raise ValueError(
@@ -98,9 +99,9 @@ def _launched() -> Config:
             " launched with one. Write `tfn.deepspeed.init(model, config='ds.json')`, or start the script by"
             " `accelerate launch --config_file deepspeed.yaml script.py`."
         )
-    from accelerate.utils import DeepSpeedPlugin
+    with warnings.catch_warnings():  # what is imported adds filters of its own
+        from accelerate.utils import DeepSpeedPlugin
 
-    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="DeepSpeed Zero3 Init flag is only applicable")  # nothing follows
         plugin = DeepSpeedPlugin()
     config = copy.deepcopy(plugin.deepspeed_config)

@@ -79,17 +79,14 @@ class EngineState:
         stale = "" if self._generation == self._run.generation else ", used"
         return f"EngineState({type(self._run.engine.module).__name__}, step={int(self.step)}{stale})"
 
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        self.__reduce__()
-
-    def __copy__(self) -> NoReturn:
-        self.__reduce__()
-
-    def __reduce__(self) -> NoReturn:
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(
-            "a state of tfn.deepspeed is a handle on an engine that works in place: it can't be copied or pickled. Keep"
-            " one with `tfn.deepspeed.save(path, state)`; go back to it with `tfn.deepspeed.restore(path, state)`."
+            "a state of tfn.deepspeed is a handle on an engine that works in place: it can't be copied, pickled,"
+            " replaced or saved as other states are. Keep one with `tfn.deepspeed.save(path, state)`; go back to it"
+            " with `state = tfn.deepspeed.restore(path, state)`."
         )
+
+    __copy__ = __deepcopy__ = __reduce__ = _replace = _refuse
 
 
 def run_of(state: object, call: str) -> Run:
@@ -107,8 +104,8 @@ def whole(state: object, call: str) -> Run:
     run = run_of(state, call)
     if run.halfway:
         raise DonatedStateError(
-            f"{call}: a step failed on the way and left the engine with part of its gradients. Go on from a checkpoint with"
-            " a new engine: `state = tfn.deepspeed.restore(path, tfn.deepspeed.init(model, config=...))`."
+            f"{call}: a step failed on the way and left the engine with part of its gradients. Go on from a checkpoint"
+            " with a new engine: `state = tfn.deepspeed.restore(path, tfn.deepspeed.init(model, config=...))`."
         )
     return run
 
@@ -119,8 +116,8 @@ def alive(state: object, call: str) -> Run:
     assert isinstance(state, EngineState)
     if state._generation != run.generation:
         raise DonatedStateError(
-            f"{call}: this state, of step {int(state.step)}, has been used: the engine works in place and has moved on. Go"
-            " on with the newest one, `state, metrics = step(state, batch)`, or from a checkpoint,"
+            f"{call}: this state, of step {int(state.step)}, has been used: the engine works in place and has moved on."
+            " Go on with the newest one, `state, metrics = step(state, batch)`, or from a checkpoint,"
             " `state = tfn.deepspeed.restore(path, state)`."
         )
     return run
@@ -145,7 +142,8 @@ def init(
         model: Any module but a pipeline; for stage 3 it may have been built under ``deepspeed.zero.Init``.
         optimizer: A ``torch.optim`` optimizer of the module's parameters, or a function from parameters to one. By
             default, the configuration's ``optimizer`` section.
-        config: A DeepSpeed configuration: a dict or the path of a json. By default, what ``accelerate launch`` exported.
+        config: A DeepSpeed configuration: a dict or the path of a json. By default, what ``accelerate launch``
+            exported.
         values: What ``"auto"`` stands for, by DeepSpeed's dotted names; see `autos`. Entries that the configuration
             does not have are added, such as ``{"gradient_accumulation_steps": 4}``.
         schedule: From the number of completed updates to the learning rate of all parameter groups; by default the
@@ -187,9 +185,9 @@ def package() -> Any:
 def _check(model: object, optimizer: object, deepspeed: Any) -> None:
     if isinstance(optimizer, Transform):
         raise TypeError(
-            "init(model, optimizer): DeepSpeed's engine can't run a trainfn transform; it updates its own shards. Give it"
-            " a torch optimizer, `lambda params: torch.optim.AdamW(params, lr=1e-3)`, or an `optimizer` section in the"
-            " configuration. Clipping is `gradient_clipping` there, a schedule `schedule=`."
+            "init(model, optimizer): DeepSpeed's engine can't run a trainfn transform; it updates its own shards. Give"
+            " it a torch optimizer, `lambda params: torch.optim.AdamW(params, lr=1e-3)`, or an `optimizer` section in"
+            " the configuration. Clipping is `gradient_clipping` there, a schedule `schedule=`."
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"init(model, ...) takes an nn.Module, not {type(model).__name__}.")
@@ -228,6 +226,12 @@ def _joined(deepspeed: Any) -> contextlib.ExitStack:
     """Make the process group if there is none; what undoes that."""
     dist, ends = torch.distributed, contextlib.ExitStack()
     if not dist.is_initialized():
+        if getattr(deepspeed.comm.comm, "cdb", None) is not None:
+            raise ValueError(
+                "init(model, ...): DeepSpeed keeps the process group of its first engine, and that one has ended, with"
+                " `tfn.deepspeed.close`. For several engines in one process make the group yourself, before the first"
+                " `init`: `torch.distributed.init_process_group('gloo')` on CPUs; `close` leaves it."
+            )
         accelerator = deepspeed.accelerator.get_accelerator()
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
         if "WORLD_SIZE" not in os.environ:
@@ -237,9 +241,9 @@ def _joined(deepspeed: Any) -> contextlib.ExitStack:
     ranks, launched = dist.get_world_size(), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks < launched:
         raise ValueError(
-            f"init(model, ...): {launched} processes were launched, and this one's process group has {ranks}: each would"
-            " train alone. Make a group of all of them before, `torch.distributed.init_process_group('gloo')` on CPUs;"
-            " or none, and `init` makes it."
+            f"init(model, ...): {launched} processes were launched, and this one's process group has {ranks}: each"
+            " would train alone. Make a group of all of them before, on CPUs by"
+            " `torch.distributed.init_process_group('gloo')`; or none, and `init` makes it."
         )
     if ranks == 1 and "LOCAL_RANK" not in os.environ:  # DeepSpeed reads it in every step, launcher or not
         os.environ["LOCAL_RANK"] = "0"
@@ -250,7 +254,7 @@ def _joined(deepspeed: Any) -> contextlib.ExitStack:
 def close(state: EngineState) -> None:
     """Shut the engine down, and the process group if `init` made it; every rank calls it, at the end.
 
-    Without it, processes may abort when Python exits.
+    Without it, processes may abort when Python exits. After it, another engine needs a process group of your own.
 
     >>> close(state)  # doctest: +SKIP
     """

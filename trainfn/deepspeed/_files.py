@@ -73,8 +73,9 @@ def _latest(path: Path) -> str:
         if (path / name).is_file():
             return (path / name).read_text(encoding="utf-8").strip()
     raise CheckpointError(
-        f"restore({str(path)!r}, state): there is no checkpoint of DeepSpeed in that folder, for it has no file `latest`."
-        " Give the folder that `tfn.deepspeed.save` was given, and make a fresh state with `tfn.deepspeed.init`."
+        f"restore({str(path)!r}, state): there is no checkpoint of DeepSpeed in that folder, for it has no file"
+        " `latest`. Give the folder that `tfn.deepspeed.save` was given, and a fresh state of"
+        " `tfn.deepspeed.init`."
     )
 
 

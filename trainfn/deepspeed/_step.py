@@ -1,10 +1,10 @@
 """The step around the engine: exact sums in, one update out.
 
 DeepSpeed averages gradients over ranks and micro-batches, each for as much as any other. So each micro-batch's loss is
-handed to it as ``total * ranks / estimate``, with no division by the number of micro-batches: what the engine has in the
-end is the gradient of all totals, divided by the estimate. With one micro-batch, the estimate is the weight over all ranks.
-With several it is the first one's, times how many there are; the rest is divided out when all weights are known, where
-the engine undoes its loss scale: before it clips.
+handed to it as ``total * ranks / estimate``, with no division by the number of micro-batches: what the engine has in
+the end is the gradient of all totals, divided by the estimate. With one micro-batch, the estimate is the weight over
+all ranks. With several it is the first one's, times how many there are; the rest is divided out when all weights are
+known, where the engine undoes its loss scale: before it clips.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ def train_step(loss: Loss) -> Step:
     """The step ``(state, batch) -> (state, metrics)`` of a loss; the engine does the rest.
 
     Every rank calls it, with its own rows: the global batch is theirs, one rank after the other. It is split into as
-    many micro-batches as the configuration's ``gradient_accumulation_steps`` says. The metrics are ``loss``, ``grad_norm``
-    (of the mean gradient, before clipping; unless DeepSpeed was told not to compute it) and the loss function's own,
-    over the rows of all ranks. Buffers such as BatchNorm's statistics are each rank's own, as DeepSpeed has them.
+    many micro-batches as the configuration's ``gradient_accumulation_steps`` says. The metrics are ``loss``,
+    ``grad_norm`` (of the mean gradient, before clipping; unless DeepSpeed was told not to compute it) and the loss
+    function's own, over the rows of all ranks. Buffers such as BatchNorm's statistics are each rank's own, as DeepSpeed
+    has them.
 
     Args:
         loss: See `trainfn.value_and_grad`. It calls the model itself, not only parts of it.
@@ -117,8 +118,9 @@ def _pieces(run: Run, batch: Batch) -> list[tuple[Batch, int]]:
     first, fewest = _rows(run, tree.row_count(batch))
     if fewest < num:  # known to all ranks, so that none waits for the one that fails
         raise ValueError(
-            f"step(state, batch): a rank has {fewest} rows, and gradient_accumulation_steps={num} needs at least one each."
-            f' Use batches of {num} rows or more on every rank, or `values={{"gradient_accumulation_steps": {fewest}}}`.'
+            f"step(state, batch): a rank has {fewest} rows, and gradient_accumulation_steps={num} needs at least one"
+            f" each. Use batches of {num} rows or more on every rank, or"
+            f' `values={{"gradient_accumulation_steps": {fewest}}}`.'
         )
     return [(piece, first + row) for piece, row in tree.split(batch, num)]
 
@@ -145,7 +147,8 @@ def _forward(run: Run, loss: Loss, piece: Batch, rows: int) -> tuple[Mean, Metri
     if model._calls < 1:
         raise ValueError(
             "step(state, batch): the loss did not call the model, only parts of it, and DeepSpeed's engine prepares the"
-            " backward pass when it is called. Call `model(...)`, and move what is different into the module's `forward`."
+            " backward pass when it is called. Call `model(...)`, and move what is different into the module's"
+            " `forward`."
         )
     return mean, metrics
 
