@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import trainfn as tfn
 
@@ -16,8 +17,9 @@ ROWS = [(5, 3), (4, 6), (3, 3), (7, 4)]  # of each rank in each step
 
 
 class Net(torch.nn.Module):
-    def __init__(self, dropout=0.0):
+    def __init__(self, dropout=0.0, recompute=False):
         super().__init__()
+        self.recompute = recompute
         self.first = torch.nn.Linear(WIDTH, 8)
         self.dropout = torch.nn.Dropout(dropout)
         self.last = self.also_last = torch.nn.Linear(8, 3)  # tied: one tensor, two names
@@ -26,12 +28,16 @@ class Net(torch.nn.Module):
         self.tag = "the module's own"
 
     def forward(self, x):
-        return self.gain * self.last(self.dropout(torch.tanh(self.first(x) + self.shift.to(x.dtype))))
+        h = checkpoint(self.hidden, x, use_reentrant=False) if self.recompute else self.hidden(x)
+        return self.gain * self.last(h)
+
+    def hidden(self, x):
+        return self.dropout(torch.tanh(self.first(x) + self.shift.to(x.dtype)))
 
 
-def net(dropout=0.0):
+def net(dropout=0.0, recompute=False):
     torch.manual_seed(3)
-    return Net(dropout)
+    return Net(dropout, recompute)
 
 
 def batch(step):
@@ -126,7 +132,10 @@ def train(state, step, steps=range(STEPS)):
 
 def plain(case, folder):
     """Train with the given configuration; say what came out."""
-    model, optimizer = net(case.get("dropout", 0.0)), OPTIMIZERS[case.get("optimizer", "adamw")]
+    model, optimizer = (
+        net(case.get("dropout", 0.0), case.get("recompute", False)),
+        OPTIMIZERS[case.get("optimizer", "adamw")],
+    )
     schedule = tfn.schedules.linear(2e-2, total_steps=8) if case.get("schedule") else None
     state = tfn.deepspeed.init(
         model, optimizer, config=case["config"], values=case.get("values"), schedule=schedule, seed=5

@@ -47,7 +47,10 @@ HALF = [
 ]
 KEYED = [
     {"name": f"dropout-{s}-{a}", "config": config(s, a), "dropout": 0.3} for s, a in ((0, 1), (2, 1), (2, 3), (3, 3))
-] + [{"name": "schedule", "config": config(2), "schedule": True}]
+] + [
+    {"name": "recomputed", "config": config(3, 3), "dropout": 0.3, "recompute": True},
+    {"name": "schedule", "config": config(2), "schedule": True},
+]
 RESUMED = [{"name": f"resumed-{s}", "kind": "resumed", "config": config(s, 2)} for s in range(4)] + [
     {"name": "resumed-bf16", "kind": "resumed", "config": config(2, 2, **BF16)}
 ]

@@ -96,8 +96,9 @@ def saving(path: str | Path, *, every: int) -> Callable[[StepInfo], None]:
 def weights(state: EngineState) -> dict[str, Tensor]:
     """The module's whole state dict on the first rank, on the CPU; an empty dict on the others. Every rank calls it.
 
-    Parameters are the optimizer's float32 ones, whatever the stage; write them with ``safetensors.torch.save_file`` or
-    ``model.save_pretrained(folder, state_dict=weights(state))``.
+    Parameters are the optimizer's float32 ones, except at stage 0 with bf16, where DeepSpeed shows only the module's.
+    Write them with ``model.save_pretrained(folder, state_dict=weights(state))``, or with safetensors' ``save_file``,
+    which wants tied ones left out.
 
     Args:
         state: It stays valid.
