@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hf_models import HEADS, bert, classes, gpt2, tokens
+from hf_models import bert, classes, gpt2, tokens
 from torch import nn
 from transformers import BertForSequenceClassification, default_data_collator
 
@@ -263,4 +263,3 @@ def test_every_name_of_the_text_can_be_imported():
         "AutoTokenizer", "AutoModelForCausalLM", "EarlyStoppingCallback", "EvalPrediction",
     ):  # fmt: skip
         assert getattr(trainfn, name) is not None and name in dir(trainfn)
-    assert HEADS

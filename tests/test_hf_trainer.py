@@ -1,5 +1,6 @@
 """The Trainer trains as it says: the same for every split, as a loop written by hand, and on after any stop."""
 
+import logging
 import math
 import os
 import random
@@ -275,6 +276,39 @@ def test_overrides_are_called_and_split_exactly(kind, tmp_path):
         assert len(split.losses) == 3
 
 
+def decay(model):
+    return 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
+class AddsBackward(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        decay(model).backward()
+        return loss
+
+
+class AddsBackwardBefore(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        decay(model).backward()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class AddsToTheLoss(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False):
+        return model(**inputs).loss + decay(model)
+
+
+@pytest.mark.parametrize("kind", [AddsBackward, AddsBackwardBefore])
+@pytest.mark.parametrize("head", ["bert classes", "gpt2"])
+@pytest.mark.parametrize(("size", "accumulate"), [(12, 1), (5, 3)])
+def test_a_backward_pass_beside_that_of_the_step_is_of_a_mean_too(kind, head, size, accumulate, tmp_path):
+    make, data = HEADS[head]
+    options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate, **SGD}
+    beside = trained(tmp_path, make(), data(), kind, **options)
+    within = trained(tmp_path, make(), data(), AddsToTheLoss, per_device_train_batch_size=12, **SGD)
+    assert_close(parameters(beside.model), parameters(within.model), 2e-6)
+
+
 class Weighted(Trainer):
     """The spec's own: a weighted mean, whose weights only it knows."""
 
@@ -510,6 +544,15 @@ def test_plateau_follows_the_metric(tmp_path):
                               optimizers=(torch.optim.ASGD(gpt2().parameters()), None)).train(),
             ValueError, r"ASGD.*can't be part of a pure step",
         ),
+        (
+            lambda f: Trainer(gpt2(), arguments(f, dataloader_drop_last=True), train_dataset=tokens(3)).train(),
+            ValueError, r"\(per_device_train_batch_size=8, dataloader_drop_last=True\): the training set has 3 rows",
+        ),
+        (
+            lambda f: Trainer(gpt2(), arguments(f, dataloader_drop_last=True)).evaluate(tokens(3)),
+            ValueError, r"\(per_device_eval_batch_size=8, dataloader_drop_last=True\): the evaluation set has 3 rows",
+        ),
+        (lambda f: Trainer(gpt2(), arguments(f), train_dataset=[]).train(), ValueError, r"training set has no rows"),
     ],
 )  # fmt: skip
 def test_mistakes_are_explained(make, error, match, tmp_path):
@@ -713,6 +756,21 @@ def test_the_best_of_weights_alone_is_loaded(tmp_path):
     assert_identical(parameters(trainer.model), parameters(best))
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(1, [4, 10]), (2, [4, 10]), (3, [4, 8, 10]), (None, [2, 4, 6, 8, 10])])
+def test_weights_alone_are_rotated_and_the_best_is_kept(limit, kept, tmp_path):
+    values = iter([2.0, 1.0, 3.0, 4.0, 5.0])
+    trainer = with_evaluation(
+        tmp_path, metrics=lambda _: {"loss": next(values)}, max_steps=10, eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, save_only_model=True, save_total_limit=limit,
+        metric_for_best_model="loss", greater_is_better=False,
+    )  # fmt: skip
+    (tmp_path / "checkpoint-mine").mkdir()
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    names = {p.name for p in tmp_path.glob("checkpoint-*")}
+    assert names == {"checkpoint-mine", *(f"checkpoint-{n}" for n in kept)}
+
+
 def test_another_save_is_not_the_best(tmp_path):
     class Saves(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -740,6 +798,24 @@ def test_a_stream_knows_its_epoch(tmp_path):
 
     with_evaluation(tmp_path, data=Rows(), max_steps=4).train()
     assert epochs == [0, 1]
+
+
+def test_a_stream_is_read_by_one_worker_which_is_said_once(tmp_path, caplog):
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(tokens(8))
+
+    options = {"max_steps": 3, "per_device_train_batch_size": 2, "optim": "sgd"}
+    alone = trained(tmp_path, gpt2(), Rows(), **options)
+    made = arguments(tmp_path, dataloader_num_workers=3, dataloader_prefetch_factor=4, **options)
+    trainer = Trainer(gpt2(), made, train_dataset=Rows(), eval_dataset=Rows())
+    with caplog.at_level(logging.WARNING, "trainfn"):
+        trainer.train()
+        loaders = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
+    assert [(loader.num_workers, loader.prefetch) for loader in loaders] == [(1, 4)] * 2
+    assert caplog.text.count("(dataloader_num_workers=3): an iterable dataset is read by one worker") == 1
+    assert_identical(parameters(trainer.model), parameters(alone.model))
+    assert trainer.evaluate()["eval_loss"] == alone.evaluate(tokens(8))["eval_loss"]
 
 
 def test_trying_a_head_out_leaves_its_statistics_alone(tmp_path):

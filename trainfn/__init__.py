@@ -41,6 +41,10 @@ from trainfn._grad import value_and_grad as value_and_grad
 from trainfn._keyed import keyed as keyed
 from trainfn._module import export as export
 from trainfn._module import init as init
+from trainfn._plan import Plan as Plan
+from trainfn._plan import Precision as Precision
+from trainfn._plan import gather as gather
+from trainfn._plan import shard as shard
 from trainfn._replay import replay as replay
 from trainfn._step import TrainStep as TrainStep
 from trainfn._step import accumulate as accumulate

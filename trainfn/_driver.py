@@ -15,6 +15,7 @@ from trainfn._batches import Batches, placed, source
 from trainfn._checkpoint import Checkpoints
 from trainfn._interrupt import uninterrupted
 from trainfn._nonfinite import Policy, Watch
+from trainfn._plan import agreed, check_together, divided, plan_of, told
 from trainfn._session import Callback, Session
 from trainfn._types import Step, StepInfo, Stop, TrainState
 
@@ -59,7 +60,14 @@ def _run(
 ) -> Iterator[StepInfo]:
     """`steps`, with the newest complete state in ``latest``; it is empty while a step runs."""
     n, device = int(latest[0].step), latest[0].step.device  # waits for the device, once
+    plan = plan_of(step)
+    batches, equal = (batches, True) if plan is None else divided(plan, batches)
+    if plan is not None:
+        check_together(plan, latest[0], until)
     stream, until = source(batches, n, until)
+    if plan is not None:
+        until = None if until is None else max(told(until))
+        stream = agreed(stream, f"steps(step, state, batches), step {n + 1} or later", equal=equal)
     watch = Watch(nonfinite)
     last = time.perf_counter()
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,11 @@ def value_and_grad(loss: Loss) -> GradientFunction:
     >>> value_and_grad(lambda p, x: tfn.Mean.of(p["w"] * x))(state, torch.tensor([1.0, 2.0])).grads
     {'w': tensor([3.])}
     """
+    return gradient_function(loss, lambda state, weight: weight)
+
+
+def gradient_function(loss: Loss, common: Callable[[TrainState, Tensor], Tensor]) -> GradientFunction:
+    """See `value_and_grad`; ``common`` makes of a weight one that all ranks have in common."""
 
     def gradients(state: TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> Gradients:
         check_state(state)
@@ -61,20 +66,26 @@ def value_and_grad(loss: Loss) -> GradientFunction:
                 bound(state, params, training=True) as (model, buffers),
             ):
                 mean, metrics = exact(loss(model, batch), rows)
-                grads = _derivatives(mean, params, state.extra.get("loss_scale"))
+                grads = _derivatives(mean, params, _scale(state, mean, common))
         return Gradients(detached(mean), grads, {k: detached(m) for k, m in metrics.items()}, buffers)
 
     return gradients
 
 
-def _derivatives(mean: Mean, params: Params, scaling: Any) -> Params:
+def _scale(state: TrainState, mean: Mean, common: Callable[[TrainState, Tensor], Tensor]) -> Tensor | None:
+    """By which to multiply the total, so that the mean is multiplied by the loss scale: almost."""
+    if "loss_scale" not in state.extra:
+        return None
+    return state.extra["loss_scale"]["scale"] / _power_of_two(common(state, mean.weight.detach()))
+
+
+def _derivatives(mean: Mean, params: Params, scale: Tensor | None) -> Params:
     """The gradients of the total; with loss scaling, of a larger one on the way back, so that float16 holds them."""
     if not mean.total.requires_grad:
         raise ValueError(
             "value_and_grad(loss): the loss does not depend on any parameter. Compute it from the `model` argument:"
             " a module taken from outside the loss, `torch.no_grad()` or `.detach()` cuts the connection."
         )
-    scale = None if scaling is None else scaling["scale"] / _power_of_two(mean.weight.detach())
     seed = mean.total if scale is None else mean.total.float() * scale
     grads = torch.autograd.grad(seed, list(params.values()), allow_unused=True, materialize_grads=True)
     named = dict(zip(params, grads, strict=True))

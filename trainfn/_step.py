@@ -11,18 +11,52 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import optree
 import torch
+from torch import Tensor
 
 from trainfn import random, tree
-from trainfn._grad import GradientFunction, detached, exact, summed, value_and_grad
+from trainfn._grad import GradientFunction, detached, exact, gradient_function, summed, value_and_grad
 from trainfn._keyed import keyed
 from trainfn._module import bound, check_state
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState, Transform, Tree
 
 Update = Callable[[TrainState, Gradients], tuple[TrainState, Metrics]]
+
+
+class Distribution(Protocol):
+    """What spreads a step over ranks: `trainfn.Plan`."""
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        ...
+
+    def loss(self, loss: Loss, /) -> Loss:
+        """The loss on one rank."""
+        ...
+
+    def gradients(self, gradients: GradientFunction, /) -> GradientFunction:
+        """The gradients of one rank's rows."""
+        ...
+
+    def largest(self, state: TrainState, weight: Tensor, /) -> Tensor:
+        """The largest of all ranks' weights."""
+        ...
+
+    def update(self, update: Update, /) -> Update:
+        """The update by all ranks' gradients."""
+        ...
+
+    def metrics(self, evaluate: Callable[..., Metrics], /) -> Callable[..., Metrics]:
+        """The metrics of all ranks' rows."""
+        ...
+
+    def pieces(self, state: TrainState, batch: Batch, accumulate: Any, /) -> Iterator[tuple[Batch, Any]]:
+        """One rank's micro-batches, each with the place of its first row among those of all ranks."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,17 +67,21 @@ class TrainStep:
         gradients: ``(state, batch, first_row) -> Gradients``.
         update: ``(state, Gradients) -> (state, metrics)``.
         accumulate: Into how many micro-batches a batch is split; ``"stream"`` if it comes as an iterable of them.
+        plan: How the step is spread over ranks; its `gradients` and `update` know already.
     """
 
     gradients: GradientFunction
     update: Update
     accumulate: int | Literal["stream"] = 1
+    plan: Distribution | None = None
 
     def __call__(self, state: TrainState, batch: Batch, /) -> tuple[TrainState, Metrics]:
         """Return the next state and this batch's metrics."""
         if self.accumulate == 1:
             return self.update(state, self.gradients(state, batch))
-        return self.update(state, summed(self.gradients, state, self.pieces(batch), _empty_stream))
+        plan = None if self.plan is None or self.plan.world == 1 else self.plan
+        pieces = self.pieces(batch) if plan is None else plan.pieces(state, batch, self.accumulate)
+        return self.update(state, summed(self.gradients, state, pieces, _empty_stream))
 
     def pieces(self, batch: Batch) -> Iterator[tuple[Batch, int]]:
         if self.accumulate != "stream":
@@ -59,7 +97,13 @@ def _empty_stream() -> str:
     return 'step(state, batch) with accumulate="stream": the stream of micro-batches was empty.'
 
 
-def train_step(loss: Loss, optimizer: Transform, *, accumulate: int | Literal["stream"] = 1) -> TrainStep:
+def train_step(
+    loss: Loss,
+    optimizer: Transform,
+    *,
+    accumulate: int | Literal["stream"] = 1,
+    plan: Distribution | None = None,
+) -> TrainStep:
     """The step ``(state, batch) -> (state, metrics)`` that follows the gradient of a loss.
 
     The metrics are ``loss``, ``grad_norm`` (of the mean gradient, before clipping) and the loss function's own.
@@ -71,6 +115,8 @@ def train_step(loss: Loss, optimizer: Transform, *, accumulate: int | Literal["s
         accumulate: Into how many micro-batches to split each batch: the update is the same, up to the order of
             floating-point additions, the memory for activations smaller. ``"stream"``: the batch is an iterable
             of micro-batches, which need not fit in memory together.
+        plan: A `trainfn.Plan`: the same update on N ranks, of which each is called with its own rows and a state that
+            `trainfn.shard` laid out.
 
     >>> import torch, trainfn as tfn
     >>> optimizer = tfn.optim.sgd(0.5)
@@ -85,8 +131,10 @@ def train_step(loss: Loss, optimizer: Transform, *, accumulate: int | Literal["s
             f"train_step(loss, optimizer) takes the transform that `init` was given, such as `tfn.optim.adamw(1e-3)`,"
             f" not {type(optimizer).__name__}."
         )
-    step = TrainStep(gradients=value_and_grad(loss), update=_update(optimizer))
-    return _accumulated(step, accumulate)
+    if plan is None:
+        return _accumulated(TrainStep(gradients=value_and_grad(loss), update=_update(optimizer)), accumulate)
+    gradients = plan.gradients(gradient_function(plan.loss(loss), plan.largest))
+    return _accumulated(TrainStep(gradients=gradients, update=plan.update(_update(optimizer)), plan=plan), accumulate)
 
 
 def _update(optimizer: Transform) -> Update:
@@ -146,7 +194,7 @@ def _accumulated(step: TrainStep, num: int | Literal["stream"]) -> TrainStep:
     return dataclasses.replace(step, accumulate=num)
 
 
-def eval_step(loss: Loss) -> Callable[[TrainState, Batch], Metrics]:
+def eval_step(loss: Loss, *, plan: Distribution | None = None) -> Callable[[TrainState, Batch], Metrics]:
     """The function ``(state, batch) -> metrics`` of a loss: the module in eval mode, no gradients.
 
     >>> import torch, trainfn as tfn
@@ -154,13 +202,18 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Batch], Metrics]:
     >>> eval_step(lambda p, x: tfn.Mean.of(p["w"] * x))(state, torch.tensor([1.0, 2.0]))
     {'loss': Mean(4.5 over weight 2)}
     """
+    one = loss if plan is None else plan.loss(loss)
 
-    def evaluate_batch(state: TrainState, batch: Batch, /) -> Metrics:
+    def evaluate_batch(state: TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> Metrics:
         check_state(state)
         key = random.fold_in(state.key, state.step)
         rows = tree.row_count(batch)
-        with torch.no_grad(), keyed(key, rows=rows), bound(state, state.params, training=False) as (model, _):
-            mean, metrics = exact(loss(model, batch), rows)
+        with (
+            torch.no_grad(),
+            keyed(key, rows=rows, first_row=first_row),
+            bound(state, state.params, training=False) as (model, _),
+        ):
+            mean, metrics = exact(one(model, batch), rows)
         return {"loss": detached(mean), **{name: detached(metric) for name, metric in metrics.items()}}
 
-    return evaluate_batch
+    return evaluate_batch if plan is None else plan.metrics(evaluate_batch)

@@ -249,7 +249,54 @@ def global_norm(tree: Tree) -> Tensor:
     flat = _flat(tree, tree)
     if not flat:
         return torch.zeros(())
+    if any(hasattr(x, "placements") for x in flat):
+        return _norm_over_ranks(flat)
     return torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(flat)]))
+
+
+def _norm_over_ranks(flat: list[Any]) -> Tensor:
+    """Of distributed tensors: the parts' sums of squares, added up once for all that lie alike."""
+    alike: dict[Any, list[Tensor]] = {}
+    for x in flat:
+        alike.setdefault(x.placements, []).append(x.to_local())
+    squares: list[Tensor] = []
+    for placements, parts in alike.items():
+        square = torch.stack([n.float() for n in torch._foreach_norm(parts)]).square().sum()
+        for axis, placement in enumerate(placements):
+            if placement.is_shard():
+                square = sum_over(square, (flat[0].device_mesh, axis))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+def of_whole(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``fn(x)``, on the whole of a tensor that is split over ranks; what comes out is of its shape, and split alike.
+
+    For functions whose numbers depend on how the work is cut, such as products of matrices in low precision.
+
+    >>> import torch
+    >>> of_whole(torch.sin, torch.zeros(2))
+    tensor([0., 0.])
+    """
+    if not hasattr(x, "placements"):
+        return fn(x)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    split: Any = x
+    everywhere = [Replicate()] * split.device_mesh.ndim
+    out = fn(split.redistribute(placements=everywhere).to_local())
+    return DTensor.from_local(out, split.device_mesh, everywhere).redistribute(placements=split.placements)
+
+
+def sum_over(x: Tensor, group: Any) -> Tensor:
+    """The sum of ``x`` over the ranks of a group (a mesh of one axis, say), as a new tensor; in a graph it is one node.
+
+    >>> import trainfn as tfn
+    >>> log = lambda x, mesh: tfn.tree.sum_over(x, mesh["replicate"])
+    """
+    from torch.distributed import _functional_collectives as collectives  # takes a second to import
+
+    return collectives.wait_tensor(collectives.all_reduce(x, "sum", group))
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import trainfn as tfn
+from trainfn.hf._found import eval_mode
 from trainfn.hf._loss import exact_loss
 
 _ROWS, _TOLERANCE, _LOW_PRECISION = 4, 1e-3, 3e-2
@@ -27,17 +28,12 @@ def check_additive(trainer: Any, inputs: dict[str, Any]) -> None:
     count = min(rows, _ROWS)
     if count < 2 or any(not isinstance(x, Tensor) or (x.dim() and x.shape[0] != rows) for x in inputs.values()):
         return
-    modes = [(m, m.training) for m in trainer.model.modules()]
-    trainer.model.eval()
     try:
-        with torch.no_grad(), tfn.keyed(tfn.random.key(0)):
+        with eval_mode(trainer.model), torch.no_grad(), tfn.keyed(tfn.random.key(0)):
             whole = exact_loss(trainer, trainer.model, _cut(inputs, 0, count))[0]
             pieces = sum(exact_loss(trainer, trainer.model, _cut(inputs, i, i + 1))[0] for i in range(count))
     except Exception:  # a loss of pairs, say, can't be had of one row; it is no business of this check to fail
         return
-    finally:
-        for module, mode in modes:
-            module.training = mode
     together, apart = float(whole.value), float(pieces.value)  # type: ignore[union-attr]
     tolerance = _LOW_PRECISION if trainer.args.bf16 or trainer.args.fp16 else _TOLERANCE
     if abs(together - apart) > tolerance * max(abs(together), abs(apart)):

@@ -8,6 +8,7 @@ import json
 import math
 import operator
 import re
+import shutil
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.hf._foreign import from_transformers, load_weights
+from trainfn.hf._optimization import control_again, metric_name
 
 logger = logging.get_logger(__name__)
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -62,8 +64,11 @@ class Saving:
         """Save the state as it is, in the background; return its folder."""
         trainer = self.trainer
         folder = Path(trainer._output_dir()) / f"checkpoint-{trainer.state.global_step}"
+        if trainer.push_in_progress is not None and trainer.args.save_total_limit:
+            trainer.push_in_progress.wait_until_done()  # what is being uploaded must not be rotated away
         if trainer.args.save_only_model:
             trainer._save(str(folder))
+            _rotate(trainer, folder)
             return folder
         at, metrics = trainer._latest_metrics
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
@@ -77,10 +82,29 @@ class Saving:
         current = numbers if at == trainer.state.global_step else None
         if self.store.best is not None and current is not None and self.store.best not in current:
             current = None
-        if trainer.push_in_progress is not None and trainer.args.save_total_limit:
-            trainer.push_in_progress.wait_until_done()  # what is being uploaded must not be rotated away
         self.store.save(trainer.train_state, extra, metrics=current, files=files(trainer))
         return folder
+
+
+def _rotate(trainer: Any, written: Path) -> None:
+    """Remove the oldest folders above ``save_total_limit``; what is written and the best stay, and count."""
+    limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
+    if not limit:
+        return
+    folders = _numbered(trainer._output_dir())
+    protected = {path for path in folders.values() if path == written or (best and path == Path(best))}
+    others = [path for _, path in sorted(folders.items()) if path not in protected]
+    for path in others[: max(len(folders) - max(limit, len(protected)), 0)]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            logger.warning(f"{path} could not be removed, and is kept: {error}.")
+
+
+def _numbered(folder: str | Path) -> dict[int, Path]:
+    """The folders of checkpoints by their step, whoever wrote them."""
+    found = {p: _FOLDER.fullmatch(p.name) for p in Path(folder).glob("checkpoint-*")}
+    return {int(match[1]): path for path, match in found.items() if match}
 
 
 def files(trainer: Any) -> dict[str, str | bytes]:
@@ -136,7 +160,7 @@ def to_resume(trainer: Any, asked: str | bool | None) -> str | None:
 def last_checkpoint(folder: str) -> str | None:
     """The newest complete checkpoint in a folder: ours by its seal, or one of transformers with its state file."""
     newest = tfn.Checkpoints(folder).newest()
-    foreign = [p for p in Path(folder).glob("checkpoint-*") if _FOLDER.fullmatch(p.name) and _is_foreign(p)]
+    foreign = [p for p in _numbered(folder).values() if _is_foreign(p)]
     candidates = [*([newest] if newest else []), *foreign]
     found = max(candidates, key=lambda p: int(p.name.partition("-")[2]), default=None)
     return None if found is None else str(found)
@@ -161,7 +185,7 @@ def resume(trainer: Any, folder: str, windows: Any) -> None:
         place(trainer, saved)
         trainer._restored_losses = extra["losses"]
         if "controller" in extra:
-            _control_again(trainer, extra["controller"])
+            control_again(trainer, extra["controller"])
     fresh = trainer.state
     known = {field.name for field in dataclasses.fields(TrainerState)}  # another version's may have more
     trainer.state = TrainerState(**{name: value for name, value in state.items() if name in known})
@@ -188,16 +212,6 @@ def _go_to(windows: Any, position: dict[str, int], *, skip: bool) -> None:
         )
 
 
-def _control_again(trainer: Any, saved: dict[str, Any]) -> None:
-    """Let a controller go on from what it knew, and the rate be what it had decided."""
-    scheduled = trainer.lr_scheduler[0] if isinstance(trainer.lr_scheduler, list) else trainer.lr_scheduler
-    first = scheduled.controller.init()
-    held = {n: torch.tensor(v, dtype=getattr(first, n).dtype) for n, v in saved.items()}
-    trainer._controller_state = first._replace(**held)
-    rate = float(trainer._controller_state.learning_rate)
-    trainer._changes.append(lambda state: tfn.optim.set_hyperparams(state, learning_rate=rate))
-
-
 def place(trainer: Any, saved: tfn.TrainState) -> None:
     """Take a restored state; its parameters and buffers go into the model's own memory."""
     mine = trainer.train_state
@@ -213,7 +227,7 @@ def set_aside(trainer: Any) -> None:
     They are not removed, for they may be all there is of a long run that was started again by mistake.
     """
     folder, step = Path(trainer._output_dir()), trainer.state.global_step
-    later = [p for p in folder.glob("checkpoint-*") if (m := _FOLDER.fullmatch(p.name)) and int(m[1]) > step]
+    later = [path for n, path in _numbered(folder).items() if n > step]
     if not later or trainer.args.save_strategy == "no":
         return
     aside = folder / "superseded"
@@ -228,12 +242,6 @@ def set_aside(trainer: Any) -> None:
 
 
 # --- the best ------------------------------------------------------------------------------------------------------
-
-
-def metric_name(args: Any) -> str | None:
-    """The metric to choose by, with its prefix."""
-    name = args.metric_for_best_model
-    return name if name is None or name.startswith("eval_") else f"eval_{name}"
 
 
 def note_best(trainer: Any, metrics: dict[str, Any]) -> bool:
@@ -269,8 +277,6 @@ def load_best(trainer: Any) -> None:
         logger.warning(f"load_best_model_at_end: {best} does not exist; the model keeps its last weights.")
         return
     logger.info(f"Loading the best model, of {best} ({trainer.state.best_metric}).")
-    with contextlib.suppress(AttributeError):
-        trainer._saving.wait()
     if not (Path(best) / "manifest.json").exists():  # weights alone, or transformers' own
         load_weights(trainer.model, best)
         return

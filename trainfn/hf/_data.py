@@ -28,8 +28,9 @@ def train_loader(trainer: Any) -> Any:
     seed = args.seed if args.data_seed is None else args.data_seed
     dataset, collate = prepared(trainer, dataset, "training")
     last = "drop" if args.dataloader_drop_last else "short"
+    _check_enough(args, dataset, "training", "per_device_train_batch_size", last)
     if _is_stream(dataset):
-        return tfn.data.stream(dataset, args.train_batch_size, last=last, seed=seed, collate=collate)
+        return tfn.data.stream(dataset, args.train_batch_size, last=last, seed=seed, collate=collate, **_reader(args))
     n, size = len(dataset), args.train_batch_size
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     if strategy == "group_by_length":
@@ -45,9 +46,10 @@ def eval_loader(trainer: Any, dataset: Any, description: str) -> Any:
     """A dataset's batches in its own order."""
     args = trainer.args
     dataset, collate = prepared(trainer, dataset, description)
+    last = "drop" if args.dataloader_drop_last and not _is_stream(dataset) else "short"
+    _check_enough(args, dataset, description, "per_device_eval_batch_size", last)
     if _is_stream(dataset):
-        return tfn.data.stream(dataset, args.eval_batch_size, last="short", collate=collate)
-    last = "drop" if args.dataloader_drop_last else "short"
+        return tfn.data.stream(dataset, args.eval_batch_size, last=last, collate=collate, **_reader(args))
     plan = tfn.data.sequential(len(dataset), args.eval_batch_size, last=last)
     return tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args))
 
@@ -56,9 +58,33 @@ def _is_stream(dataset: Any) -> bool:
     return isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__")
 
 
+def _check_enough(args: Any, dataset: Any, description: str, size: str, last: str) -> None:
+    """Raise if there is no batch, in the words of the arguments; ``size`` is the name of the one for its rows."""
+    rows = len(dataset) if hasattr(dataset, "__len__") else None
+    if rows == 0:
+        raise ValueError(f"Trainer: the {description} set has no rows.")
+    if rows is not None and last == "drop" and rows < getattr(args, size):
+        raise ValueError(
+            f"TrainingArguments({size}={getattr(args, size)}, dataloader_drop_last=True): the {description} set has"
+            f" {rows} row{'s' if rows > 1 else ''}, fewer than a batch, and all are dropped. Write"
+            f" `dataloader_drop_last=False`, or a {size} of at most {rows}."
+        )
+
+
 def _workers(args: Any) -> dict[str, Any]:
     workers = args.dataloader_num_workers
     return {"num_workers": workers, "prefetch": args.dataloader_prefetch_factor if workers else None}
+
+
+def _reader(args: Any) -> dict[str, Any]:
+    """The same for a stream, which one worker reads, or none."""
+    options = _workers(args)
+    if options["num_workers"] > 1:
+        logger.warning_once(
+            f"TrainingArguments(dataloader_num_workers={options['num_workers']}): an iterable dataset is read by one"
+            " worker, for with more its order would depend on them. For more, give a dataset with rows by number."
+        )
+    return {**options, "num_workers": min(options["num_workers"], 1)}
 
 
 def prepared(trainer: Any, dataset: Any, description: str) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ def as_found(trainer: Any) -> Generator[None]:
     dtype = torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None
     with ExitStack() as stack:
         stack.enter_context(_same_generators(args.device))
-        stack.enter_context(_eval_mode(trainer.model))
+        stack.enter_context(eval_mode(trainer.model))
         stack.enter_context(_averaged_weights(trainer.optimizer))
         if dtype is not None and not trainer.is_in_train:  # while training, autocast is what casts
             stack.enter_context(_cast(trainer.model, dtype))
@@ -41,11 +41,18 @@ def _same_generators(device: torch.device) -> Generator[None]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Generator[None]:
-    """`model.eval()`; afterwards each submodule has the mode it had, which need not be its parent's."""
+def eval_mode(model: nn.Module) -> Generator[None]:
+    """`model.eval()` for what is inside; the modes are put back after it."""
+    with same_modes(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def same_modes(model: nn.Module) -> Generator[None]:
+    """Afterwards each submodule has the mode it had, which need not be its parent's."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
         yield
     finally:
         for module, training in modes:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 import trainfn as tfn
+from trainfn.hf._found import eval_mode
 
 IGNORED = -100
 
@@ -127,14 +128,8 @@ def find_shift(trainer: Any, inputs: Mapping[str, Any]) -> None:
 
 def _tried(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The head's loss in eval mode: it leaves running statistics alone."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), tfn.keyed(tfn.random.key(0)):
-            return _head_loss(model(**inputs), inputs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with eval_mode(model), torch.no_grad(), tfn.keyed(tfn.random.key(0)):
+        return _head_loss(model(**inputs), inputs)
 
 
 def _returns_loss_for_labels(model: nn.Module) -> bool:

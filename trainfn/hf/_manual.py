@@ -21,10 +21,14 @@ def overrides(trainer: Any) -> list[str]:
 
 
 def training_step(trainer: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-    """One micro-batch: its loss, and the gradients of its total added to ``.grad``."""
+    """One micro-batch: its loss, and the gradients of it, a mean, added to ``.grad``.
+
+    An override's own backward pass beside this one, or what it does to ``.grad``, is in the same units then.
+    """
     mean, _ = exact_loss(trainer, model, inputs)
-    mean.total.backward()
-    trainer._manual_mean = tfn.Mean(mean.total.detach(), mean.weight.detach())
+    weight = mean.weight.detach()
+    (mean.total / torch.where(weight > 0, weight, 1.0)).backward()
+    trainer._manual_mean = tfn.Mean(mean.total.detach(), weight)
     return trainer._manual_mean.value
 
 
@@ -39,12 +43,12 @@ def step(trainer: Any, made: tfn.TrainStep) -> tfn.TrainStep:
         try:
             with torch.enable_grad(), tfn.keyed(key, rows=tfn.tree.row_count(batch), first_row=first_row):
                 loss = trainer.training_step(model, dict(batch), count)
-            mean, scale = trainer._manual_mean, 1.0
+            mean = trainer._manual_mean
             if mean is None:  # a backward pass of its own, of a mean over what is counted
-                mean, scale = tfn.Mean(loss.detach().float() * count, count), count
+                mean = tfn.Mean(loss.detach().float() * count, count)
             held = dict(model.named_parameters(remove_duplicate=True))
             grads = {
-                name: torch.zeros_like(p) if held[name].grad is None else held[name].grad.detach() * scale
+                name: torch.zeros_like(p) if held[name].grad is None else held[name].grad.detach() * mean.weight
                 for name, p in state.params.items()
             }
         finally:

@@ -99,19 +99,42 @@ def learning_rate(trainer: Any) -> float:
 
 def after_evaluation(trainer: Any, metrics: dict[str, Any]) -> None:
     """Let a controller look at the metric, and set the rate it answers with."""
-    scheduled: Any = trainer.lr_scheduler
-    scheduled = scheduled[0] if isinstance(scheduled, list) else scheduled
-    if not isinstance(scheduled, Scheduled) or scheduled.controller is None or not trainer.is_in_train:
+    controller = _controller(trainer)
+    if controller is None or not trainer.is_in_train:
         return
-    name = trainer.args.metric_for_best_model or "loss"
-    name = name if name.startswith("eval_") else f"eval_{name}"
+    name = metric_name(trainer.args) or "eval_loss"
     if name not in metrics:
         raise KeyError(
             f"TrainingArguments(lr_scheduler_type={str(trainer.args.lr_scheduler_type)!r}): it follows {name!r}, which"
             f" is not among the evaluation's metrics {sorted(metrics)}. Set `metric_for_best_model`."
         )
-    controller = scheduled.controller
     held = controller.init() if trainer._controller_state is None else trainer._controller_state
-    trainer._controller_state = controller.update(float(metrics[name]), held)
-    rate = float(trainer._controller_state.learning_rate)
+    _control(trainer, controller.update(float(metrics[name]), held))
+
+
+def control_again(trainer: Any, saved: dict[str, Any]) -> None:
+    """Let a controller go on from what a checkpoint says it knew, and the rate be what it had decided."""
+    controller = _controller(trainer)
+    assert controller is not None  # without one, the saved state has not fitted
+    first: Any = controller.init()
+    held = {n: torch.tensor(v, dtype=getattr(first, n).dtype) for n, v in saved.items()}
+    _control(trainer, first._replace(**held))
+
+
+def _controller(trainer: Any) -> tfn.schedules.Controller | None:
+    """What the learning rate follows, if it follows a metric."""
+    scheduled = trainer.lr_scheduler[0] if isinstance(trainer.lr_scheduler, list) else trainer.lr_scheduler
+    return scheduled.controller if isinstance(scheduled, Scheduled) else None
+
+
+def _control(trainer: Any, held: Any) -> None:
+    """Keep a controller's state; from the next step on the rate is the one it says."""
+    trainer._controller_state = held
+    rate = float(held.learning_rate)
     trainer._changes.append(lambda state: tfn.optim.set_hyperparams(state, learning_rate=rate))
+
+
+def metric_name(args: Any) -> str | None:
+    """The metric to choose the best by, with its prefix."""
+    name = args.metric_for_best_model
+    return name if name is None or name.startswith("eval_") else f"eval_{name}"

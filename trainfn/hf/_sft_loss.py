@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import trainfn as tfn
+from trainfn.hf._found import eval_mode
 from trainfn.hf._loss import autocast
 
 IGNORED = -100
@@ -29,15 +30,10 @@ def separation(trainer: Any) -> str:
     window = getattr(model.config, "sliding_window", None)
     if window is None or trainer.args.max_length is None or trainer.args.max_length <= window:
         ways.append("mask")  # which takes the place of the model's own, window and all
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with eval_mode(model):
         for way in ways:
             if _separates(trainer, way):
                 return way
-    finally:
-        for module, mode in modes:
-            module.training = mode
     raise ValueError(
         f"`SFTConfig(packing=True)` (or `padding_free=True`) can't work with {type(model).__name__}: what one sequence"
         " of a pack holds changes what the model says of the next. Write `packing=False, padding_free=False`, or, if"

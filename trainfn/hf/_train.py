@@ -19,6 +19,7 @@ import trainfn as tfn
 from trainfn.hf import _checkpoints, _data, _manual
 from trainfn.hf._additive import check_additive
 from trainfn.hf._data import Ended, Run, Windows
+from trainfn.hf._found import same_modes
 from trainfn.hf._logs import LossWindow
 from trainfn.hf._loss import find_shift, training_loss
 from trainfn.hf._memory import Halving
@@ -64,7 +65,6 @@ def train(
 def _surroundings(trainer: Any) -> Generator[None]:
     """What holds for a run and not after it, however it ends."""
     args, model = trainer.args, trainer.model
-    training = {module: module.training for module in model.modules()}
     deterministic = torch.are_deterministic_algorithms_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(args.matmul_precision())
@@ -77,12 +77,9 @@ def _surroundings(trainer: Any) -> Generator[None]:
             stack.enter_context(_recomputing(model, dict(args.activation_checkpointing_kwargs or {})))
         if args.neftune_noise_alpha is not None:
             stack.enter_context(neftune(model, args.neftune_noise_alpha))
+        stack.enter_context(same_modes(model))
         model.train()
-        try:
-            yield
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        yield
 
 
 @contextlib.contextmanager
@@ -125,7 +122,7 @@ def prepare(trainer: Any, run: Run) -> None:
     trainer.train_state = tfn.init(trainer.model, transform, seed=args.seed, storage="adopt")
     alone = run.accumulate == 1 and not args.auto_find_batch_size
     accumulate = 1 if alone else "stream"
-    compiled, why = compiles(trainer)
+    compiled, _ = compiles(trainer)
     step: Any = tfn.train_step(training_loss(trainer), transform, accumulate=accumulate)
     if not compiled and _manual.overrides(trainer):
         step = _manual.step(trainer, step)
@@ -141,7 +138,6 @@ def prepare(trainer: Any, run: Run) -> None:
     )
     if args.auto_find_batch_size:
         trainer._step = Halving(trainer._step)
-    trainer._compiles = compiled, why
     trainer.state = TrainerState(
         is_hyper_param_search=trainer._trial is not None,
         trial_name=None if trainer._trial is None or trainer._hp_name is None else trainer._hp_name(trainer._trial),
@@ -212,7 +208,6 @@ def _loop(trainer: Any, run: Run, windows: Windows, ignore_keys: list[str] | Non
             windows.end_epoch()
         output = _finished(trainer, run, began, first, losses)
         trainer._event("on_train_end")
-    trainer._saving = None
     return output
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,7 +107,8 @@ def scale_by_muon(
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         mu = average(state.mu, updates, momentum)
         mixed = average(mu, updates, momentum) if nesterov else mu
-        step = tree.map(lambda m: orthogonalize(m, steps=steps, coefficients=coefficients, eps=eps), mixed)
+        options: Any = {"steps": steps, "coefficients": coefficients, "eps": eps}
+        step = tree.map(lambda m: tree.of_whole(lambda x: orthogonalize(x, **options), m), mixed)
         return tree.cast_like(step, updates), ScaleByMuonState(mu)
 
     return Transform(init, update)

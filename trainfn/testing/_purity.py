@@ -45,7 +45,8 @@ class Watched:
         }
         if changed:
             said["variable"] = "\n".join(f"{n}: {old} became {new}" for n, (old, new) in list(changed.items())[:4])
-        module = [what for what, before in self.held.items() if not _same(before, _held(self.module).get(what))]
+        held = _held(self.module)
+        module = [what for what, before in self.held.items() if not _same(before, held.get(what))]
         if module:
             said["module"] = "\n".join(module[:4])
         return said
@@ -146,10 +147,10 @@ def _inside(value: Any) -> list[tuple[str, Any]]:
     cells = zip(code.co_freevars, value.__closure__ or (), strict=False)
     closed = [(name, cell.cell_contents) for name, cell in cells if _is_filled(cell)]
     globals_ = [(name, value.__globals__[name]) for name in code.co_names if name in value.__globals__]
-    return [*closed, *globals_, *enumerate_names(value.__defaults__)]
+    return [*closed, *globals_, *_enumerated(value.__defaults__)]
 
 
-def enumerate_names(values: tuple[Any, ...] | None) -> list[tuple[str, Any]]:
+def _enumerated(values: tuple[Any, ...] | None) -> list[tuple[str, Any]]:
     """A function's defaults, by number."""
     return [(f"defaults[{i}]", value) for i, value in enumerate(values or ())]
 

@@ -1,0 +1,168 @@
+"""Parameters where they are used: gathered for one operation, and not kept.
+
+A module runs on `DTensor` parameters. Whatever function is called on one of them gets its whole local value, which
+exists for that call; what autograd would keep of it is gathered again in the backward pass. There, the gradient is
+reduced as soon as it is known. In a compiled step the same is done to the graph: see `_compile/_regather.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+
+from trainfn._plan import _tensor
+from trainfn._plan._layout import Layout
+from trainfn._plan._place import gradient_placements
+
+_ASKED = ("shape", "dtype", "device", "requires_grad", "ndim", "is_leaf", "grad", "grad_fn", "layout", "is_meta",
+          "is_cuda")  # fmt: skip
+# What is asked of a parameter, rather than computed with it.
+_QUESTIONS = {
+    *(getattr(Tensor, name).__get__ for name in _ASKED),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex),
+    *(Tensor.requires_grad_, Tensor.__len__, Tensor.is_contiguous, Tensor.element_size, torch.is_floating_point),
+    *(torch.autograd.grad, torch.autograd.backward),
+}
+
+
+class Usage(NamedTuple):
+    """How a parameter is used on this rank, and what becomes of its gradient: placements on each axis."""
+
+    used: tuple[Any, ...]
+    local: tuple[Any, ...]
+    kept: tuple[Any, ...]
+
+
+def usage(plan: Layout, param: DTensor, *, tensor_parallel: bool) -> Usage:
+    """The usage of one parameter; ``tensor_parallel`` if the operation works on this rank's part of it."""
+    named = list(zip(param.device_mesh.mesh_dim_names or (), param.placements, strict=True))
+    part = [axis == "tensor" and tensor_parallel for axis, _ in named]
+    return Usage(
+        used=tuple(now if p else Replicate() for p, (_, now) in zip(part, named, strict=True)),
+        local=tuple(
+            Partial() if axis != "tensor" else now if p else Replicate()
+            for p, (axis, now) in zip(part, named, strict=True)
+        ),
+        kept=gradient_placements(plan, param),
+    )
+
+
+class Use(torch.autograd.Function):
+    """A parameter's value on this rank; backward, its gradient's sum, laid out as the plan keeps gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, param: DTensor, plan: Layout, how: Usage) -> Tensor:
+        """Gather."""
+        ctx.spec = param.device_mesh, param.dtype, param.shape, param.stride()
+        ctx.plan, ctx.how = plan, how
+        return gathered(param, plan, how)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Reduce."""
+        mesh, dtype, shape, stride = ctx.spec
+        grad = grads[0].to(ctx.plan.precision.reduce or dtype)
+        sums = DTensor.from_local(grad, mesh, ctx.how.local, run_check=False, shape=shape, stride=stride)
+        kept = sums.redistribute(placements=ctx.how.kept)
+        if kept.dtype != dtype:
+            part = kept.to_local().to(dtype)
+            kept = DTensor.from_local(part, mesh, ctx.how.kept, run_check=False, shape=shape, stride=stride)
+        return kept, None, None
+
+
+def gathered(param: DTensor, plan: Layout, how: Usage) -> Tensor:
+    compute = plan.precision.compute
+    if compute is not None and param.is_floating_point():
+        return param.to(compute).redistribute(placements=how.used).to_local()  # type: ignore[attr-defined]
+    return param.redistribute(placements=how.used).to_local()
+
+
+class Gathering(TorchFunctionMode):
+    """Functions called in this block see parameters, not `DTensor`s."""
+
+    def __init__(self, plan: Layout, training: bool) -> None:
+        super().__init__()
+        self.plan, self.training = plan, training
+        self.live: dict[int, tuple[StorageWeakRef, DTensor, Usage]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Gather what the function is called on."""
+        if func is tag_activation_checkpoint:  # torch turns a mode off for what the mode calls: see `keyed`
+            return self._checkpoint(*args, **(kwargs or {}))
+        if func in _QUESTIONS:
+            return func(*args, **(kwargs or {}))
+        if func is F.linear:
+            given = _linear(*args, **(kwargs or {}))
+            if _tensor.split_dim(given[1]) is not None:
+                return _tensor.linear(self.value, *given)
+        args = tuple(self._use(x) for x in args)
+        return func(*args, **{name: self._use(x) for name, x in (kwargs or {}).items()})
+
+    def _use(self, x: Any) -> Any:
+        if isinstance(x, DTensor):
+            return self.value(x) if x.requires_grad or not self.training else x  # not gradients
+        if type(x) is list or type(x) is tuple:
+            return type(x)(self._use(item) for item in x)
+        return x
+
+    def value(self, param: DTensor, *, part: bool = False) -> Tensor:
+        """What this rank computes with: all of a parameter, or its part along the axis ``tensor``."""
+        how = usage(self.plan, param, tensor_parallel=part)
+        if not torch.is_grad_enabled():
+            return gathered(param, self.plan, how)
+        value = Use.apply(param, self.plan, how)
+        if not torch.compiler.is_compiling():
+            storage = StorageWeakRef(value.untyped_storage())
+            self.live[storage.cdata] = storage, param, how
+        return value
+
+    def _checkpoint(self, body: Any, *args: Any, **kwargs: Any) -> Any:
+        plan, training = self.plan, self.training
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with Gathering(plan, training):
+                return body(*args, **kwargs)
+
+        return tag_activation_checkpoint(run, *args, **kwargs)
+
+    # --- what autograd keeps --------------------------------------------------------------------------------------
+
+    def pack(self, kept: Tensor) -> Any:
+        """Instead of a gathered parameter, or a view of it: where to get it again."""
+        found = self.live.get(StorageWeakRef(kept.untyped_storage()).cdata)
+        if found is None:
+            return kept
+        _, param, how = found
+        return param.detach(), how, kept.shape, kept.stride(), kept.storage_offset()
+
+    def unpack(self, kept: Any) -> Tensor:
+        """Gather it again."""
+        if isinstance(kept, Tensor):
+            return kept
+        param, how, shape, stride, offset = kept
+        with torch.no_grad():
+            return gathered(param, self.plan, how).as_strided(shape, stride, offset)
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+    return input, weight, bias
+
+
+@contextlib.contextmanager
+def gathering(plan: Layout, *, training: bool) -> Generator[None]:
+    """Run modules on `DTensor` parameters in this block."""
+    mode = Gathering(plan, training)
+    with contextlib.ExitStack() as stack:
+        if training and plan.stage == 3 and plan.reshard and not torch.compiler.is_compiling():
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(mode.pack, mode.unpack))
+        stack.enter_context(mode)
+        yield

@@ -1,0 +1,203 @@
+"""Where each leaf of a state is: `shard` lays a state out, `gather` brings it together again."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trainfn import tree
+from trainfn._plan._layout import Layout
+from trainfn._types import TrainState, Tree
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+
+@functools.lru_cache(maxsize=100_000)
+def placements(plan: Layout, name: str, shape: tuple[int, ...], what: str) -> tuple[Placement, ...]:
+    """Along which dimension a parameter, or what belongs to it, is split on each axis of the mesh.
+
+    Args:
+        plan: The plan.
+        name: The parameter's name.
+        shape: Its global shape.
+        what: ``"params"`` or ``"opt_state"``.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    rule = plan.rule(name)
+    sizes = {axis: size for axis, size in plan.shape(plan.world).items() if size > 1} or {"replicate": 1}
+    tensor = _tensor_dim(rule, shape, sizes.get("tensor", 1))
+    split = sharded_dim(shape, sizes.get("shard", 1), tensor)
+    if rule == "replicate" or plan.stage < {"params": 3, "opt_state": 1}[what]:
+        split = None
+    dims = {"tensor": tensor, "shard": split, "replicate": None}
+    return tuple(Replicate() if dims[axis] is None else Shard(dims[axis]) for axis in sizes)
+
+
+def gradient_placements(plan: Layout, param: DTensor) -> tuple[Placement, ...]:
+    """How the sum of gradients over this rank's rows is kept until the update: split, or not yet added up."""
+    from torch.distributed.tensor import Partial, Shard
+
+    axes = dict(zip(param.device_mesh.mesh_dim_names or (), param.placements, strict=True))
+    now = axes.get("tensor")
+    taken = now.dim if isinstance(now, Shard) else None
+    found = {axis: Partial() if axis != "tensor" else placement for axis, placement in axes.items()}
+    if "shard" in axes and plan.stage >= 2:
+        split = sharded_dim(tuple(param.shape), param.device_mesh["shard"].size(), taken)
+        found["shard"] = Partial() if split is None else Shard(split)
+    return tuple(found.values())
+
+
+def sharded_dim(shape: tuple[int, ...], ranks: int, taken: int | None) -> int | None:
+    """The dimension that is split over the axis ``shard``: the first that divides evenly, or else is long enough."""
+    free = [dim for dim, size in enumerate(shape) if dim != taken and size >= ranks]
+    return next((dim for dim in free if shape[dim] % ranks == 0), free[0] if free else None)
+
+
+def _tensor_dim(rule: str | None, shape: tuple[int, ...], ranks: int) -> int | None:
+    """Of ``weight[out, in]`` or ``bias[out]``, the dimension that is split over the axis ``tensor``."""
+    if ranks == 1 or rule not in ("columns", "rows") or not shape:
+        return None
+    return 0 if rule == "columns" else 1 if len(shape) > 1 else None
+
+
+def shard(state: TrainState, plan: Layout) -> TrainState:
+    """Lay a state out over the ranks as ``plan`` says; every rank calls this with a state of the same model.
+
+    The values are those of rank 0: it need not matter how the others were initialized, and on them the leaves may be
+    on the meta device. Parameters, and what an optimizer or a step transform keeps in their shape, become `DTensor`
+    leaves; counts, the key and the buffers are the same on every rank. In one process nothing changes.
+
+    Args:
+        state: From `trainfn.init`.
+        plan: The plan that the step is given too.
+
+    Raises:
+        ValueError: If the plan does not fit the number of processes, a rule chooses nothing, or the state is laid out
+            already.
+
+    >>> import torch, trainfn as tfn
+    >>> state = tfn.init(torch.nn.Linear(2, 1), tfn.optim.adam(1e-3))
+    >>> shard(state, tfn.Plan.fsdp())
+    TrainState(Linear, step=0, params=2 tensors / 3 numbers)
+    """
+    if is_sharded(state):
+        raise ValueError("shard(state, plan): the state is laid out already. `tfn.shard(tfn.gather(state), plan)`.")
+    _check_rules(plan, state)
+    if plan.precision.param is not None:
+        state = state._replace(params=tree.cast(state.params, plan.precision.param))
+    if plan.world == 1:
+        plan.shape(1)
+        return state
+    mesh = plan.mesh(state.step.device.type)
+    names = {name: tuple(p.shape) for name, p in state.params.items()}
+    params = {
+        name: _distributed(p, mesh, placements(plan, name, names[name], "params")) for name, p in state.params.items()
+    }
+    return state._replace(
+        step=_same(state.step, mesh),
+        key=_same(state.key, mesh),
+        params=params,
+        buffers={name: _same(b, mesh) for name, b in state.buffers.items()},
+        opt_state=_kept(state.opt_state, plan, mesh, names, "opt_state"),
+        extra=_kept(state.extra, plan, mesh, names, "params"),
+    )
+
+
+def is_sharded(tree_: Tree) -> bool:
+    """Whether any leaf is a `DTensor`."""
+    return any(hasattr(leaf, "full_tensor") for leaf in tree.leaves(tree_))
+
+
+def _check_rules(plan: Layout, state: TrainState) -> None:
+    for pattern, rule in plan.rules:
+        if not any(tree.matches(name, pattern) for name in state.params):
+            raise ValueError(
+                f"shard(state, plan): the rule ({pattern!r}, {rule!r}) matches none of the parameters, such as"
+                f" {next(iter(state.params))!r}."
+            )
+    check_split(state, plan, plan.shape(plan.world)["tensor"])
+
+
+def check_split(state: TrainState, plan: Layout, ranks: int) -> None:
+    """Raise if the layers can't be split over the axis ``tensor``."""
+    if ranks == 1:
+        return
+    for name, param in state.params.items():
+        dim = _tensor_dim(plan.rule(name), tuple(param.shape), ranks)
+        if dim is not None and param.shape[dim] % ranks:
+            raise ValueError(
+                f"shard(state, plan): {name!r} of shape {list(param.shape)} can't be split into {ranks} equal"
+                f" {plan.rule(name)} (Plan(tensor={ranks}))."
+            )
+    config = getattr(state.module, "config", None)
+    for name, rate in (config.to_dict() if hasattr(config, "to_dict") else {}).items():  # pyright: ignore
+        if tree.matches(name, "att.*(dropout|drop)") and isinstance(rate, float) and rate > 0:
+            raise ValueError(
+                f"Plan(tensor={ranks}): with model.config.{name}={rate}, ranks would drop the same weights in different"
+                f" heads. Set `model.config.{name} = 0.0` before the model is made."
+            )
+    if not any(plan.rule(name) in ("columns", "rows") for name in state.params):
+        raise ValueError(
+            f"Plan(tensor={ranks}): no rule says which layers are split. Say `rules=tfn.launch.tensor_rules(model)` or"
+            ' such as `rules=((r"(q|k|v|gate|up)_proj", "columns"), (r"(o|down)_proj", "rows"))`.'
+        )
+
+
+def _distributed(leaf: Tensor, mesh: DeviceMesh, where: tuple[Placement, ...]) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    if leaf.is_meta:
+        leaf = torch.empty_like(leaf, device=mesh.device_type)
+    return distribute_tensor(leaf.detach(), mesh, where)
+
+
+def _same(leaf: Tensor, mesh: DeviceMesh) -> Tensor:
+    """A plain tensor with rank 0's value."""
+    from torch.distributed.tensor import Replicate
+
+    return _distributed(leaf, mesh, (Replicate(),) * mesh.ndim).to_local()  # type: ignore[attr-defined]
+
+
+def _kept(kept: Tree, plan: Layout, mesh: DeviceMesh, shapes: dict[str, tuple[int, ...]], what: str) -> Tree:
+    """What belongs to a parameter, by its name and shape, lies as that does; other tensors are whole everywhere."""
+    from torch.distributed.tensor import Replicate
+
+    whole = (Replicate(),) * mesh.ndim
+
+    def place(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        name = _owner(path, shapes)
+        if name is not None and shapes[name] == tuple(leaf.shape):
+            return _distributed(leaf, mesh, placements(plan, name, shapes[name], what))
+        return _same(leaf, mesh) if leaf.dim() == 0 else _distributed(leaf, mesh, whole)
+
+    return tree.with_leaves(kept, {path: place(path, leaf) for path, leaf in tree.named_leaves(kept).items()})
+
+
+def _owner(path: str, names: dict[str, tuple[int, ...]]) -> str | None:
+    """The parameter that a leaf belongs to: its path ends in the name."""
+    parts = path.split("/")
+    return next((name for i in range(len(parts)) if (name := "/".join(parts[i:])) in names), None)
+
+
+def gather(state: Tree) -> Tree:
+    """The same state with whole tensors, as in one process; every rank calls this and gets it.
+
+    >>> import torch, trainfn as tfn
+    >>> state = tfn.init(torch.nn.Linear(2, 1), tfn.optim.adam(1e-3))
+    >>> gather(shard(state, tfn.Plan.fsdp()))
+    TrainState(Linear, step=0, params=2 tensors / 3 numbers)
+    """
+    return tree.map(whole, state)
+
+
+def whole(leaf: Any) -> Any:
+    """A leaf with all its values."""
+    return leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf
