@@ -148,5 +148,14 @@ def test_attention_dropout_is_not_split():
         _place.check_split(tfn.init(model, tfn.optim.sgd(0.1)), tfn.Plan(tensor=2), 2)
 
 
+def test_offloading_from_an_accelerator_is_refused():
+    from trainfn._plan import _place
+
+    with pytest.raises(ValueError, match=r"Plan\(offload=\('opt_state',\)\) on 'cuda' is not there.*tfn\.deepspeed"):
+        _place._check_offload(tfn.Plan(offload=("opt_state",)), "cuda")
+    state = tfn.init(torch.nn.Linear(2, 1), tfn.optim.sgd(0.1))
+    assert tfn.shard(state, tfn.Plan(offload=("opt_state",))) is state
+
+
 def test_the_norm_of_whole_and_of_split_tensors_is_one_function():
     assert_close(tfn.tree.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}), torch.tensor(5.0))

@@ -89,6 +89,7 @@ def shard(state: TrainState, plan: Layout) -> TrainState:
     if is_sharded(state):
         raise ValueError("shard(state, plan): the state is laid out already. `tfn.shard(tfn.gather(state), plan)`.")
     _check_rules(plan, state)
+    _check_offload(plan, state.step.device.type)
     if plan.precision.param is not None:
         state = state._replace(params=tree.cast(state.params, plan.precision.param))
     if plan.world == 1:
@@ -122,6 +123,15 @@ def _check_rules(plan: Layout, state: TrainState) -> None:
                 f" {next(iter(state.params))!r}."
             )
     check_split(state, plan, plan.shape(plan.world)["tensor"])
+
+
+def _check_offload(plan: Layout, device: str) -> None:
+    if plan.offload and device != "cpu":
+        raise ValueError(
+            f"shard(state, plan): Plan(offload={plan.offload!r}) on {device!r} is not there: a compiled step keeps its"
+            " state on one device. `Plan.fsdp()` splits it over more ranks; DeepSpeed's engine, `tfn.deepspeed`,"
+            " offloads."
+        )
 
 
 def check_split(state: TrainState, plan: Layout, ranks: int) -> None:
