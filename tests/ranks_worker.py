@@ -145,6 +145,37 @@ def compiled_more():
     run("compiled: lomo", compiled_case, tfn.optim.lomo(0.01, clip_grad_norm=1.0), tfn.Plan.zero(3))
 
 
+def golden_case(kind, plan, steps=4):
+    """Ours against a loop with torch's own DDP or FSDP2, where theirs is right: equal rows and weights."""
+    model = net()
+    if kind == "DDP":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in (model.fc1, model.ln, model.conv):
+            torch.distributed.fsdp.fully_shard(block, mesh=mesh)
+        model.temperature.requires_grad_(False)  # a scalar, which FSDP2 refuses to split
+        wrapped = torch.distributed.fsdp.fully_shard(model, mesh=mesh, ignored_params={model.temperature})
+    adamw = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], 0.01, weight_decay=0.1)
+    ours = net()
+    ours.temperature.requires_grad_(kind == "DDP")
+    optimizer = tfn.optim.chain(tfn.optim.clip_by_global_norm(0.5), tfn.optim.adamw(0.01, weight_decay=0.1))
+    state = tfn.shard(tfn.init(ours, optimizer), plan)
+    step = tfn.train_step(squared, optimizer, plan=plan)
+    for n in range(steps):
+        part = mine({**rows(8, n), "w": torch.ones(8)}, plan)
+        value = ((wrapped(part["x"]) - part["y"]) ** 2).mean()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 0.5)
+        adamw.step()
+        adamw.zero_grad()
+        with torch.no_grad():
+            state, _ = step(state, part)
+    theirs = {k: p.full_tensor() if hasattr(p, "full_tensor") else p for k, p in model.named_parameters()}
+    whole = tfn.gather(state).params
+    return deviation(whole, {name: theirs[name].detach() for name in whole})
+
+
 def memory_case(plan, most):
     """How many gathered parameters of six equal ones exist at one time; autograd's saved tensors count."""
     from torch.multiprocessing.reductions import StorageWeakRef
@@ -288,6 +319,9 @@ def two():
         run(f"{plan_name}: a rank without rows", model_case, llama, plan, 3, sizes=3)
         if plan_name in ("replicated", "zero 3"):
             driving(plan)
+    run("golden: DDP", golden_case, "DDP", tfn.Plan.replicated())
+    run("golden: DDP, zero 2", golden_case, "DDP", tfn.Plan.zero(2))
+    run("golden: FSDP2", golden_case, "FSDP2", tfn.Plan.fsdp())
     run("memory: zero 3", memory_case, tfn.Plan.zero(3), 1)
     run("memory: zero 3 without reshard", memory_case, tfn.Plan.zero(3, reshard=False), 5)
     run("tensor: llama", model_case, split_llama, tfn.Plan(tensor=2, rules=LLAMA_RULES))
