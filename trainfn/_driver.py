@@ -15,7 +15,7 @@ from trainfn._batches import Batches, placed, source
 from trainfn._checkpoint import Checkpoints
 from trainfn._interrupt import uninterrupted
 from trainfn._nonfinite import Policy, Watch
-from trainfn._plan import agreed, check_together, divided, plan_of, told
+from trainfn._plan import agreed, check_together, divided, plan_of, rank, told
 from trainfn._session import Callback, Session
 from trainfn._types import Step, StepInfo, Stop, TrainState
 
@@ -176,7 +176,8 @@ def _loop(session: Session, callbacks: Sequence[Callback], run: Iterator[StepInf
             session.after(info)
             stop = next((answer for answer in answers if isinstance(answer, Stop)), None)
             if stop is not None:
-                print(f"trainfn: stopped after step {info.n}: {stop.reason}", file=sys.stderr)
+                if rank() == 0:
+                    print(f"trainfn: stopped after step {info.n}: {stop.reason}", file=sys.stderr)
                 return
 
 
