@@ -1,9 +1,12 @@
 """Run by torchrun: each case on all ranks, against the same in one process; what deviates goes into a JSON file."""
 
+import contextlib
+import io
 import json
 import re
 import sys
 import traceback
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -228,6 +231,47 @@ def stepping(plan, batches, alone, evaluate=False, **options):
 
 def join(batches):
     return {k: torch.cat([b[k] for b in batches if b is not None]) for k in ("x", "y", "w")}
+
+
+def meta_case(plan):
+    """Only rank 0 has values."""
+    optimizer = tfn.optim.adamw(1e-2)
+    alone = tfn.init(net(), optimizer)
+    model = net() if dist.get_rank() == 0 else net().to("meta")
+    return deviation(tfn.gather(tfn.shard(tfn.init(model, optimizer), plan)), alone)
+
+
+def nan_case(plan, skip=False):
+    """A NaN among one rank's rows concerns all."""
+    optimizer = tfn.optim.adamw(1e-2)
+    state = tfn.shard(tfn.init(net(), optimizer), plan)
+    step = tfn.train_step(squared, optimizer, plan=plan)
+    bad = rows(4) if plan.data_rank == 0 else {**rows(4), "y": torch.full((4,), float("nan"))}
+    if not skip:
+        return raises("the loss of step 1 is NaN", lambda: tfn.fit(step, state, [bad]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        after = tfn.fit(tfn.transforms.skip_nonfinite()(step), state, [bad])
+    return deviation(tfn.gather(after).params, tfn.gather(state).params)
+
+
+def callbacks_case(plan, loader):
+    """Evaluation, early stopping and the best state, as in one process."""
+    outcome = []
+    for p in (None, plan):
+        optimizer = tfn.optim.adamw(0.2)
+        state = tfn.init(net(), optimizer)
+        state = state if p is None else tfn.shard(state, p)
+        best = tfn.callbacks.keep_best("eval_loss")
+        stop = tfn.callbacks.early_stopping("eval_loss", patience=1)
+        seen = tfn.callbacks.evaluation(tfn.eval_step(squared, plan=p), [rows(9, 99)], every=1, then=[best, stop])
+        step = tfn.train_step(squared, optimizer, plan=p)
+        batches = tfn.data.loader(rows(24), tfn.data.shuffled(24, 6, seed=1), epochs=5)
+        with contextlib.redirect_stderr(io.StringIO()):
+            last = tfn.fit(step, state, batches, callbacks=[seen])
+        outcome.append((int(last.step), tfn.gather(best.state).params))
+    assert outcome[0][0] == outcome[1][0] < 20, outcome
+    return deviation(outcome[0][1], outcome[1][1])
 
 
 def driving(plan):

@@ -95,7 +95,7 @@ def shard(state: TrainState, plan: Layout) -> TrainState:
     if plan.world == 1:
         plan.shape(1)
         return state
-    mesh = plan.mesh(state.step.device.type)
+    mesh = plan.mesh(_device(state))
     names = {name: tuple(p.shape) for name, p in state.params.items()}
     params = {
         name: _distributed(p, mesh, placements(plan, name, names[name], "params")) for name, p in state.params.items()
@@ -108,6 +108,14 @@ def shard(state: TrainState, plan: Layout) -> TrainState:
         opt_state=_kept(state.opt_state, plan, mesh, names, "opt_state"),
         extra=_kept(state.extra, plan, mesh, names, "params"),
     )
+
+
+def _device(state: TrainState) -> str:
+    """Where the state will be: where it is, or where it should be if it is nowhere yet."""
+    if not state.step.is_meta:
+        return state.step.device.type
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def is_sharded(tree_: Tree) -> bool:
