@@ -69,7 +69,16 @@ def optimizer_case(optimizer, plan, steps=4):
 
 
 def model_case(
-    make, plan, accumulate=1, checkpointing=False, transform=None, loss=None, batches=None, steps=3, sizes=5
+    make,
+    plan,
+    accumulate=1,
+    checkpointing=False,
+    transform=None,
+    loss=None,
+    batches=None,
+    steps=3,
+    sizes=5,
+    compile=False,
 ):
     from test_transformers_models import batch as hf_batch
     from test_transformers_models import loss as hf_loss
@@ -85,6 +94,7 @@ def model_case(
     state = tfn.shard(state, plan)
     one = wrap(tfn.train_step(loss, optimizer))
     step = wrap(tfn.train_step(loss, optimizer, plan=plan, accumulate=accumulate))
+    step = tfn.jit(step, compile=compile)
     with torch.no_grad():
         for n in range(steps):
             batch = (batches or hf_batch)(sizes, n)
@@ -142,9 +152,10 @@ def compiled_more():
     run("compiled: zero 3, in 2", compiled_case, ADAMW, tfn.Plan.zero(3), 2)
     run("compiled: zero 1", compiled_case, ADAMW, tfn.Plan.zero(1))
     run("compiled: replicated, in 2", compiled_case, ADAMW, tfn.Plan.replicated(), 2)
-    run("compiled: muon", compiled_case, tfn.optim.muon(0.01), tfn.Plan.zero(3))
     run("compiled: adafactor", compiled_case, tfn.optim.adafactor(), tfn.Plan.zero(3))
     run("compiled: galore", compiled_case, tfn.optim.galore_adamw(0.01, rank=2), tfn.Plan.zero(3))
+    split = tfn.Plan(tensor=2, rules=LLAMA_RULES)
+    run("compiled: tensor", model_case, split_llama, split, compile=True, sizes=6)
     run("compiled: lomo", compiled_case, tfn.optim.lomo(0.01, clip_grad_norm=1.0), tfn.Plan.zero(3))
 
 
@@ -389,6 +400,12 @@ def four():
     run("tensor 2 x replicated: llama", model_case, split_llama, plan)
 
 
+def compiled_four():
+    plan = tfn.Plan(shard=2, tensor=2, stage=3, rules=LLAMA_RULES)
+    run("compiled: tensor 2 x zero 3", model_case, split_llama, plan, compile=True, sizes=6)
+    run("compiled: hybrid", compiled_case, ADAMW, tfn.Plan.fsdp(replicate=2))
+
+
 def split_llama():
     """Heads for two ranks, and no dropout in the attention."""
     from test_transformers_models import SIZES, LlamaConfig, LlamaForCausalLM
@@ -399,7 +416,9 @@ def split_llama():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    {"two": two, "four": four, "compiled": compiled, "compiled more": compiled_more}[sys.argv[2]]()
+    {"two": two, "four": four, "compiled": compiled, "compiled more": compiled_more, "compiled four": compiled_four}[
+        sys.argv[2]
+    ]()
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(RESULTS, file)

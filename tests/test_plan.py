@@ -13,8 +13,9 @@ from helpers import assert_close
 import trainfn as tfn
 
 HERE = Path(__file__).parent
-# Most parameters are of order 1, and Adam's steps of 1e-2: what is left is the order of additions in float32.
-TOLERANCE = 1e-6
+# Most parameters are of order 1, and Adam's steps of 1e-2: what is left is the order of additions in float32, and what
+# the compiler makes of it.
+TOLERANCE, COMPILED_TOLERANCE = 1e-6, 5e-6
 
 
 def launched(ranks, group, tmp_path, timeout):
@@ -35,12 +36,19 @@ LONG = pytest.mark.skipif(not os.environ.get("TRAINFN_LONG"), reason="compiles f
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "group", "cases"),
-    [(2, "two", 190), (4, "four", 18), (2, "compiled", 2), pytest.param(2, "compiled more", 8, marks=LONG)],
+    [
+        (2, "two", 190),
+        (4, "four", 18),
+        (2, "compiled", 2),
+        pytest.param(2, "compiled more", 8, marks=LONG),
+        pytest.param(4, "compiled four", 2, marks=LONG),
+    ],
 )
 def test_n_ranks_are_one(ranks, group, cases, tmp_path):
     pytest.importorskip("transformers")
     results = launched(ranks, group, tmp_path, timeout=500)
-    bad = {name: r for name, r in results.items() if not isinstance(r, float) or not r < TOLERANCE}
+    most = COMPILED_TOLERANCE if "compiled" in group else TOLERANCE
+    bad = {name: r for name, r in results.items() if not isinstance(r, float) or not r < most}
     assert not bad, "\n".join(f"{name}: {r}" for name, r in bad.items())
     assert len(results) >= cases
 
