@@ -66,8 +66,9 @@ from trainfn._value import digest as digest
 from trainfn._value import fork as fork
 from trainfn.tree import copy as copy
 
-# `launch` reads what a launcher exports; the names of transformers' Trainer live in `trainfn.hf`, which needs transformers; `testing` needs hypothesis. Both
-# are imported when they are first used, so that `import trainfn` stays light.
+# `launch` reads what a launcher exports, by Accelerate; the names of transformers' Trainer live in `trainfn.hf`, which
+# needs transformers; `testing` needs hypothesis. All are imported when they are first used, so that `import trainfn`
+# stays light.
 _LAZY = ("hf", "launch", "testing")
 _HF = (
     *("Trainer", "TrainingArguments", "Seq2SeqTrainer", "Seq2SeqTrainingArguments", "SFTTrainer", "SFTConfig"),

@@ -36,7 +36,11 @@ _STATIC: list[tuple[str, Fate, str]] = [  # a pattern for names; the first that 
     (r"^zero3_init_flag$", "not needed", "`tfn.shard` splits a model that is on the meta device on the other ranks"),
     (r"stage3_gather_(16bit|fp16)_weights_on_model_save$", "not needed", "what is saved for users is whole"),
     (r"^zero_optimization\.(offload_\w+)\.nvme_path$", "ignored", "nothing is on NVMe"),
-    (r"^zero_optimization\.offload_\w+\.(pin_memory|buffer_\w+|fast_init|max_in_cpu|pipeline\w*)$", "not needed", _TUNING),
+    (
+        r"^zero_optimization\.offload_\w+\.(pin_memory|buffer_\w+|fast_init|max_in_cpu|pipeline\w*)$",
+        "not needed",
+        _TUNING,
+    ),
     (
         r"^zero_optimization\.(overlap_comm|contiguous_gradients|reduce_scatter|reduce_bucket_size|allgather_\w+|"
         r"sub_group_size|round_robin_gradients|stage3_\w+|ignore_unused_parameters|elastic_checkpoint|"

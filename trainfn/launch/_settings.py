@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,11 +102,8 @@ def settings(
     device = meet(timeout=timeout, cpu=is_true(env.get("ACCELERATE_USE_CPU")))
     world = launched()
     rank = torch.distributed.get_rank() if world > 1 else 0
-    reading = _accelerate.Reading(env, nodes=max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
-    _accelerate.read(reading)
-    _read_deepspeed(reading, deepspeed)
-    _accelerate.parallelism(reading)
-    _accelerate.finish(reading)
+    nodes = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    reading = _read(env, nodes, deepspeed)
     check(reading.fields, "settings()")
     plan = Plan(**{**reading.plan, "rules": (*rules, *reading.plan.get("rules", ()))})
     plan.shape(world)
@@ -157,6 +154,21 @@ def plan(
             stacklevel=2,
         )
     return launch.plan
+
+
+def fields_of(config: str | Path) -> tuple[Field, ...]:
+    """What would become of the fields of a configuration file; of a DeepSpeed one, as a plan."""
+    env = exported(config)
+    return tuple(_read(env, 1, "native" if "ACCELERATE_USE_DEEPSPEED" in env else None).fields)
+
+
+def _read(env: Mapping[str, str], nodes: int, deepspeed: str | None) -> _accelerate.Reading:
+    reading = _accelerate.Reading(env, nodes)
+    _accelerate.read(reading)
+    _read_deepspeed(reading, deepspeed)
+    _accelerate.parallelism(reading)
+    _accelerate.finish(reading)
+    return reading
 
 
 def _environment(config: str | Path | None) -> dict[str, str]:
