@@ -75,7 +75,7 @@ class Reading:
         self.plan: dict[str, Any] = {"replicate": -1}
         self.rest: dict[str, Any] = {}
         self.fields: list[Field] = []
-        self._seen: set[str] = set()
+        self.seen: set[str] = set()
 
     def get(self, variable: str) -> str | None:
         """The value, where the launcher said anything: it writes None for what nobody did."""
@@ -89,7 +89,7 @@ class Reading:
 
     def note(self, variable: str, fate: Fate, detail: str) -> None:
         """Say what became of a variable."""
-        self._seen.add(variable)
+        self.seen.add(variable)
         self.fields.append(Field(shown(variable), self.env[variable], fate, detail))
 
     def unread(self, *prefixes: str) -> list[str]:
@@ -97,7 +97,7 @@ class Reading:
         return [
             name
             for name in sorted(self.env)
-            if name.startswith(prefixes) and name not in self._seen | _OWN and self.get(name) is not None
+            if name.startswith(prefixes) and name not in self.seen | _OWN and self.get(name) is not None
         ]
 
 
@@ -111,10 +111,11 @@ def read(reading: Reading) -> None:
 
 def finish(reading: Reading) -> None:
     """Name what was not read."""
-    known = {*_NOT_NEEDED, *_OWN, *reading._seen, "FSDP_SHARDING_STRATEGY", "FSDP_STATE_DICT_TYPE"}
+    others = ("FSDP_SHARDING_STRATEGY", "FSDP_STATE_DICT_TYPE", "FSDP_RESHARD_AFTER_FORWARD", "FSDP_OFFLOAD_PARAMS")
+    known = {shown(variable) for variable in (*_NOT_NEEDED, *reading.seen, *others)}
     for name in reading.unread("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_"):
         off = _switched_off(reading, name)
-        reading.note(name, "ignored", off or f"nothing here knows it.{nearest(name, known)}")
+        reading.note(name, "ignored", off or f"nothing here knows it.{nearest(shown(name), known)}")
 
 
 def _switched_off(reading: Reading, name: str) -> str | None:

@@ -139,7 +139,7 @@ def _entries(reading: Reading) -> Iterator[Entry]:
         reading.note("ACCELERATE_DEEPSPEED_CONFIG_FILE", "mapped", "the fields below")
     for variable, name in _NAMES.items():
         if reading.env.get(variable) is not None and (reading.get(variable) or file is None):
-            reading._seen.add(variable)
+            reading.seen.add(variable)
             yield Entry(name, shown(variable), reading.env[variable])
     if file is not None:
         yield from _flat(_content(file), "")

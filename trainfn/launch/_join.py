@@ -53,8 +53,8 @@ def meet(*, timeout: float, cpu: bool) -> torch.device:
         raise RuntimeError(
             f"join(): {world} processes were launched (WORLD_SIZE={world}), and Accelerate, which was asked first,"
             f" believes in {state.num_processes} on {state.device}: each would train alone. Call"
-            " `tfn.launch.settings()` before `Accelerator()` or `PartialState()`, or launch with ACCELERATE_USE_CPU=true"
-            " on a machine without GPUs."
+            " `tfn.launch.settings()` before `Accelerator()` or `PartialState()`; or, on a machine without GPUs, launch"
+            " with ACCELERATE_USE_CPU=true."
         )
     _end_quietly()
     return state.device

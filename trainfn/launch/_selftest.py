@@ -100,9 +100,7 @@ def main() -> None:
     wrong = any(not value <= allowed[name] for name, value in apart.items())
     who = f"{launch.world} ranks on {launch.device.type}" if launch.world > 1 else f"1 process on {launch.device.type}"
     if wrong:
-        raise SystemExit(
-            f"trainfn test: rank {launch.rank} of {who}: not the numbers of one process, apart by {listed}."
-        )
+        raise SystemExit(f"trainfn test: rank {launch.rank} of {who} has not the numbers of one process: {listed}.")
     if launch.rank == 0:
         print(f"trainfn test: success. {who}: the numbers of one process, apart by at most {listed}.")
 

@@ -34,7 +34,7 @@ class Launch:
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; the plan computes in it already.
         loss_scale: With fp16, the arguments of `trainfn.transforms.dynamic_loss_scale`, which the step needs.
         compile: The arguments of `trainfn.jit`, if the configuration asks for compilation.
-        state_dict: Whether a checkpoint of parameters is whole, ``"full"``, or each rank writes its part, ``"sharded"``.
+        state_dict: Whether the parameters are saved whole, ``"full"``, or each rank writes its part, ``"sharded"``.
         checkpointing: Whether activations are computed again instead of kept: the model's matter.
         accumulate: Into how many micro-batches to split, if a DeepSpeed configuration says.
         clip: The global norm to clip gradients at, if it says.
@@ -105,7 +105,8 @@ def settings(
     nodes = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     reading = _read(env, nodes, deepspeed)
     check(reading.fields, "settings()")
-    plan = Plan(**{**reading.plan, "rules": (*rules, *reading.plan.get("rules", ()))})
+    arguments: dict[str, Any] = {**reading.plan, "rules": (*rules, *reading.plan.get("rules", ()))}
+    plan = Plan(**arguments)
     plan.shape(world)
     launch = Launch(plan=plan, device=device, rank=rank, world=world, fields=tuple(reading.fields), **reading.rest)
     if rank == 0:
@@ -189,7 +190,8 @@ def _read_deepspeed(reading: _accelerate.Reading, deepspeed: str | None) -> None
     if asked and deepspeed is None:
         raise ValueError(
             "settings(): the configuration is one of DeepSpeed. For its engine, `tfn.launch.join()` and then"
-            ' `tfn.deepspeed.init(model)`; for a plan of the same ZeRO stage, `tfn.launch.settings(deepspeed="native")`.'
+            " `tfn.deepspeed.init(model)`; for a plan of the same ZeRO stage,"
+            ' `tfn.launch.settings(deepspeed="native")`.'
         )
     if deepspeed is not None and not asked:
         raise ValueError(

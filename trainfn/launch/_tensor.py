@@ -11,7 +11,7 @@ _RULES: dict[str, Rule] = {"colwise": "columns", "rowwise": "rows"}
 
 
 def tensor_rules(model: Any) -> tuple[tuple[str, Rule], ...]:
-    """`Plan.rules` for the axis ``tensor``, from the plan that a transformers model comes with.
+    r"""`Plan.rules` for the axis ``tensor``, from the plan that a transformers model comes with.
 
     Its ``model.config.base_model_tp_plan`` says "colwise" of layers whose outputs can be split, which is "columns"
     here, and "rowwise" of those whose inputs can, "rows".
@@ -24,7 +24,7 @@ def tensor_rules(model: Any) -> tuple[tuple[str, Rule], ...]:
 
     >>> from types import SimpleNamespace as Config
     >>> tensor_rules(Config(base_model_tp_plan={"layers.*.mlp.up_proj": "colwise"}))
-    (('(^|\\\\.)layers\\\\.\\\\d+\\\\.mlp\\\\.up_proj\\\\.', 'columns'),)
+    (('(^|\\.)layers\\.\\d+\\.mlp\\.up_proj\\.', 'columns'),)
     """
     config = getattr(model, "config", model)
     plan = getattr(config, "base_model_tp_plan", None)
