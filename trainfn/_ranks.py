@@ -14,6 +14,7 @@ _LEFT = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|communicator was aborted|remote (process|error)",
     re.IGNORECASE,
 )
+_CAUSE = "trainfn/cause"
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def explained(where: str) -> Generator[None]:
 
 
 def explain(error: BaseException, where: str = "") -> None:
-    """Add to an error which rank it is of and, if it waited for another in vain, what to look at.
+    """Add to an error which rank it is of; and, if it waited for another in vain, that one's error or what to look at.
 
     Nothing is added in a world of one, or twice.
 
@@ -40,31 +41,49 @@ def explain(error: BaseException, where: str = "") -> None:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return
-    who = f"rank {distributed.get_rank()} of {distributed.get_world_size()}"
     if any(note.startswith("trainfn: rank ") for note in getattr(error, "__notes__", ())):
         return
-    error.add_note(f"trainfn: {who}{where}{_meaning(error)}")
+    rank = distributed.get_rank()
+    error.add_note(f"trainfn: rank {rank} of {distributed.get_world_size()}{where} {_meaning(error, rank)}")
 
 
-def _meaning(error: BaseException) -> str:
+def _meaning(error: BaseException, rank: int) -> str:
     said = str(error)
-    if not isinstance(error, RuntimeError):
-        return " raised this; the other ranks end with it."
-    if _LEFT.search(said):
+    if isinstance(error, RuntimeError) and _LEFT.search(said):
+        cause = _first_error()
+        if cause is not None:
+            return f"was waiting for another rank, which has ended: {cause}"
         return (
-            " was waiting for another rank, which has ended: its own error, or that it was killed, is in its output and"
+            "was waiting for another rank, which has ended: its own error, or that it was killed, is in its output and"
             " in the launcher's summary."
         )
-    if _WAITED.search(said):
+    if isinstance(error, RuntimeError) and _WAITED.search(said):
         return (
-            " waited for the other ranks in vain. Every rank must call the same steps, `tfn.shard`, `tfn.gather` and"
+            "waited for the other ranks in vain. Every rank must call the same steps, `tfn.shard`, `tfn.gather` and"
             " evaluations in the same order, also those that print or save nothing; `py-spy dump --pid N` shows where"
             " each is. If one of them just needs longer, `tfn.launch.settings(timeout=seconds)`."
         )
-    return " raised this; the other ranks end with it."
+    _tell(f"rank {rank}: {type(error).__name__}: {said}")
+    return "raised this; the other ranks end with it."
+
+
+def _tell(cause: str) -> None:
+    """Leave word where the ranks met, for those that this one leaves waiting. The first to do so is the cause."""
+    with contextlib.suppress(Exception):  # whoever held the store may be gone
+        torch.distributed.distributed_c10d._get_default_store().compare_set(_CAUSE, "", cause)
+
+
+def _first_error() -> str | None:
+    with contextlib.suppress(Exception):
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if store.check([_CAUSE]):
+            return store.get(_CAUSE).decode()
+    return None
 
 
 def launched() -> int:
-    """The number of processes that a launcher says it has started."""
+    """The number of processes that work together, or that a launcher says it has started."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
     names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 1)

@@ -95,6 +95,10 @@ class _Native:
     def on(self, name: str) -> bool:
         return is_true(text(self.values.get(name, False)))
 
+    def half(self) -> bool:
+        """Whether anything is float16."""
+        return self.on("fp16.enabled") or self.reading.rest.get("mixed_precision") == "fp16"
+
     def say(self, entry: Entry, fate: Fate, detail: str) -> None:
         self.reading.fields.append(Field(entry.shown, text(entry.value), fate, detail))
 
@@ -113,8 +117,12 @@ class _Native:
             _chosen(self, entry)
             return
         found = next((row for row in _STATIC if re.search(row[0], entry.name)), None)
-        harmless = entry.value in (False, 0, None, "none", "auto", 1) or text(entry.value) == "false"
-        if found is None:
+        harmless = text(entry.value) in ("false", "0", "None", "none", "auto") or (
+            entry.name.endswith("_size") and entry.value == 1
+        )
+        if entry.name.startswith("fp16.") and not self.half():
+            self.say(entry, "not needed", "nothing is float16")
+        elif found is None:
             known = [name for name in (*_HANDLERS, *_NAMES.values(), "train_batch_size", "zero_optimization")]
             self.say(entry, "refused", f"nobody knows it.{nearest(entry.name, known)}")
         elif found[1] != "not needed" and harmless:
@@ -220,7 +228,7 @@ def _half(name: str, dtype: torch.dtype) -> Callable[[_Native, Entry], None]:
 
 def _scale(argument: str, convert: Callable[[Any], Any]) -> Callable[[_Native, Entry], None]:
     def handle(native: _Native, entry: Entry) -> None:
-        if not native.on("fp16.enabled") and native.reading.rest.get("mixed_precision") != "fp16":
+        if not native.half():
             native.say(entry, "not needed", "nothing is float16")
         else:
             scale = native.reading.rest.get("loss_scale") or {}
@@ -240,7 +248,7 @@ def _loss_scale(native: _Native, entry: Entry) -> None:
 def _number(argument: str, convert: Callable[[Any], Any], line: str) -> Callable[[_Native, Entry], None]:
     def handle(native: _Native, entry: Entry) -> None:
         if text(entry.value) in ("auto", "none", "None"):
-            native.say(entry, "not needed", f"auto: {line} {_YOURS}")
+            native.say(entry, "not needed", f"auto: it {_YOURS}")
             return
         number = convert(entry.value)
         native.reading.rest[argument] = number or None

@@ -46,6 +46,8 @@ def meet(*, timeout: float, cpu: bool) -> torch.device:
     if world == 1:
         _check_alone()
         return torch.device("cpu") if cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
+    if torch.distributed.is_initialized() and "WORLD_SIZE" not in os.environ:
+        return torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())  # met without us
     if not timeout > 0:
         raise ValueError(f"join(timeout={timeout!r}): a number of seconds above 0.")
     state = _met(world, cpu, timedelta(seconds=timeout))
@@ -90,6 +92,7 @@ def _met(world: int, cpu: bool, timeout: timedelta) -> Any:
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
         return PartialState()
     except (RuntimeError, ValueError, KeyError) as error:  # torch's DistError is a RuntimeError
+        PartialState._reset_state()
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RuntimeError(
             f"join(timeout={timeout.total_seconds():g}): rank {os.environ.get('RANK', '?')} of {world} did not find the"

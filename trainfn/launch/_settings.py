@@ -103,7 +103,7 @@ def settings(
     world = launched()
     rank = torch.distributed.get_rank() if world > 1 else 0
     nodes = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    reading = _read(env, nodes, deepspeed)
+    reading = read_environment(env, nodes, deepspeed)
     check(reading.fields, "settings()")
     arguments: dict[str, Any] = {**reading.plan, "rules": (*rules, *reading.plan.get("rules", ()))}
     plan = Plan(**arguments)
@@ -160,10 +160,11 @@ def plan(
 def fields_of(config: str | Path) -> tuple[Field, ...]:
     """What would become of the fields of a configuration file; of a DeepSpeed one, as a plan."""
     env = exported(config)
-    return tuple(_read(env, 1, "native" if "ACCELERATE_USE_DEEPSPEED" in env else None).fields)
+    return tuple(read_environment(env, 1, "native" if "ACCELERATE_USE_DEEPSPEED" in env else None).fields)
 
 
-def _read(env: Mapping[str, str], nodes: int, deepspeed: str | None) -> _accelerate.Reading:
+def read_environment(env: Mapping[str, str], nodes: int, deepspeed: str | None) -> _accelerate.Reading:
+    """Read all that a launcher has exported."""
     reading = _accelerate.Reading(env, nodes)
     _accelerate.read(reading)
     _read_deepspeed(reading, deepspeed)
