@@ -65,22 +65,31 @@ class Regather(CustomGraphPass):
 
 def regather(graph: fx.Graph) -> None:
     """Give each backward node that uses a gathered parameter its own gather, right before it."""
-    nodes = list(graph.nodes)
-    start = next((i for i, node in enumerate(nodes) if node.meta.get("autograd_backward")), len(nodes))
-    made = _gathered(nodes[:start])
+    backward = _backward(graph)
+    made = _gathered(graph, backward)
     again: dict[fx.Node, fx.Node] = {}
-    for node in nodes[start:]:
+    for node in backward:
         for used in [n for n in node.all_input_nodes if n in made]:
             with graph.inserting_before(node):
                 node.replace_input_with(used, _copied(graph, used, made, again))
     graph.eliminate_dead_code(lambda node: node.op == "output" or (node not in made and node.is_impure()))
 
 
-def _gathered(forward: list[fx.Node]) -> dict[fx.Node, None]:
+def _backward(graph: fx.Graph) -> dict[fx.Node, None]:
+    """The nodes of the backward pass, and all that follows from them; a constant belongs to no pass."""
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if any(n in found for n in inputs) or (inputs and node.meta.get("autograd_backward")):
+            found[node] = None
+    return found
+
+
+def _gathered(graph: fx.Graph, backward: dict[fx.Node, None]) -> dict[fx.Node, None]:
     """The nodes of the forward pass that gather a parameter, or only reshape one that is gathered."""
     made: dict[fx.Node, None] = {}
-    for node in forward:
-        name = _name(node.target) if node.op == "call_function" else ""
+    for node in graph.nodes:
+        name = _name(node.target) if node.op == "call_function" and node not in backward else ""
         if name in _GATHERS or (
             name in _RESHAPING and node.all_input_nodes and all(n in made for n in node.all_input_nodes)
         ):
