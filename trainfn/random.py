@@ -27,7 +27,8 @@ _SIGNIFICANT_BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, to
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """``x >>> bits``: a right shift that fills with zeros."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    # Not `x >> bits`: torch_xla 2.9 rounds that towards 0.
+    return torch.bitwise_right_shift(x, bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
