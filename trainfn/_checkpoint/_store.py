@@ -166,7 +166,7 @@ class Checkpoints:
             folders = ranks.everyone(lambda: os.fspath(self.folder))
             if len(set(folders)) > 1:
                 raise ValueError(
-                    f"Checkpoints({folders[ranks.rank]!r}): the ranks of one job save together, and they give different"
+                    f"Checkpoints({folders[0]!r}): the ranks of one job save together, and they give different"
                     f" folders: {', '.join(map(repr, dict.fromkeys(folders)))}. Give all of them the same one."
                 )
             self._ranks, self._writers = ranks, ranks.another() if self.asynchronous else ranks
