@@ -55,7 +55,7 @@ def test_a_mistake_is_told(mistake, results):
 
 
 def test_a_rank_that_is_killed_takes_nothing_with_it():
-    out = run("kill_ranks.py", "--kills", 12, timeout=300)
+    out = run("kill_ranks.py", "--kills", 6, timeout=300)
     assert "every run ended with the bits of the run in one go" in out
 
 
