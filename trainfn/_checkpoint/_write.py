@@ -123,7 +123,7 @@ def _seal(folder: Path, manifest: Manifest) -> None:
     data = manifest_bytes(manifest)
     if len(data) > LIMIT:
         raise ValueError(f"save to {folder.parent}: the manifest would take {len(data):,} bytes; {LIMIT:,} are read."
-                         " Put less into extra.")  # fmt: skip
+                         " Put less into extra; of a state in very many pieces, save `full=True`.")  # fmt: skip
     _disk.write(folder / MANIFEST, [data])
 
 
