@@ -48,13 +48,13 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.a = nn.Linear(5, 8)
-        self.norm = nn.BatchNorm1d(8)
+        self.norm = nn.BatchNorm1d(5)
         self.b = nn.Linear(8, 3)
         self.uneven = nn.Parameter(torch.randn(5, 3).bfloat16())
         self.register_buffer("positions", torch.arange(4), persistent=False)
 
     def forward(self, x):
-        return self.b(nn.functional.dropout(self.norm(self.a(x)), 0.1)) + self.uneven.float().sum(0)
+        return self.b(self.a(self.norm(nn.functional.dropout(x, 0.1))).relu()) + self.uneven.float().sum(0)
 
 
 def fresh(plan):

@@ -19,11 +19,17 @@ LAYERS = {
     **dict.fromkeys(("_types", "tree", "errors"), 0),
     **dict.fromkeys(("random", "_keyed", "_module", "losses", "metrics", "optim", "schedules"), 1),
     **dict.fromkeys(("_grad", "_step", "transforms"), 2),
-    **dict.fromkeys(("_compile", "_plan", "_ranks"), 3),
+    **dict.fromkeys(("_compile", "_plan", "_together"), 3),
     **dict.fromkeys(
-        ("_checkpoint", "_batches", "_evaluate", "callbacks", "_nonfinite", "_interrupt", "_value", "data"), 4
+        (
+            *("_checkpoint", "_batches", "_evaluate", "callbacks", "_nonfinite", "_interrupt", "_value", "data"),
+            "_ranks",
+        ),
+        4,
     ),
     **dict.fromkeys(("_driver", "_session", "_replay"), 5),
+    **dict.fromkeys(("deepspeed",), 6),  # the driver, with another engine behind the step
+    **dict.fromkeys(("launch",), 6),  # reads what started the processes
     **dict.fromkeys(("testing",), 6),  # for users' tests: may import anything public, nothing imports it
     **dict.fromkeys(("hf",), 7),  # uses the public names of the whole package
     **dict.fromkeys(("__init__", "__main__"), 7),
@@ -32,7 +38,7 @@ PURE = 2  # the highest layer of pure functions of tensors
 ALLOWED = {"torch", "optree", *sys.stdlib_module_names}
 NAMESPACES = (
     *("random", "tree", "errors", "losses", "metrics", "optim", "schedules", "transforms", "callbacks"),
-    *("testing", "data", "hf"),
+    *("testing", "data", "deepspeed", "hf", "launch"),
 )
 # Data, documented by its fields, and what only `isinstance` ever sees: no example would say more.
 NO_EXAMPLE = re.compile(
@@ -203,6 +209,7 @@ def test_every_name_the_package_exports_is_listed_explicitly():
 
 HEAVY = (
     "accelerate",
+    "deepspeed",
     "transformers",
     "datasets",
     "tqdm",
@@ -243,7 +250,7 @@ def test_importing_is_fast_and_quiet_and_brings_no_framework():
 
 def test_importing_works_without_the_frameworks():
     """None of them is needed to import, so a broken one does no harm."""
-    block = f"import sys; sys.modules.update(dict.fromkeys({HEAVY[:4]!r})); import trainfn; print(trainfn.__version__)"
+    block = f"import sys; sys.modules.update(dict.fromkeys({HEAVY[:5]!r})); import trainfn; print(trainfn.__version__)"
     done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, trainfn.__version__), done.stderr
 

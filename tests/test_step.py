@@ -358,6 +358,17 @@ def test_checkpointed_modules_recompute_the_same_dropout():
         assert_close(other, results[1])
 
 
+def test_backward_recomputes_the_same_dropout():
+    """For users of `keyed` who call `backward` themselves."""
+    grads = []
+    for active in (False, True):
+        module, batch = seeded(lambda active=active: Checkpointed(active)), MLP_NET.batch(6)
+        with tfn.keyed(tfn.random.key(1)):
+            cross_entropy(module, batch)[0].total.backward()
+        grads.append([p.grad for p in module.parameters()])
+    assert_close(grads[1], grads[0])
+
+
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 

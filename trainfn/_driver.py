@@ -14,6 +14,8 @@ from trainfn._batches import Batches, placed, source
 from trainfn._checkpoint import Checkpoints, ranks_of
 from trainfn._interrupt import Requests, uninterrupted
 from trainfn._nonfinite import Policy, Watch
+from trainfn._plan import agreed, check_together, divided, plan_of, told
+from trainfn._ranks import explained
 from trainfn._session import Callback, Session
 from trainfn._types import Step, StepInfo, Stop, TrainState
 
@@ -63,16 +65,24 @@ def _run(
 ) -> Iterator[StepInfo]:
     """`steps`, with the newest complete state in ``latest``; it is empty while a step runs."""
     n, device = int(latest[0].step), latest[0].step.device  # waits for the device, once
+    plan = plan_of(step)
+    batches, equal = (batches, True) if plan is None else divided(plan, batches)
+    if plan is not None:
+        check_together(plan, latest[0], until)
     stream, until = source(batches, n, until)
+    if plan is not None:
+        until = None if until is None else max(told(until))
+        stream = agreed(stream, f"steps(step, state, batches), step {n + 1} or later", equal=equal)
     watch = Watch(nonfinite)
     last = time.perf_counter()
     try:
         while until is None or n < until:
             try:
-                batch = placed(next(stream), device)
+                with explained(f", before step {n + 1},"):
+                    batch = placed(next(stream), device)
             except StopIteration:
                 break
-            with uninterrupted() as held:
+            with uninterrupted() as held, explained(f", in step {n + 1},"):
                 state, metrics = step(latest.pop(), batch)
                 latest.append(state)
             n += 1

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from trainfn._batches import placed
+from trainfn._plan import agreed, divided, plan_of
 from trainfn._types import Batch, Mean, Metrics, TrainState
 
 
@@ -23,6 +24,10 @@ def evaluate(eval_step: Callable[[TrainState, Batch], Metrics], state: TrainStat
     Mean(2.25 over weight 4)
     """
     device = state.step.device
+    plan = plan_of(eval_step)
+    if plan is not None:
+        part, equal = divided(plan, batches)
+        batches = agreed(iter(part), "evaluate(eval_step, state, batches)", equal=equal)
     total: Metrics = {}
     for batch in batches:
         metrics = {name: _wide(mean) for name, mean in eval_step(state, placed(batch, device)).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,7 +49,6 @@ def value_and_grad(loss: Loss) -> GradientFunction:
     >>> value_and_grad(lambda p, x: tfn.Mean.of(p["w"] * x))(state, torch.tensor([1.0, 2.0])).grads
     {'w': tensor([3.])}
     """
-
     return gradient_function(loss, lambda state, weight: weight)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from types import TracebackType
 from typing import Self
 
-from trainfn._ranks import ALONE, Ranks
+from trainfn._together import ALONE, Ranks
 
 
 class Held:

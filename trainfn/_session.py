@@ -72,6 +72,12 @@ class Session(contextlib.ExitStack):
         self.until = until
         if self.checkpoints is None:
             return state
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"fit(..., checkpoints=...) keeps the states that `tfn.init` makes, and this is one of type"
+                f" {type(state).__name__}. DeepSpeed's engine saves itself: leave `checkpoints` out and write"
+                " `callbacks=[tfn.deepspeed.saving(folder, every=100)]`."
+            )
         steps, n = self.checkpoints.steps(), int(state.step)
         if not steps or (n == steps[-1] and n > 0):
             self.saved = n if steps else None

@@ -18,8 +18,7 @@ from trainfn._checkpoint._pieces import is_laid_out
 from trainfn._checkpoint._read import inspect, read_leaves
 from trainfn._checkpoint._write import sweep, write
 from trainfn._compile._donate import check_alive
-from trainfn._ranks import ALONE, Ranks
-from trainfn._ranks import ranks as all_ranks
+from trainfn._together import ALONE, Ranks, together
 from trainfn._types import TrainState
 
 
@@ -68,7 +67,7 @@ def save(path: str | os.PathLike[str], state: TrainState, *, max_shard_size: int
 
 def ranks_of(state: TrainState) -> Ranks:
     """Those that a state is laid out over: they call together what is called on it."""
-    return all_ranks() if any(map(is_laid_out, tree.leaves(state))) else ALONE
+    return together() if any(map(is_laid_out, tree.leaves(state))) else ALONE
 
 
 def restore(

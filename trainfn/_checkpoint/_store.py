@@ -16,8 +16,7 @@ from trainfn._checkpoint._folder import STEP, Folder, best_of, expired
 from trainfn._checkpoint._lock import Lock
 from trainfn._checkpoint._snapshot import Gathered, Snapshot
 from trainfn._checkpoint._write import explained, sweep, write
-from trainfn._ranks import ALONE, Ranks
-from trainfn._ranks import ranks as all_ranks
+from trainfn._together import ALONE, Ranks, together
 from trainfn._types import TrainState
 from trainfn.errors import CheckpointError
 
@@ -161,7 +160,7 @@ class Checkpoints:
 
     def _together(self) -> Ranks:
         """All processes of the job; a world that was made since the last call is found."""
-        ranks = all_ranks()
+        ranks = together()
         if ranks is not self._ranks:
             folders = ranks.everyone(lambda: os.fspath(self.folder))
             if len(set(folders)) > 1:

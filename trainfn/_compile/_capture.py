@@ -49,7 +49,7 @@ _REMEDIES = (
 
 
 @contextlib.contextmanager
-def capturing() -> Generator[None]:
+def capturing(*, regather: bool = False) -> Generator[None]:
     """Settings of torch's tracer for the time of one compilation; all are put back afterwards."""
     from torch._dynamo.variables.torch import get_overridable_functions  # the tracer takes seconds to import
 
@@ -65,7 +65,12 @@ def capturing() -> Generator[None]:
     hidden = {function for function in HANDLERS if function not in overridable}  # torch shows these to modes in eager
     overridable.update(hidden)
     try:
-        with config.patch(settings):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(config.patch(settings))
+            if regather:
+                from trainfn._compile._regather import installed  # imports inductor
+
+                stack.enter_context(installed())
             yield
     finally:
         overridable.difference_update(hidden)

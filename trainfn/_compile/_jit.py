@@ -20,11 +20,14 @@ class Compiled:
 
     def __init__(self, step: Callable[..., Any], settings: Settings, *, donate: bool, buckets: Buckets | None) -> None:
         self.step, self.settings, self.buckets = step, settings, buckets
+        self.plan: Any = getattr(step, "plan", None)
         self._programs, self._run = _programs(step, settings, donate)
 
     def __call__(self, state: Any, batch: Any) -> Any:
         """Run the step."""
         check_alive(state)
+        if self.plan is not None and self.settings.compile:
+            self.plan.check(state)
         if self.buckets is not None:
             batch = self.buckets.apply(batch)
         with torch.no_grad():
@@ -101,7 +104,14 @@ def jit(
         raise ValueError(f"jit(step, max_graphs={max_graphs}): at least one graph is needed.")
     if buckets is not None and dynamic is None:
         dynamic = False  # the sizes are declared: one exact graph for each
+    plan: Any = getattr(step, "plan", None)
     settings = Settings(
-        compile=compile, backend=backend, mode=mode, dynamic=dynamic, options=options, max_graphs=max_graphs
+        compile=compile,
+        backend=backend,
+        mode=mode,
+        dynamic=dynamic,
+        options=options,
+        max_graphs=max_graphs,
+        regather=plan is not None and plan.stage == 3 and plan.reshard and plan.world > 1,
     )
     return Compiled(step, settings, donate=donate, buckets=buckets)

@@ -33,6 +33,7 @@ class Settings:
     dynamic: bool | None
     options: dict[str, Any] | None
     max_graphs: int
+    regather: bool = False
 
 
 class Program:
@@ -104,7 +105,7 @@ class Program:
         shapes = _shapes(args[1])
         label = f"{self.name}({', '.join(f'{k}: {v}' for k, v in shapes.items() if self.name != 'update')})"
         try:
-            with self.report.timing(label), capturing():
+            with self.report.timing(label), capturing(regather=self.settings.regather):
                 out = self._call(*args)
         except TorchDynamoException as error:
             out = self.fn(*args)  # pure, so it can be run again: an error of the step's own is the one to show

@@ -18,7 +18,7 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.overrides import TorchFunctionMode
 
 from trainfn import random
-from trainfn._keyed._functions import COMPOSITES, HANDLERS
+from trainfn._keyed._functions import COMPOSITES, DERIVATIVES, HANDLERS
 from trainfn.errors import RandomnessError
 
 
@@ -81,7 +81,7 @@ class Draws(TorchFunctionMode):
         if handler is not None:
             return handler(self, *args, **(kwargs or {}))
         composite = COMPOSITES.get(func)
-        if composite is not None and not (func is torch.autograd.grad and torch.compiler.is_compiling()):
+        if composite is not None and not (func in DERIVATIVES and torch.compiler.is_compiling()):
             with self:
                 return composite(*args, **(kwargs or {}))
         if func is tag_activation_checkpoint:  # what torch.compile makes of torch.utils.checkpoint

@@ -314,10 +314,11 @@ def _reentrant(func: Any) -> Callable[..., Any]:
     return twin
 
 
+DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     func: _reentrant(func)
     for func in (
         F.multi_head_attention_forward,
-        torch.autograd.grad,  # which runs a checkpointed module's forward pass again
+        *DERIVATIVES,  # which run a checkpointed module's forward pass again
     )
 }

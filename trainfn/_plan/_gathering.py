@@ -12,12 +12,14 @@ from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+from trainfn._plan import _tensor
 from trainfn._plan._layout import Layout
 from trainfn._plan._place import gradient_placements
 
@@ -98,18 +100,23 @@ class Gathering(TorchFunctionMode):
             return self._checkpoint(*args, **(kwargs or {}))
         if func in _QUESTIONS:
             return func(*args, **(kwargs or {}))
+        if func is F.linear:
+            given = _linear(*args, **(kwargs or {}))
+            if _tensor.split_dim(given[1]) is not None:
+                return _tensor.linear(self.value, *given)
         args = tuple(self._use(x) for x in args)
         return func(*args, **{name: self._use(x) for name, x in (kwargs or {}).items()})
 
     def _use(self, x: Any) -> Any:
         if isinstance(x, DTensor):
-            return self._value(x) if x.requires_grad or not self.training else x  # not gradients
+            return self.value(x) if x.requires_grad or not self.training else x  # not gradients
         if type(x) is list or type(x) is tuple:
             return type(x)(self._use(item) for item in x)
         return x
 
-    def _value(self, param: DTensor) -> Tensor:
-        how = usage(self.plan, param, tensor_parallel=False)
+    def value(self, param: DTensor, *, part: bool = False) -> Tensor:
+        """What this rank computes with: all of a parameter, or its part along the axis ``tensor``."""
+        how = usage(self.plan, param, tensor_parallel=part)
         if not torch.is_grad_enabled():
             return gathered(param, self.plan, how)
         value = Use.apply(param, self.plan, how)
@@ -144,6 +151,10 @@ class Gathering(TorchFunctionMode):
         param, how, shape, stride, offset = kept
         with torch.no_grad():
             return gathered(param, self.plan, how).as_strided(shape, stride, offset)
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+    return input, weight, bias
 
 
 @contextlib.contextmanager

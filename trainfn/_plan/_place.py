@@ -89,12 +89,13 @@ def shard(state: TrainState, plan: Layout) -> TrainState:
     if is_sharded(state):
         raise ValueError("shard(state, plan): the state is laid out already. `tfn.shard(tfn.gather(state), plan)`.")
     _check_rules(plan, state)
+    _check_offload(plan, state.step.device.type)
     if plan.precision.param is not None:
         state = state._replace(params=tree.cast(state.params, plan.precision.param))
     if plan.world == 1:
         plan.shape(1)
         return state
-    mesh = plan.mesh(state.step.device.type)
+    mesh = plan.mesh(_device(state))
     names = {name: tuple(p.shape) for name, p in state.params.items()}
     params = {
         name: _distributed(p, mesh, placements(plan, name, names[name], "params")) for name, p in state.params.items()
@@ -109,6 +110,14 @@ def shard(state: TrainState, plan: Layout) -> TrainState:
     )
 
 
+def _device(state: TrainState) -> str:
+    """Where the state will be: where it is, or where it should be if it is nowhere yet."""
+    if not state.step.is_meta:
+        return state.step.device.type
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
 def is_sharded(tree_: Tree) -> bool:
     """Whether any leaf is a `DTensor`."""
     return any(hasattr(leaf, "full_tensor") for leaf in tree.leaves(tree_))
@@ -121,7 +130,22 @@ def _check_rules(plan: Layout, state: TrainState) -> None:
                 f"shard(state, plan): the rule ({pattern!r}, {rule!r}) matches none of the parameters, such as"
                 f" {next(iter(state.params))!r}."
             )
-    ranks = plan.shape(plan.world)["tensor"]
+    check_split(state, plan, plan.shape(plan.world)["tensor"])
+
+
+def _check_offload(plan: Layout, device: str) -> None:
+    if plan.offload and device != "cpu":
+        raise ValueError(
+            f"shard(state, plan): Plan(offload={plan.offload!r}) on {device!r} is not there: a compiled step keeps its"
+            " state on one device. `Plan.fsdp()` splits it over more ranks; DeepSpeed's engine, `tfn.deepspeed`,"
+            " offloads."
+        )
+
+
+def check_split(state: TrainState, plan: Layout, ranks: int) -> None:
+    """Raise if the layers can't be split over the axis ``tensor``."""
+    if ranks == 1:
+        return
     for name, param in state.params.items():
         dim = _tensor_dim(plan.rule(name), tuple(param.shape), ranks)
         if dim is not None and param.shape[dim] % ranks:
@@ -129,7 +153,14 @@ def _check_rules(plan: Layout, state: TrainState) -> None:
                 f"shard(state, plan): {name!r} of shape {list(param.shape)} can't be split into {ranks} equal"
                 f" {plan.rule(name)} (Plan(tensor={ranks}))."
             )
-    if ranks > 1 and not any(plan.rule(name) in ("columns", "rows") for name in state.params):
+    config = getattr(state.module, "config", None)
+    for name, rate in (config.to_dict() if hasattr(config, "to_dict") else {}).items():  # pyright: ignore
+        if tree.matches(name, "att.*(dropout|drop)") and isinstance(rate, float) and rate > 0:
+            raise ValueError(
+                f"Plan(tensor={ranks}): with model.config.{name}={rate}, ranks would drop the same weights in different"
+                f" heads. Set `model.config.{name} = 0.0` before the model is made."
+            )
+    if not any(plan.rule(name) in ("columns", "rows") for name in state.params):
         raise ValueError(
             f"Plan(tensor={ranks}): no rule says which layers are split. Say `rules=tfn.launch.tensor_rules(model)` or"
             ' such as `rules=((r"(q|k|v|gate|up)_proj", "columns"), (r"(o|down)_proj", "rows"))`.'
@@ -160,12 +191,10 @@ def _kept(kept: Tree, plan: Layout, mesh: DeviceMesh, shapes: dict[str, tuple[in
     def place(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if leaf.dim() == 0:
-            return _same(leaf, mesh)
         name = _owner(path, shapes)
-        if name is None or shapes[name] != tuple(leaf.shape):
-            return _distributed(leaf, mesh, whole)
-        return _distributed(leaf, mesh, placements(plan, name, shapes[name], what))
+        if name is not None and shapes[name] == tuple(leaf.shape):
+            return _distributed(leaf, mesh, placements(plan, name, shapes[name], what))
+        return _same(leaf, mesh) if leaf.dim() == 0 else _distributed(leaf, mesh, whole)
 
     return tree.with_leaves(kept, {path: place(path, leaf) for path, leaf in tree.named_leaves(kept).items()})
 

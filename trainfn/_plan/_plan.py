@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from trainfn._grad import GradientFunction
-from trainfn._plan import _apply
+from trainfn._plan import _agree, _apply
 from trainfn._plan._layout import Layout, Stage
 from trainfn._types import Batch, Loss, Metrics, TrainState
 
@@ -31,7 +31,8 @@ class Plan(Layout):
             state whole on every rank.
         reshard: With stage 3, whether gathered parameters are freed after the forward pass, and gathered again.
         precision: See `Precision`.
-        offload: What lives in host memory between steps: ``"opt_state"``, ``"params"``.
+        offload: What lives in host memory: ``"opt_state"``, ``"params"``. On a CPU all does; an accelerator's plan
+            can't offload, and `shard` says so.
 
     Raises:
         ValueError: If a size, the stage or a rule can't be.
@@ -73,6 +74,11 @@ class Plan(Layout):
 
     # --- what makes a step one of N ranks; `train_step(..., plan=plan)` calls these -------------------------------
 
+    def check(self, state: TrainState) -> None:
+        """Raise if a state is not laid out by this plan."""
+        if self.world > 1:
+            _apply.check_laid_out(self, state)
+
     def loss(self, loss: Loss) -> Loss:
         """The loss, which of a rank without rows is 0 of weight 0."""
         return _apply.idle(loss)
@@ -95,4 +101,4 @@ class Plan(Layout):
 
     def pieces(self, state: TrainState, batch: Batch, accumulate: int | str) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's micro-batches, each with the place of its first row among those of all ranks."""
-        return _apply.pieces_on(self, state, batch, accumulate)
+        return _agree.pieces_on(self, state, batch, accumulate)

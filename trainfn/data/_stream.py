@@ -47,6 +47,7 @@ class Stream:
     prefetch: int
     rank: int = 0
     world: int = 1
+    own_shards: bool = False  # whether `source` is one rank's part of it
     first_epoch: int = 0  # the number of the first pass, for who counts epochs outside
 
     @property
@@ -110,7 +111,9 @@ class Stream:
         part = self.source.shard(num_shards=world, index=rank)
         seed = int(_bits.fold_in(_bits.key(self.seed), rank)[0])  # row 0 of every rank is another row
         size = -(-self.batch_size // world)
-        return dataclasses.replace(self, source=part, batch_size=size, seed=seed, length=None, epochs=1)
+        return dataclasses.replace(
+            self, source=part, batch_size=size, seed=seed, length=None, epochs=1, own_shards=True
+        )
 
     def describe(self) -> dict[str, Any]:
         """What the batches are made of, for JSON."""

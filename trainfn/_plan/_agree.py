@@ -1,0 +1,165 @@
+"""What ranks tell each other between steps: whether they have rows, of which kind, and that they run the same thing.
+
+Without it, a rank that runs out of rows, or runs something else, would leave the others waiting in a collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from trainfn import tree
+from trainfn._plan._apply import Idle, first_rows
+from trainfn._plan._layout import Layout, rank
+from trainfn._types import Batch, TrainState
+
+_ENDED, _EMPTY, _STREAM = "no more batches", "a batch of 0 rows", "a stream of micro-batches"
+
+
+def plan_of(step: Any) -> Any:
+    """The plan of a step, compiled or not; None if it runs in one process."""
+    plan = getattr(getattr(step, "step", step), "plan", None)
+    return None if plan is None or plan.world == 1 else plan
+
+
+def told(mine: Any) -> list[Any]:
+    """What every rank says, in order; all ranks must call this."""
+    out: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(out, mine)
+    return out
+
+
+def divided(plan: Layout, batches: Any) -> tuple[Any, bool]:
+    """A loader's part for this rank, and whether all ranks have equally many batches; other batches as they are."""
+    if not hasattr(batches, "shard") or not hasattr(batches, "world") or getattr(batches, "own_shards", False):
+        return batches, False
+    if batches.world == 1:
+        return batches.shard(plan.data_rank, plan.data_size), True
+    if (batches.rank, batches.world) == (plan.data_rank, plan.data_size):
+        return batches, True
+    raise ValueError(
+        f"steps(step, state, loader): the loader is part {batches.rank} of {batches.world}, and this rank has part"
+        f" {plan.data_rank} of {plan.data_size} of the rows. Give the whole loader: it is divided as the plan says."
+    )
+
+
+def agreed(batches: Iterator[Batch], what: str, *, equal: bool = False) -> Iterator[Batch]:
+    """This rank's batches, until no rank has any more; `Idle` ones in place of those that it lacks.
+
+    Args:
+        batches: Of this rank.
+        what: They are called this in an error.
+        equal: Whether ranks are known to have equally many, so that only the first need be compared.
+
+    Raises:
+        ValueError: On every rank, if they have batches of different kinds.
+    """
+    last: Any = None
+    for i in itertools.count():
+        batch = next(batches, None)
+        if equal and i > 0:
+            if batch is None:
+                return
+            yield batch
+            continue
+        kind = _kind(batch)
+        said = told((kind, last is None))
+        kinds = [k for k, _ in said]
+        if set(kinds) == {_ENDED}:
+            return
+        _check_same(kinds, what)
+        full = [r for r, k in enumerate(kinds) if k not in (_ENDED, _EMPTY)]
+        if kinds[full[0] if full else 0] == _STREAM:
+            yield iter(()) if batch is None else batch
+            continue
+        if any(first and k in (_ENDED, _EMPTY) for k, first in said):
+            last = _borrowed(batch, full, last)
+        if kind in (_ENDED, _EMPTY):
+            yield Idle(last)
+        else:
+            last = batch
+            yield batch
+
+
+def _kind(batch: Batch) -> str:
+    if batch is None:
+        return _ENDED
+    if isinstance(batch, Iterator):
+        return _STREAM
+    if tree.row_count(batch) == 0:
+        return _EMPTY
+    leaves = {
+        name: f"{str(x.dtype).removeprefix('torch.')}[{x.dim()} dimensions]" if isinstance(x, Tensor) else repr(x)
+        for name, x in tree.named_leaves(batch).items()
+    }
+    return str(leaves) if len(leaves) > 1 or "" not in leaves else leaves[""]
+
+
+def _check_same(kinds: list[str], what: str) -> None:
+    real = {k: r for r, k in reversed(list(enumerate(kinds))) if k not in (_ENDED, _EMPTY)}
+    if len(real) > 1:
+        lines = "".join(f"\n  rank {r}: {k}" for k, r in sorted(real.items(), key=lambda item: item[1]))
+        raise ValueError(f"{what}: the ranks have batches of different kinds:{lines}")
+
+
+def _borrowed(batch: Batch, full: list[int], last: Batch) -> Batch:
+    """A batch of a rank that has one, for those that never had any."""
+    if not full:
+        raise ValueError("step(state, batch): no rank has a row, and none had one before: there is nothing to compute.")
+    box = [tree.map(lambda x: x.cpu() if isinstance(x, Tensor) else x, batch)] if rank() == full[0] else [None]
+    torch.distributed.broadcast_object_list(box, src=full[0])
+    return box[0] if last is None else last
+
+
+def pieces_on(plan: Layout, state: TrainState, batch: Batch, accumulate: int | str) -> Iterator[tuple[Batch, Tensor]]:
+    """Micro-batches of this rank, each with the place of its first row among the rows of all ranks.
+
+    A batch that is cut here is this rank's part of the whole batch: the parts of all ranks, one after the other. Of a
+    stream, each micro-batch is such a part. A rank with fewer rows than micro-batches takes part in the others idly.
+    """
+    if accumulate == "stream":
+        before = torch.zeros((), dtype=torch.int64, device=state.step.device)
+        for micro in agreed(iter(batch), "a stream of micro-batches"):
+            first, rows = first_rows(plan, state, micro)
+            yield micro, before + first
+            before = before + rows
+        return
+    assert isinstance(accumulate, int)
+    first, _ = first_rows(plan, state, batch)
+    rows = 0 if isinstance(batch, Idle) else tree.row_count(batch)
+    piece = batch
+    for piece, row in tree.split(batch, min(accumulate, rows)) if rows else ():
+        yield piece, first + row
+    for _ in range(accumulate - min(accumulate, rows)):
+        yield piece if isinstance(piece, Idle) else Idle(piece), first
+
+
+def check_together(plan: Layout, state: TrainState, until: int | None) -> None:
+    """Raise on every rank if they are about to run different things.
+
+    Raises:
+        ValueError: Naming what differs, and how.
+    """
+    structure = str(optree.tree_structure(state))  # pyright: ignore[reportArgumentType]
+    mine = {
+        "step": int(state.step),
+        "until": until,
+        "key": state.key.tolist(),
+        "plan": repr(plan),
+        "parameters": len(state.params),
+        "first parameters": str({n: (list(p.shape), str(p.dtype)) for n, p in list(state.params.items())[:4]}),
+        "state's structure": structure if len(structure) < 400 else hashlib.sha256(structure.encode()).hexdigest(),
+    }
+    said = told(mine)
+    for what in mine:
+        if len({repr(theirs[what]) for theirs in said}) > 1:
+            each = "".join(f"\n  rank {r}: {theirs[what]}" for r, theirs in enumerate(said))
+            raise ValueError(
+                f"steps(step, state, batches): the ranks are not about to run the same thing. Their {what}:{each}"
+            )
