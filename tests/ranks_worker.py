@@ -128,7 +128,7 @@ def compiled_case(optimizer, plan, accumulate=1):
     assert (report.graphs, report.breaks) == (1 if accumulate == 1 else 2, 0), report
     forward, backward = max(gathers)
     assert (backward > 0) == (plan.stage == 3 and plan.reshard), gathers
-    assert forward >= (6 if plan.stage == 3 else 0), gathers
+    assert forward >= (3 if plan.stage == 3 else 0), gathers  # the matrices
     return deviation(tfn.gather(state).params, alone.params)
 
 

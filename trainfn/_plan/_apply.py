@@ -103,12 +103,30 @@ def update_on(plan: Layout, update: Callable[..., Any]) -> Callable[..., Any]:
         where = {name: placements(plan, name, tuple(p.shape), "opt_state") for name, p in state.params.items()}
         parts: Any = state.params
         split = {name: p.redistribute(placements=where[name]) for name, p in parts.items()}
-        grads: Any = sums.grads
-        grads = {name: g.redistribute(placements=where[name]) for name, g in grads.items()}
+        grads = _reduced(plan, state, sums.grads, where)
         new, metrics = update(state._replace(params=split), total._replace(grads=grads))
         return placed_like(new, state), metrics
 
     return of_all_ranks
+
+
+def _reduced(plan: Layout, state: TrainState, grads: Any, where: dict[str, Any]) -> dict[str, Any]:
+    """The gradients' sums over ranks, laid out as the update needs them."""
+    from torch.distributed.tensor import DTensor
+
+    def added(name: str) -> bool:  # to be the same on all ranks that have different rows
+        axes = [(was, to) for was, to in zip(grads[name].placements, where[name], strict=True) if was != to]
+        return bool(axes) and len(axes) == len(_data_axes(plan)) and all(not to.is_shard() for _, to in axes)
+
+    small = _summed(plan, state, {name: g.to_local() for name, g in grads.items() if added(name)})
+    done: dict[str, Any] = {}
+    for name, g in grads.items():
+        if name not in small:
+            done[name] = g.redistribute(placements=where[name])
+            continue
+        mesh, to = g.device_mesh, where[name]
+        done[name] = DTensor.from_local(small[name], mesh, to, run_check=False, shape=g.shape, stride=g.stride())
+    return done
 
 
 def _update_everywhere(plan: Layout, update: Callable[..., Any], state: TrainState, sums: Gradients) -> Any:
@@ -149,7 +167,8 @@ def _summed(plan: Layout, state: TrainState, grads: dict[str, Tensor]) -> dict[s
         if bucket and (grads[bucket[0]].dtype != grad.dtype or sum(grads[b].nbytes for b in bucket) > _BUCKET):
             flush()
         bucket.append(name)
-    flush()
+    if bucket:
+        flush()
     return {name: done[name] for name in grads}
 
 

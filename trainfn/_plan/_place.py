@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,9 @@ from trainfn._types import TrainState, Tree
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
+
+
+_SMALL = 2**16  # numbers: vectors below this size are whole on every rank
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -54,7 +58,12 @@ def gradient_placements(plan: Layout, param: DTensor) -> tuple[Placement, ...]:
 
 
 def sharded_dim(shape: tuple[int, ...], ranks: int, taken: int | None) -> int | None:
-    """The dimension that is split over the axis ``shard``: the first that divides evenly, or else is long enough."""
+    """The dimension that is split over the axis ``shard``: the first that divides evenly, or else is long enough.
+
+    None for biases and the like: they are a thousandth of the numbers, and would be most of the messages.
+    """
+    if len(shape) < 2 and math.prod(shape) < _SMALL:
+        return None
     free = [dim for dim, size in enumerate(shape) if dim != taken and size >= ranks]
     return next((dim for dim in free if shape[dim] % ranks == 0), free[0] if free else None)
 
