@@ -165,7 +165,8 @@ def case_every_layout(folder):
 def run(plan, folder, until, options, callbacks=()):
     checkpoints = Checkpoints(folder, **options)
     options = {"until": until, "checkpoints": checkpoints, "callbacks": callbacks}
-    state = tfn.fit(step_of(plan), fresh(plan), batch_of(plan), **options)
+    step = tfn.jit(step_of(plan), donate=True, compile=False)  # what is saved in the background is overwritten
+    state = tfn.fit(step, fresh(plan), batch_of(plan), **options)
     return [tfn.digest(state).total, int(state.step), checkpoints.steps()]
 
 
