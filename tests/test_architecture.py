@@ -21,10 +21,15 @@ LAYERS = {
     **dict.fromkeys(("_grad", "_step", "transforms"), 2),
     **dict.fromkeys(("_compile", "_plan"), 3),
     **dict.fromkeys(
-        ("_checkpoint", "_batches", "_evaluate", "callbacks", "_nonfinite", "_interrupt", "_value", "data"), 4
+        (
+            *("_checkpoint", "_batches", "_evaluate", "callbacks", "_nonfinite", "_interrupt", "_value", "data"),
+            "_ranks",
+        ),
+        4,
     ),
     **dict.fromkeys(("_driver", "_session", "_replay"), 5),
     **dict.fromkeys(("deepspeed",), 6),  # the driver, with another engine behind the step
+    **dict.fromkeys(("launch",), 6),
     **dict.fromkeys(("testing",), 6),  # for users' tests: may import anything public, nothing imports it
     **dict.fromkeys(("hf",), 7),  # uses the public names of the whole package
     **dict.fromkeys(("__init__", "__main__"), 7),
@@ -33,7 +38,7 @@ PURE = 2  # the highest layer of pure functions of tensors
 ALLOWED = {"torch", "optree", *sys.stdlib_module_names}
 NAMESPACES = (
     *("random", "tree", "errors", "losses", "metrics", "optim", "schedules", "transforms", "callbacks"),
-    *("testing", "data", "deepspeed", "hf"),
+    *("testing", "data", "deepspeed", "hf", "launch"),
 )
 # Data, documented by its fields, and what only `isinstance` ever sees: no example would say more.
 NO_EXAMPLE = re.compile(

@@ -16,6 +16,7 @@ from trainfn._checkpoint import Checkpoints
 from trainfn._interrupt import uninterrupted
 from trainfn._nonfinite import Policy, Watch
 from trainfn._plan import agreed, check_together, divided, plan_of, told
+from trainfn._ranks import explained
 from trainfn._session import Callback, Session
 from trainfn._types import Step, StepInfo, Stop, TrainState
 
@@ -73,10 +74,11 @@ def _run(
     try:
         while until is None or n < until:
             try:
-                batch = placed(next(stream), device)
+                with explained(f", before step {n + 1},"):
+                    batch = placed(next(stream), device)
             except StopIteration:
                 break
-            with uninterrupted() as held:
+            with uninterrupted() as held, explained(f", in step {n + 1},"):
                 state, metrics = step(latest.pop(), batch)
                 latest.append(state)
             n += 1

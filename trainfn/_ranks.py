@@ -1,0 +1,89 @@
+"""What an error means where several processes work together: which of them it happened to, and where to look."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Generator
+
+import torch
+
+_WAITED = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
+_LEFT = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|communicator was aborted|remote (process|error)",
+    re.IGNORECASE,
+)
+_CAUSE = "trainfn/cause"
+
+
+@contextlib.contextmanager
+def explained(where: str) -> Generator[None]:
+    """Errors of this block say which rank they are of; see `explain`."""
+    try:
+        yield
+    except StopIteration:
+        raise
+    except Exception as error:
+        explain(error, where)
+        raise
+
+
+def explain(error: BaseException, where: str = "") -> None:
+    """Add to an error which rank it is of; and, if it waited for another in vain, that one's error or what to look at.
+
+    Nothing is added in a world of one, or twice.
+
+    Args:
+        error: Any; it stays what it is.
+        where: Such as ``", in step 3,"``.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return
+    if any(note.startswith("trainfn: rank ") for note in getattr(error, "__notes__", ())):
+        return
+    rank = distributed.get_rank()
+    error.add_note(f"trainfn: rank {rank} of {distributed.get_world_size()}{where} {_meaning(error, rank)}")
+
+
+def _meaning(error: BaseException, rank: int) -> str:
+    said = str(error)
+    if isinstance(error, RuntimeError) and _LEFT.search(said):
+        cause = _first_error()
+        if cause is not None:
+            return f"was waiting for another rank, which has ended: {cause}"
+        return (
+            "was waiting for another rank, which has ended: its own error, or that it was killed, is in its output and"
+            " in the launcher's summary."
+        )
+    if isinstance(error, RuntimeError) and _WAITED.search(said):
+        return (
+            "waited for the other ranks in vain. Every rank must call the same steps, `tfn.shard`, `tfn.gather` and"
+            " evaluations in the same order, also those that print or save nothing; `py-spy dump --pid N` shows where"
+            " each is. If one of them just needs longer, `tfn.launch.settings(timeout=seconds)`."
+        )
+    _tell(f"rank {rank}: {type(error).__name__}: {said}")
+    return "raised this; the other ranks end with it."
+
+
+def _tell(cause: str) -> None:
+    """Leave word where the ranks met, for those that this one leaves waiting. The first to do so is the cause."""
+    with contextlib.suppress(Exception):  # whoever held the store may be gone
+        torch.distributed.distributed_c10d._get_default_store().compare_set(_CAUSE, "", cause)
+
+
+def _first_error() -> str | None:
+    with contextlib.suppress(Exception):
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if store.check([_CAUSE]):
+            return store.get(_CAUSE).decode()
+    return None
+
+
+def launched() -> int:
+    """The number of processes that work together, or that a launcher says it has started."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 1)

@@ -1,0 +1,29 @@
+"""Several processes, started by a launcher: the plan that it was configured with.
+
+::
+
+    launch = tfn.launch.settings()           in every process, first of all
+    state = tfn.shard(tfn.init(model, optimizer), launch.plan)
+    step = tfn.train_step(loss, optimizer, plan=launch.plan)
+    print(launch)                            what became of each field of the configuration
+
+================================================  ==========================================================
+started by                                        is
+================================================  ==========================================================
+``python script.py``                              one process
+``torchrun --nproc_per_node N script.py``         N processes that hold the same: `Plan.replicated`
+``accelerate launch [--config_file F] script.py`` what ``accelerate config`` wrote: DDP, FSDP 1 and 2, mixed
+                                                  precision, compilation, parallelism
+``notebook_launcher(train, num_processes=N)``     N processes, from a notebook
+================================================  ==========================================================
+
+Each works on CPUs as on GPUs. ``trainfn test`` launches with your configuration, and checks that N ranks compute what
+one does.
+"""
+
+from trainfn.launch._fields import Field as Field
+from trainfn.launch._join import join as join
+from trainfn.launch._settings import Launch as Launch
+from trainfn.launch._settings import plan as plan
+from trainfn.launch._settings import settings as settings
+from trainfn.launch._tensor import tensor_rules as tensor_rules

@@ -1,0 +1,63 @@
+"""What became of each field of a configuration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+Fate = Literal["mapped", "not needed", "ignored", "refused"]
+
+
+class Field(NamedTuple):
+    """A field of a configuration, and what became of it.
+
+    Attributes:
+        name: As the user wrote it: a key of Accelerate's yaml, or a dotted one of DeepSpeed's json.
+        value: Its value.
+        fate: ``"mapped"``; ``"not needed"`` if nothing is lost without it; ``"ignored"`` if something is, of which a
+            warning tells; ``"refused"``, an error.
+        detail: To what, or why.
+    """
+
+    name: str
+    value: str
+    fate: Fate
+    detail: str
+
+
+def table(fields: Sequence[Field]) -> str:
+    """One line for each field.
+
+    >>> print(table([Field("fsdp_version", "2", "mapped", "Plan(stage=3)"), Field("debug", "true", "ignored", "no")]))
+      fsdp_version  2     mapped   Plan(stage=3)
+      debug         true  ignored  no
+    """
+    widths = [max((len(field[i]) for field in fields), default=0) for i in range(3)]
+    return "\n".join(
+        "  " + "  ".join([*(text.ljust(width) for text, width in zip(field[:3], widths, strict=True)), field.detail])
+        for field in fields
+    )
+
+
+def check(fields: Iterable[Field], call: str) -> None:
+    """Raise if a field was refused; the message names them all."""
+    refused = [f"{field.name}={field.value}: {field.detail}" for field in fields if field.fate == "refused"]
+    if refused:
+        raise ValueError(f"{call}: the configuration asks for what can't be honoured. " + " ".join(refused))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question for the one who misspelled a name; or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def text(value: Any) -> str:
+    """A value as a launcher exports it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def is_true(value: str | None) -> bool:
+    """A flag as Accelerate reads it."""
+    return (value or "").lower() in ("1", "true", "yes", "y", "t", "on")
