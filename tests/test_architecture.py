@@ -19,7 +19,7 @@ LAYERS = {
     **dict.fromkeys(("_types", "tree", "errors"), 0),
     **dict.fromkeys(("random", "_keyed", "_module", "losses", "metrics", "optim", "schedules"), 1),
     **dict.fromkeys(("_grad", "_step", "transforms"), 2),
-    **dict.fromkeys(("_compile", "_plan"), 3),
+    **dict.fromkeys(("_compile", "_plan", "_ranks"), 3),
     **dict.fromkeys(
         (
             *("_checkpoint", "_batches", "_evaluate", "callbacks", "_nonfinite", "_interrupt", "_value", "data"),

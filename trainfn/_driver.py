@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 
 from trainfn._batches import Batches, placed, source
-from trainfn._checkpoint import Checkpoints
-from trainfn._interrupt import uninterrupted
+from trainfn._checkpoint import Checkpoints, ranks_of
+from trainfn._interrupt import Requests, uninterrupted
 from trainfn._nonfinite import Policy, Watch
 from trainfn._plan import agreed, check_together, divided, plan_of, told
 from trainfn._ranks import explained
@@ -53,11 +52,16 @@ def steps(
     >>> [(info.n, info.metrics["loss"].value.item()) for info in steps(step, state, [torch.ones(1)] * 2)]
     [(1, 4.0), (2, 3.9000000953674316)]
     """
-    yield from _run(step, [state], batches, until, nonfinite)
+    yield from _run(step, [state], batches, until, nonfinite, Requests())
 
 
 def _run(
-    step: Step, latest: list[TrainState], batches: Batches, until: int | None, nonfinite: Policy | None
+    step: Step,
+    latest: list[TrainState],
+    batches: Batches,
+    until: int | None,
+    nonfinite: Policy | None,
+    requests: Requests,
 ) -> Iterator[StepInfo]:
     """`steps`, with the newest complete state in ``latest``; it is empty while a step runs."""
     n, device = int(latest[0].step), latest[0].step.device  # waits for the device, once
@@ -82,11 +86,12 @@ def _run(
                 state, metrics = step(latest.pop(), batch)
                 latest.append(state)
             n += 1
+            requests.interrupted |= held.pressed
             watch.see(n, metrics)
             now = time.perf_counter()
             yield StepInfo(n, state, metrics, now - last, until)
             last = now
-            if held.pressed:
+            if requests.interrupted:
                 raise KeyboardInterrupt
     finally:
         if stream is not batches and isinstance(stream, Generator):
@@ -115,6 +120,9 @@ def fit(
     consequence; the states of callbacks come back too. A run that has ended already does nothing. The last state is
     always saved; on SIGTERM it is saved after the step at hand, and the process exits.
 
+    A state that `trainfn.shard` laid out is trained by all ranks: what ends the run on one of them, a signal or a
+    callback's `trainfn.Stop`, ends it on all after the same step. Rank 0 prints.
+
     Args:
         step: See `steps`, as for ``state``, ``batches``, ``until`` and ``nonfinite``.
         state: The same.
@@ -138,21 +146,24 @@ def fit(
     """
     latest: list[TrainState] = []
     try:
-        with Session(checkpoints, callbacks, step, batches) as session:
+        with Requests(ranks_of(state)) as requests, Session(checkpoints, callbacks, step, batches, requests) as session:
             latest.append(session.resumed(state, until))
             for callback in callbacks:
                 if isinstance(callback, contextlib.AbstractContextManager):
                     session.enter_context(callback)
             _begin(session, callbacks, StepInfo(int(latest[0].step), latest[0], {}, 0.0, until))
             try:
-                _loop(session, callbacks, _run(step, latest, batches, until, nonfinite))
+                _loop(session, callbacks, _run(step, latest, batches, until, nonfinite, requests))
             except KeyboardInterrupt:
-                if not latest:  # forced inside a step, by a second Ctrl-C: a donated state may be half overwritten
+                # Forced by a second Ctrl-C: inside a step, a donated state may be half overwritten; among several
+                # ranks, the others may be elsewhere.
+                if not latest or (requests.ranks.size > 1 and not requests.interrupted):
                     raise
-                warnings.warn(
-                    f"interrupted: the state after step {int(latest[0].step)} is returned; call `fit` again to go on.",
-                    stacklevel=2,
-                )
+                if requests.ranks.rank == 0:
+                    n = int(latest[0].step)
+                    warnings.warn(
+                        f"interrupted: the state after step {n} is returned; call `fit` again to go on.", stacklevel=2
+                    )
             session.finish(latest[0])
     except Exception as error:
         if latest:
@@ -175,10 +186,10 @@ def _loop(session: Session, callbacks: Sequence[Callback], run: Iterator[StepInf
     with contextlib.closing(run):  # type: ignore[type-var]
         for info in run:
             answers = [_call(callback, info) for callback in callbacks]
-            session.after(info)
             stop = next((answer for answer in answers if isinstance(answer, Stop)), None)
-            if stop is not None:
-                print(f"trainfn: stopped after step {info.n}: {stop.reason}", file=sys.stderr)
+            stops = session.after(info, stop is not None)
+            if stops:
+                session.say(f"stopped after step {info.n}: {stop.reason if stop else 'a callback of another rank'}")
                 return
 
 

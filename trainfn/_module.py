@@ -221,6 +221,8 @@ def bound(state: TrainState, params: Params, *, training: bool) -> Generator[tup
 def export(state: TrainState, model: nn.Module | None = None) -> nn.Module:
     """Write the state's parameters and buffers into a module, and return it.
 
+    Of a state that is laid out over ranks, every rank calls this and gets whole tensors, gathered one at a time.
+
     Args:
         state: The state.
         model: Where to write; by default the module that the state was made from.
@@ -249,13 +251,17 @@ def export(state: TrainState, model: nn.Module | None = None) -> nn.Module:
             old = place[attribute]
             assert old is not None
             if not old.is_meta:
-                old.copy_(tensors[name])
+                old.copy_(_whole(tensors[name]))
                 continue
             if name not in placed:
-                value = tensors[name].detach().clone()
+                value = _whole(tensors[name]).detach().clone()
                 placed[name] = nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value
             place[attribute] = placed[name]  # type: ignore[assignment]
     return target
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _check_fit(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> None:

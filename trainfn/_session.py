@@ -10,7 +10,7 @@ from typing import Any, Self
 from trainfn import tree
 from trainfn._batches import Batches, start_anywhere
 from trainfn._checkpoint import Checkpoints
-from trainfn._interrupt import Held, termination
+from trainfn._interrupt import Requests, termination
 from trainfn._types import StepInfo, TrainState
 from trainfn.callbacks._evaluation import SavedBest
 
@@ -32,15 +32,22 @@ class Session(contextlib.ExitStack):
         callbacks: Those of the run, whose states are saved too.
         step: The step function.
         batches: The run's batches.
+        requests: What signals ask for.
     """
 
-    def __init__(self, checkpoints: Checkpoints | None, callbacks: Sequence[Callback], step: Any, batches: Batches):
+    def __init__(
+        self,
+        checkpoints: Checkpoints | None,
+        callbacks: Sequence[Callback],
+        step: Any,
+        batches: Batches,
+        requests: Requests,
+    ) -> None:
         super().__init__()
         self.checkpoints, self.callbacks = checkpoints, callbacks
-        self.step, self.batches = step, batches
+        self.step, self.batches, self.requests = step, batches, requests
         self.saved: int | None = None
         self.until: int | None = None
-        self.terminated = Held()
         self.best: SavedBest | None = None
         if checkpoints is None:
             return
@@ -57,7 +64,7 @@ class Session(contextlib.ExitStack):
         super().__enter__()
         if self.checkpoints is not None:
             self.enter_context(self.checkpoints)
-            self.terminated = self.enter_context(termination())
+            self.requests.end = self.enter_context(termination())
         return self
 
     def resumed(self, state: TrainState, until: int | None) -> TrainState:
@@ -88,7 +95,7 @@ class Session(contextlib.ExitStack):
             return state
         state, extra = found
         self.saved = int(state.step)
-        _say(f"going on from {self.checkpoints.folder}/checkpoint-{self.saved}")
+        self.say(f"going on from {self.checkpoints.folder}/checkpoint-{self.saved}")
         self._tell_changes(extra.get("run", {}))
         self._give_back(extra.get("callbacks", []))
         if self.best is not None and extra.get("best"):
@@ -106,20 +113,34 @@ class Session(contextlib.ExitStack):
             )
         self.best.check(names)
 
-    def after(self, info: StepInfo) -> None:
-        """Surface the error of a save in the background; save if it is time, or if the process is to end."""
+    def after(self, info: StepInfo, stop: bool = False) -> bool:
+        """Surface the error of a save in the background; save if it is time, or if the process is to end.
+
+        Returns:
+            Whether to stop, as ``stop`` says on any rank.
+        """
+        failed = self.checkpoints is not None and self.checkpoints.failed()
+        stop, failed, wanted = self.requests.agree(stop, failed, self._wanted(info.n))
         if self.checkpoints is None:
-            return
-        self.checkpoints.check()
-        metrics = self._metrics(info.n)
-        better = self.best is not None and self.best.metric in metrics and self.best.better(
-            metrics[self.best.metric], info.n)  # fmt: skip
-        if better or self.checkpoints.due(info.n) or self.terminated.pressed:
-            self._save(info.state, info.n)
-        if self.terminated.pressed:
+            return stop
+        if failed:
             self.checkpoints.wait()
-            _say(f"SIGTERM: saved {self.checkpoints.folder}/checkpoint-{info.n}, and stopped")
+        if wanted or self.requests.terminated:
+            self._save(info.state, info.n)
+        if self.requests.terminated:
+            self.checkpoints.wait()
+            self.say(f"SIGTERM: saved {self.checkpoints.folder}/checkpoint-{info.n}, and stopped")
             raise SystemExit(128 + 15)  # as the shell counts a death by this signal
+        return stop
+
+    def _wanted(self, n: int) -> bool:
+        """Whether it is time to save: by the count of steps, or because it is the best so far."""
+        if self.checkpoints is None:
+            return False
+        metrics = self._metrics(n)
+        better = self.best is not None and self.best.metric in metrics and self.best.better(
+            metrics[self.best.metric], n)  # fmt: skip
+        return better or self.checkpoints.due(n)
 
     def finish(self, state: TrainState) -> None:
         """Save the last state, if it is not saved yet."""
@@ -154,7 +175,7 @@ class Session(contextlib.ExitStack):
         for name in {**was, **now}:
             if was.get(name) != now.get(name):
                 why = next((text for start, text in _CONSEQUENCES.items() if name.startswith(start)), "")
-                _say(f"changed: {name} was {was.get(name)!r}, is {now.get(name)!r}: {why}")
+                self.say(f"changed: {name} was {was.get(name)!r}, is {now.get(name)!r}: {why}")
 
     def _states(self) -> list[dict[str, Any]]:
         return [
@@ -172,17 +193,19 @@ class Session(contextlib.ExitStack):
             name = type(callback).__name__
             mine = next((saved for saved in left if saved["name"] == name), None)
             if mine is None:
-                _say(f"changed: the callback {name} is new, and starts afresh")
+                self.say(f"changed: the callback {name} is new, and starts afresh")
                 continue
             left.remove(mine)
             callback.load_state_dict(mine["state"])  # type: ignore[attr-defined]
         for saved in left:
-            _say(f"changed: the callback {saved['name']} of the saved run is not in this one; what it kept is left out")
+            name = saved["name"]
+            self.say(f"changed: the callback {name} of the saved run is not in this one; what it kept is left out")
+
+    def say(self, text: str) -> None:
+        """Print a line; one of several processes does."""
+        if self.requests.ranks.rank == 0:
+            print(f"trainfn: {text}", file=sys.stderr)
 
 
 def _flat(description: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("/", "."): value for name, value in tree.named_leaves(description).items()}
-
-
-def _say(text: str) -> None:
-    print(f"trainfn: {text}", file=sys.stderr)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainfn import random, tree
+from trainfn._plan._place import whole
 from trainfn._types import TrainState, Tree
 
 
@@ -64,6 +65,8 @@ class Diff(Mapping[str, Difference]):
 def diff(a: Tree, b: Tree) -> Diff:
     """The leaves in which two states, or two trees, differ in any bit.
 
+    Leaves that are laid out over ranks are gathered, one at a time: then every rank calls this.
+
     >>> import torch, trainfn as tfn
     >>> state = tfn.init({"w": torch.ones(2)}, tfn.optim.sgd(0.1))
     >>> diff(state, state._replace(params={"w": torch.tensor([1.0, 3.0])}))
@@ -78,7 +81,7 @@ def diff(a: Tree, b: Tree) -> Diff:
         elif name not in left:
             found[name] = Difference("only in the second")
         else:
-            difference = _difference(left[name], right[name])
+            difference = _difference(whole(left[name]), whole(right[name]))
             if difference is not None:
                 found[name] = difference
     return Diff(found, len({**left, **right}))
@@ -131,14 +134,15 @@ class Digest(NamedTuple):
 def digest(state: Tree) -> Digest:
     """Fingerprints of a state, or of any tree of tensors: BLAKE2b of each leaf's dtype, shape and bytes.
 
-    Two states are the same to the bit if their totals are equal; the same on every machine and device.
+    Two states are the same to the bit if their totals are equal; the same on every machine and device, and in every
+    layout over ranks: each leaf is gathered for its turn, and every rank calls this.
 
     >>> import torch, trainfn as tfn
     >>> one, other = {"a": torch.ones(2), "b": torch.zeros(1)}, {"b": torch.zeros(1), "a": torch.ones(2)}
     >>> digest(one) == digest(other)
     True
     """
-    leaves = {name: _hash(leaf) for name, leaf in sorted(tree.named_leaves(state).items())}
+    leaves = {name: _hash(whole(leaf)) for name, leaf in sorted(tree.named_leaves(state).items())}
     joined = "\n".join(f"{name} {value}" for name, value in leaves.items())
     return Digest(hashlib.blake2b(joined.encode(), digest_size=16).hexdigest(), leaves)
 

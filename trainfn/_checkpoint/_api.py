@@ -9,30 +9,40 @@ from typing import Any
 
 from torch import Tensor
 
+from trainfn import tree
 from trainfn._checkpoint import _disk, _leaves
 from trainfn._checkpoint._contents import SHARD, contents_of
 from trainfn._checkpoint._fit import Only, Rename, fit
 from trainfn._checkpoint._format import Manifest
+from trainfn._checkpoint._pieces import is_laid_out
 from trainfn._checkpoint._read import inspect, read_leaves
-from trainfn._checkpoint._write import explained, sweep, write
+from trainfn._checkpoint._write import sweep, write
 from trainfn._compile._donate import check_alive
+from trainfn._ranks import ALONE, Ranks
+from trainfn._ranks import ranks as all_ranks
 from trainfn._types import TrainState
-from trainfn.errors import CheckpointError
 
 
-def save(path: str | os.PathLike[str], state: TrainState, *, max_shard_size: int = SHARD) -> None:
+def save(path: str | os.PathLike[str], state: TrainState, *, max_shard_size: int = SHARD, full: bool = False) -> None:
     """Write a state to the folder ``path``; one that exists is replaced once the new one is complete.
 
     ``path/model.safetensors`` holds the module's tensors under its own names; where the module has a transformers
     config, that is written too, and ``from_pretrained(path)`` reads the folder.
 
+    A state that `trainfn.shard` laid out is saved by all ranks, which call this together: each writes its part into a
+    file of its own, all at once. `restore` reads it in any other layout, or in one process. If parameters are split,
+    there is no ``model.safetensors``, unless ``full=True``.
+
     Args:
-        path: The folder.
+        path: The folder, on a disk that all ranks share.
         state: The state.
         max_shard_size: Bytes above which the model is split into several files, with an index.
+        full: Whether rank 0 writes what one process would write, as FULL_STATE_DICT has it: every leaf is gathered, one
+            at a time.
 
     Raises:
-        CheckpointError: If it can't be written: the disk is full, say. What was there before is still there.
+        CheckpointError: If it can't be written: the disk is full, say. What was there before is still there. On ranks,
+            all raise the error of any.
         TypeError: If a leaf of the state is no tensor, or of a kind that a file can't hold.
 
     >>> import tempfile, torch, trainfn as tfn
@@ -42,14 +52,23 @@ def save(path: str | os.PathLike[str], state: TrainState, *, max_shard_size: int
     >>> tfn.restore(folder, like=state)
     TrainState(Linear, step=0, params=2 tensors / 3 numbers)
     """
-    contents = contents_of(state, "save(path, state)", max_shard_size=max_shard_size)
+    ranks = ranks_of(state)
+    call = "save(path, state)"
+    contents = ranks.agreed(
+        lambda: contents_of(state, call, max_shard_size=max_shard_size, full=full, ranks=ranks)
+    )  # fmt: skip
     target = Path(path)
-    try:
+
+    def prepare() -> None:
         _disk.make_folders(target.parent)
-    except OSError as error:
-        raise CheckpointError(explained(error, target, contents.nbytes)) from error
-    sweep(target.parent, re.escape(target.name))
-    write(target, contents)
+        sweep(target.parent, re.escape(target.name))
+
+    write(target, contents, ranks, prepare)
+
+
+def ranks_of(state: TrainState) -> Ranks:
+    """Those that a state is laid out over: they call together what is called on it."""
+    return all_ranks() if any(map(is_laid_out, tree.leaves(state))) else ALONE
 
 
 def restore(
@@ -64,6 +83,10 @@ def restore(
 
     Leaves are chosen and renamed by name: ``model/<name in the module>`` for parameters and buffers, and for the rest
     the path: ``step``, ``opt_state/0/mu/<name>``.
+
+    How the checkpoint was laid out does not matter: written by any number of ranks, it is read in the layout of
+    ``like``, each rank reading the files that hold something of its part. If ``like`` is laid out, all ranks call this
+    together.
 
     Args:
         path: What `save` was given.
@@ -80,12 +103,17 @@ def restore(
         ValueError: If ``only`` or ``rename`` choose nothing.
     """
     check_alive(like)
-    folder = _disk.located(Path(path))
+    ranks = ranks_of(like)
     call = f"restore({str(path)!r}, like=state)"
     expected = _leaves.named(like, call)
-    manifest = inspect(folder)
+
+    def found() -> tuple[Path, Manifest]:
+        folder = _disk.located(Path(path))
+        return folder, inspect(folder)
+
+    folder, manifest = ranks.first(found)
     sources = fit(call, manifest.tree, expected, strict=strict, only=only, rename=rename)
-    return filled(folder, manifest, like, expected, sources)
+    return ranks.agreed(lambda: filled(folder, manifest, like, expected, sources))
 
 
 def filled(

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from trainfn._checkpoint import _leaves
 from trainfn._checkpoint._format import CODES, MANIFEST, NAME, STATE_FILE, Leaf, Manifest
+from trainfn._checkpoint._pieces import is_split, local
+from trainfn._checkpoint._spread import spread
 from trainfn._compile._donate import check_alive
+from trainfn._ranks import ALONE, Ranks
 from trainfn._types import Mean, TrainState
 
 SHARD = 5 * 10**9  # bytes: what transformers takes as well
@@ -21,9 +24,11 @@ SHARD = 5 * 10**9  # bytes: what transformers takes as well
 class Contents(NamedTuple):
     """One save, all but its checksums."""
 
-    leaves: dict[str, Tensor]
+    leaves: Mapping[str, Tensor]  # of `full`, all; else those that this rank writes, or its parts of them
     manifest: Manifest  # `files` are filled in as they are written
     texts: dict[str, bytes]
+    mine: tuple[str, ...]  # the files of leaves that this rank writes
+    full: bool = False  # each leaf is still to be gathered, which all ranks take part in
 
     @property
     def nbytes(self) -> int:
@@ -39,12 +44,20 @@ def contents_of(
     extra: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     files: Mapping[str, str | bytes] | None = None,
+    full: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Contents:
-    """What a save of ``state`` writes; ``call`` is for the errors."""
+    """What this rank writes in a save of ``state``; ``call`` is for the errors."""
     check_alive(state)
     leaves = _leaves.named(state, call)
-    places, texts = _files(state, leaves, max_shard_size)
-    tree = {name: Leaf(_code(leaf, name, call), tuple(leaf.shape), places[name]) for name, leaf in leaves.items()}
+    full = full and ranks.size > 1
+    split = {name: leaf for name, leaf in leaves.items() if is_split(leaf) and ranks.size > 1 and not full}
+    places, texts = _files(state, leaves, max_shard_size, set(split))
+    pieces, writers = spread(split, leaves, places, ranks.size)
+    tree = {
+        name: Leaf(_code(leaf, name, call), tuple(leaf.shape), places[name], pieces.get(name, ()))
+        for name, leaf in leaves.items()
+    }
     config = getattr(state.module, "config", None)
     if callable(getattr(config, "to_json_string", None)):
         texts["config.json"] = _config(config, type(state.module).__name__)
@@ -54,7 +67,12 @@ def contents_of(
         texts[name] = text.encode() if isinstance(text, str) else text
     plain = json.loads(_json_text(dict(extra or {}), call))  # a copy: what the user does to it later is not written
     numbers = {name: _number(value, name, call) for name, value in (metrics or {}).items()}
-    return Contents(leaves, Manifest(int(state.step), numbers, {}, tree, plain, _versions()), texts)
+    manifest = Manifest(int(state.step), numbers, {}, tree, plain, _versions())
+    if full:
+        return Contents(leaves, manifest, texts, tuple(writers) if ranks.rank == 0 else (), full)
+    mine = tuple(file for file, writer in writers.items() if writer == ranks.rank)
+    held = {name: local(leaves[name]) for leaves_of in map(manifest.by_file().get, mine) for name in leaves_of or ()}
+    return Contents(held, manifest, texts, mine)
 
 
 def _versions() -> dict[str, str]:
@@ -72,13 +90,18 @@ def _code(leaf: Tensor, name: str, call: str) -> str:
 
 
 def _files(
-    state: TrainState, leaves: dict[str, Tensor], max_shard_size: int
+    state: TrainState, leaves: dict[str, Tensor], max_shard_size: int, split: set[str]
 ) -> tuple[dict[str, str], dict[str, bytes]]:
-    """The file of each leaf, and the index if the model takes several."""
+    """The file of each leaf that is not split, and the index if the model takes several.
+
+    A model of which any leaf is split has no file of its own: one with the others would look whole, and not be.
+    """
     unsaved = _leaves.unsaved_buffers(state)
     model = [name for name in leaves if name.startswith(_leaves.MODEL) and name not in unsaved]
+    if not split.isdisjoint(model):
+        return {name: "" if name in split else STATE_FILE for name in leaves}, {}
     shards = _shards({name: leaves[name].nbytes for name in model}, max_shard_size)
-    files = dict.fromkeys(leaves, STATE_FILE)
+    files = {name: "" if name in split else STATE_FILE for name in leaves}
     for i, shard in enumerate(shards):
         of = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         files.update(dict.fromkeys(shard, f"model{of}.safetensors"))

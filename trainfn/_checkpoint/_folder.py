@@ -15,6 +15,7 @@ from trainfn._checkpoint._fit import fit
 from trainfn._checkpoint._format import Manifest
 from trainfn._checkpoint._read import inspect, verify
 from trainfn._compile._donate import check_alive
+from trainfn._ranks import ALONE, Ranks
 from trainfn._types import TrainState
 from trainfn.errors import CheckpointError
 
@@ -64,35 +65,45 @@ class Folder:
                 return later
         return None
 
-    def newest(self) -> Path | None:
+    def newest(self, ranks: Ranks = ALONE) -> Path | None:
         """The newest whose every checksum is right; warns of the damage of newer ones."""
         damages: list[str] = []
-        for step, path in self.places().items():
-            if self._attempt(step, lambda step=step, path=path: _inspect(step, path) and verify(path), damages):
-                _warn(damages, path)
+        for step, path in ranks.first(self.places).items():
+            manifest = self._attempt(step, lambda at=step, p=path: ranks.first(lambda: _inspect(at, p)), damages)
+            if manifest is not None and self._attempt(
+                step, lambda p=path, m=manifest: ranks.agreed(lambda: verify(p, m, ranks)), damages
+            ):
+                _warn(damages, path, ranks)
                 return path
-        _warn(damages, None)
+        _warn(damages, None, ranks)
         return None
 
-    def load(self, like: TrainState, step: int | None) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest undamaged state and what was saved with it; or that of one step."""
+    def load(
+        self, like: TrainState, step: int | None, ranks: Ranks = ALONE
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest undamaged state and what was saved with it; or that of one step.
+
+        Each rank reads and checks what it needs; of a checkpoint that is damaged for one, none takes anything.
+        """
         check_alive(like)
         expected = _leaves.named(like, "restore(like)")
-        places = {at: path for at, path in self.places().items() if step in (None, at)}
+        places = {at: path for at, path in ranks.first(self.places).items() if step in (None, at)}
         damages: list[str] = []
         for at, path in places.items():
-            manifest = self._attempt(at, lambda at=at, path=path: _inspect(at, path), damages)
+            manifest = self._attempt(at, lambda at=at, path=path: ranks.first(lambda: _inspect(at, path)), damages)
             if manifest is None:
                 continue
             sources = fit(f"restore({str(path)!r}, like=state)", manifest.tree, expected)  # what does not fit raises
-            state = self._attempt(at, lambda m=manifest, p=path, s=sources: filled(p, m, like, expected, s), damages)
+            read = lambda m=manifest, p=path, s=sources: filled(p, m, like, expected, s)  # noqa: E731
+            state = self._attempt(at, lambda read=read: ranks.agreed(read), damages)
             if state is not None:
-                _warn(damages, path)
+                _warn(damages, path, ranks)
                 return state, manifest.extra
         if damages:
             raise CheckpointError(f"{str(self.path)!r}: no checkpoint can be read:\n  " + "\n  ".join(damages))
         if step is not None:
-            steps = ", ".join(str(s) for s in sorted(self.complete())) or "none"
+            complete = ranks.first(lambda: sorted(self.complete()))
+            steps = ", ".join(str(s) for s in complete) or "none"
             raise CheckpointError(f"{str(self.path)!r}: there is no checkpoint of step {step}; complete are: {steps}.")
         return None
 
@@ -113,8 +124,8 @@ def _inspect(step: int, path: Path) -> Manifest:
     return manifest
 
 
-def _warn(damages: list[str], chosen: Path | None) -> None:
-    if damages:
+def _warn(damages: list[str], chosen: Path | None, ranks: Ranks) -> None:
+    if damages and ranks.rank == 0:
         instead = f"{str(chosen)!r} is used instead" if chosen is not None else "there is none before"
         warnings.warn("\n  ".join([f"{instead}:", *damages]), stacklevel=4)
 

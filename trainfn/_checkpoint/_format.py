@@ -18,10 +18,12 @@ import torch
 
 from trainfn._checkpoint._disk import Written
 from trainfn._checkpoint._leaves import MODEL
+from trainfn._checkpoint._pieces import Box, check_grid, whole_box
 
-FORMAT = 2
+FORMAT, SPLIT_FORMAT = 2, 3  # the second one has leaves in pieces; a checkpoint without any is of the first
 MANIFEST = "manifest.json"
 STATE_FILE = "state.safetensors"
+RANK_FILE = re.compile(r"rank-[0-9]+-of-[0-9]+\.safetensors")  # of a split state, what one rank wrote
 LIMIT = 64 * 2**20  # bytes of a manifest or a header: a hundred leaves of a megabyte each, or half a million small ones
 
 DTYPES = {
@@ -35,17 +37,36 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
+class Piece(NamedTuple):
+    """What the manifest says of one part of a leaf that was split over ranks."""
+
+    file: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def box(self) -> Box:
+        """Where it is in the leaf."""
+        return Box(self.offsets, self.shape)
+
+
 class Leaf(NamedTuple):
-    """What the manifest says of one leaf."""
+    """What the manifest says of one leaf: it is in a file, or its pieces are in several."""
 
     dtype: str
     shape: tuple[int, ...]
     file: str
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Of its values."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def parts(self) -> tuple[Piece, ...]:
+        """Its pieces; of one that was not split, itself."""
+        return self.pieces or (Piece(self.file, *whole_box(self.shape)),)
 
 
 class Manifest(NamedTuple):
@@ -60,8 +81,15 @@ class Manifest(NamedTuple):
 
     def leaves_of(self, file: str) -> dict[str, Leaf]:
         """The leaves in a file, in the order of their bytes: the widest first, so that all are aligned."""
-        held = [(name, leaf) for name, leaf in self.tree.items() if leaf.file == file]
-        return dict(sorted(held, key=lambda item: (-DTYPES[item[1].dtype].itemsize, item[0])))
+        return self.by_file().get(file, {})
+
+    def by_file(self) -> dict[str, dict[str, Leaf]]:
+        """The same for each file that holds any. Of a leaf in pieces, a file has one, and its shape is the leaf's."""
+        found: dict[str, dict[str, Leaf]] = {part.file: {} for leaf in self.tree.values() for part in leaf.parts}
+        for name, leaf in sorted(self.tree.items(), key=lambda item: (-DTYPES[item[1].dtype].itemsize, item[0])):
+            for part in leaf.parts:
+                found[part.file][name] = Leaf(leaf.dtype, part.shape, part.file)
+        return found
 
 
 def header(leaves: Mapping[str, Leaf]) -> bytes:
@@ -69,7 +97,7 @@ def header(leaves: Mapping[str, Leaf]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, leaf in leaves.items():
-        key = name if leaf.file == STATE_FILE else name.removeprefix(MODEL)
+        key = name if leaf.file == STATE_FILE or RANK_FILE.fullmatch(leaf.file) else name.removeprefix(MODEL)
         if key in entries:
             raise ValueError(f"two tensors are called {key!r}")
         begin, end = end, end + leaf.nbytes
@@ -89,18 +117,24 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 def manifest_bytes(manifest: Manifest) -> bytes:
     """The manifest as JSON, a line to a leaf; its last line is the checksum of all before it."""
     fields = {
-        "format": FORMAT,
+        "format": SPLIT_FORMAT if any(leaf.pieces for leaf in manifest.tree.values()) else FORMAT,
         "step": manifest.step,
         "versions": manifest.versions,
         "metrics": manifest.metrics,
         "extra": manifest.extra,
         "files": {name: written._asdict() for name, written in manifest.files.items()},
-        "tree": {name: leaf._asdict() for name, leaf in manifest.tree.items()},
+        "tree": {name: _entry(leaf) for name, leaf in manifest.tree.items()},
     }
     lines = [f"{json.dumps(name)}: {_lines(value) if name in ('files', 'tree') else json.dumps(value)}"
              for name, value in fields.items()]  # fmt: skip
     body = ("{\n" + ",\n".join(lines)).encode()
     return body + f',\n"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+def _entry(leaf: Leaf) -> dict[str, Any]:
+    if not leaf.pieces:
+        return {"dtype": leaf.dtype, "shape": leaf.shape, "file": leaf.file}
+    return {"dtype": leaf.dtype, "shape": leaf.shape, "pieces": [piece._asdict() for piece in leaf.pieces]}
 
 
 def _lines(value: Any) -> str:
@@ -114,8 +148,9 @@ def parsed_manifest(data: bytes) -> Manifest:
         ValueError: That says what is wrong with it.
     """
     fields = _json(data)
-    if fields.get("format") != FORMAT:
-        raise ValueError(f"format {fields.get('format')!r}; this version of trainfn reads {FORMAT}")
+    kind = fields.get("format")
+    if type(kind) is not int or kind not in (FORMAT, SPLIT_FORMAT):
+        raise ValueError(f"format {kind!r}; this version of trainfn reads {FORMAT} and {SPLIT_FORMAT}")
     seal = _SEAL.search(data)
     if seal is None or hashlib.sha256(data[: seal.start()]).hexdigest().encode() != seal[1]:
         raise ValueError("it does not have the checksum that it says it has")
@@ -124,13 +159,13 @@ def parsed_manifest(data: bytes) -> Manifest:
         step=_count(fields.get("step"), "step"),
         metrics={name: _number(value) for name, value in _field(fields, "metrics", dict).items()},
         files=files,
-        tree={name: _leaf(name, entry, files) for name, entry in _field(fields, "tree", dict).items()},
+        tree={name: _leaf(name, entry, files, kind) for name, entry in _field(fields, "tree", dict).items()},
         extra=_field(fields, "extra", dict),
         versions=_field(fields, "versions", dict),
     )
-    for name, written in files.items():
-        leaves = found.leaves_of(name)
-        if leaves and written.size != len(header(leaves)) + sum(leaf.nbytes for leaf in leaves.values()):
+    for name, leaves in found.by_file().items():
+        written = files[name]
+        if written.size != len(header(leaves)) + sum(leaf.nbytes for leaf in leaves.values()):
             raise ValueError(f"{name} can't have {written.size} bytes and the leaves that it says are in it")
     return found
 
@@ -183,9 +218,41 @@ def _written(entry: Any) -> Written:
     return Written(_count(entry.get("size"), "the size of a file"), digest)
 
 
-def _leaf(name: str, entry: Any, files: dict[str, Written]) -> Leaf:
+def _leaf(name: str, entry: Any, files: dict[str, Written], kind: int) -> Leaf:
     entry = entry if isinstance(entry, dict) else {}
-    dtype, shape, file = _field(entry, "dtype", str), _field(entry, "shape", list), _field(entry, "file", str)
-    if dtype not in DTYPES or file not in files or not file.endswith(".safetensors") or len(shape) > 64:
+    dtype, shape = _field(entry, "dtype", str), _field(entry, "shape", list)
+    split = kind == SPLIT_FORMAT and "pieces" in entry
+    file = "" if split else _field(entry, "file", str)
+    if dtype not in DTYPES or len(shape) > 64 or not (split or _holds_tensors(file, files)):
         raise ValueError(f"{name[:80]!r} has a dtype, a shape or a file that can't be")
-    return Leaf(dtype, tuple(_count(size, f"a dimension of {name[:80]!r}") for size in shape), file)
+    shape = _sizes(name, shape)
+    return Leaf(dtype, shape, file, _pieces(name, shape, entry, files) if split else ())
+
+
+def _pieces(name: str, shape: tuple[int, ...], entry: dict[str, Any], files: dict[str, Written]) -> tuple[Piece, ...]:
+    pieces = [_piece(name, piece, len(shape), files) for piece in _field(entry, "pieces", list)]
+    if not pieces or "file" in entry:
+        raise ValueError(f"{name[:80]!r} is in pieces, but has none, or is in a file as well")
+    if len({piece.file for piece in pieces}) != len(pieces):
+        raise ValueError(f"{name[:80]!r} has two pieces in one file")
+    try:
+        check_grid(shape, [piece.box for piece in pieces])
+    except ValueError as why:
+        raise ValueError(f"the pieces of {name[:80]!r} {why}") from None
+    return tuple(pieces)
+
+
+def _piece(name: str, entry: Any, dims: int, files: dict[str, Written]) -> Piece:
+    entry = entry if isinstance(entry, dict) else {}
+    file, offsets, shape = _field(entry, "file", str), _field(entry, "offsets", list), _field(entry, "shape", list)
+    if not _holds_tensors(file, files) or len(offsets) != dims or len(shape) != dims:
+        raise ValueError(f"a piece of {name[:80]!r} has offsets, a shape or a file that can't be")
+    return Piece(file, _sizes(name, offsets), _sizes(name, shape))
+
+
+def _holds_tensors(file: str, files: dict[str, Written]) -> bool:
+    return file in files and file.endswith(".safetensors")
+
+
+def _sizes(name: str, sizes: list[Any]) -> tuple[int, ...]:
+    return tuple(_count(size, f"a dimension of {name[:80]!r}") for size in sizes)

@@ -7,11 +7,13 @@ All else has its path: ``step``, ``opt_state/0/mu/<name>``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainfn import tree
+from trainfn._checkpoint._pieces import is_laid_out
 from trainfn._types import TrainState
 
 MODEL = "model/"
@@ -33,7 +35,19 @@ def named(state: TrainState, call: str) -> dict[str, Tensor]:
         if leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized:
             kind = "has no values (meta device)" if leaf.is_meta else "is sparse or quantized"
             raise TypeError(f"{call}: {where} {kind}; only dense tensors are saved. See `.to_dense()`.")
+        if is_laid_out(leaf):
+            _check_layout(leaf, f"{call}: {where}")
     return found
+
+
+def _check_layout(leaf: Any, which: str) -> None:
+    world = torch.distributed.get_world_size()
+    if not all(p.is_shard() or p.is_replicate() for p in leaf.placements) or leaf.device_mesh.size() != world:
+        raise TypeError(
+            f"{which} is laid out as {tuple(leaf.placements)} over {leaf.device_mesh.size()} of {world} ranks. Only"
+            " what `tfn.shard` makes can be saved and restored in parts: Shard(dim) and Replicate() over all ranks."
+            " Bring it together first: `tfn.gather(state)`."
+        )
 
 
 def refilled(like: TrainState, values: Mapping[str, Tensor]) -> TrainState:

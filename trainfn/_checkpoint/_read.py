@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from torch import Tensor
 
 from trainfn._checkpoint import _disk
-from trainfn._checkpoint._format import DTYPES, LIMIT, MANIFEST, Leaf, Manifest, header, parsed_manifest
-from trainfn._checkpoint._write import bytes_of
+from trainfn._checkpoint._format import LIMIT, MANIFEST, Leaf, Manifest, header, parsed_manifest
+from trainfn._checkpoint._goal import Goal
+from trainfn._ranks import ALONE, Ranks
 from trainfn.errors import CheckpointError
 
 
@@ -54,69 +54,64 @@ def inspect(folder: Path) -> Manifest:
         raise _damaged(folder, name, error) from error
 
 
-def verify(folder: Path) -> Manifest:
-    """Like `inspect`, with every checksum.
+def verify(folder: Path, manifest: Manifest | None = None, ranks: Ranks = ALONE) -> Manifest:
+    """Like `inspect`, with every checksum; of a ``manifest`` that is known, this rank's share of them.
 
     Raises:
         CheckpointError: The same.
     """
-    manifest = inspect(folder)
-    _read(folder, manifest, list(manifest.files), {})
+    manifest = inspect(folder) if manifest is None else manifest
+    _read(folder, manifest, list(manifest.files)[ranks.rank :: ranks.size], {})
     return manifest
 
 
 def read_leaves(folder: Path, manifest: Manifest, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of the leaves in ``wanted``, each on the device and in the memory format of its tensor there.
 
-    What they are wanted as has their shape and dtype. Files that hold none of them are not read.
+    What they are wanted as has their shape and dtype, or is this rank's part of such a leaf. Files that hold nothing of
+    them are not read; the others are read whole, for they have one checksum each.
 
     Raises:
         CheckpointError: If a file is not what was written.
     """
-    idle = {leaf.file for leaf in manifest.tree.values()} - {manifest.tree[name].file for name in wanted}
-    return _read(folder, manifest, [name for name in manifest.files if name not in idle], wanted)
+    goals = {name: Goal(manifest.tree[name], like) for name, like in wanted.items()}
+    needed = {part.file for goal in goals.values() for part in goal.parts}
+    idle = {part.file for leaf in manifest.tree.values() for part in leaf.parts} - needed
+    _read(folder, manifest, [name for name in manifest.files if name not in idle], goals)
+    return {name: goal.value for name, goal in goals.items()}
 
 
-def _read(folder: Path, manifest: Manifest, names: list[str], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    def one(name: str) -> dict[str, Tensor]:
+def _read(folder: Path, manifest: Manifest, names: list[str], goals: Mapping[str, Goal]) -> None:
+    by_file = manifest.by_file()
+
+    def one(name: str) -> None:
         try:
             with _opened(folder / name) as file:
-                return _values(_Hashed(file), manifest, name, wanted)
+                hashed = _Hashed(file)
+                _fill(hashed, by_file.get(name, {}), name, goals)
+                hashed.end(manifest.files[name])
         except (OSError, _Damage) as error:
             raise _damaged(folder, name, error) from error
 
     # The checksum takes longer than the reading, and both let other threads run.
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return {name: value for found in pool.map(one, names) for name, value in found.items()}
+        for _ in pool.map(one, names):
+            pass
 
 
-def _values(file: _Hashed, manifest: Manifest, name: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    leaves = manifest.leaves_of(name)
+def _fill(file: _Hashed, leaves: Mapping[str, Leaf], name: str, goals: Mapping[str, Goal]) -> None:
+    """Read what is wanted of the leaves in one file."""
     if leaves:
         expected = header(leaves)
         if file.take(len(expected)) != expected:
             raise _Damage("its header is not the one that the manifest describes")
     for leaf_name, leaf in leaves.items():
-        if leaf_name in wanted:
-            found[leaf_name] = _placed(_value(file, leaf), wanted[leaf_name])
-        else:
+        goal = goals.get(leaf_name)
+        part = next((part for part in goal.parts if part.file == name), None) if goal is not None else None
+        if goal is None or part is None:
             file.skip(leaf.nbytes)
-    file.end(manifest.files[name])
-    return found
-
-
-def _value(file: _Hashed, leaf: Leaf) -> Tensor:
-    value = torch.empty(leaf.shape, dtype=DTYPES[leaf.dtype], device="cpu")
-    file.fill(bytes_of(value))
-    return value
-
-
-def _placed(value: Tensor, like: Tensor) -> Tensor:
-    place = torch.empty_like(like, device="meta")  # of `like` only its order of dimensions is kept, not its gaps
-    if like.device.type == "cpu" and place.stride() == value.stride():
-        return value
-    return torch.empty_like(like).copy_(value)
+        else:
+            goal.read(part, file.fill)
 
 
 class _Hashed:

@@ -1,9 +1,13 @@
-"""A copy of a state in host memory, for a write that goes on while the state is trained further."""
+"""A state's values on their way to the disk: copied to host memory, or gathered over ranks, one leaf at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+
 import torch
 from torch import Tensor
+
+from trainfn._checkpoint._pieces import whole
 
 
 class Snapshot:
@@ -16,17 +20,45 @@ class Snapshot:
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
-    def take(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    def take(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The leaves' values as they are now. Waits for the device; valid until the next call."""
-        self._held = {name: _place(self._held.get(name), leaf) for name, leaf in leaves.items()}
-        for name, leaf in leaves.items():
-            self._held[name].copy_(leaf.detach(), non_blocking=True)
-        for device in {leaf.device for leaf in leaves.values() if leaf.device.type != "cpu"}:
-            torch.accelerator.synchronize(device)
-        return self._held
+        held: dict[str, Tensor] = {}
+        devices: set[torch.device] = set()
+        for name in leaves:
+            leaf = leaves[name]
+            held[name] = _place(self._held.get(name), leaf).copy_(leaf.detach(), non_blocking=True)
+            devices.add(leaf.device)
+        for device in devices:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+        self._held = held
+        return held
 
 
 def _place(held: Tensor | None, leaf: Tensor) -> Tensor:
     if held is not None and held.shape == leaf.shape and held.dtype == leaf.dtype:
         return held
     return torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu", pin_memory=leaf.is_cuda)
+
+
+class Gathered(Mapping[str, Tensor]):
+    """Leaves that are split over ranks, each brought together when it is asked for, in one order on every rank."""
+
+    def __init__(self, leaves: Mapping[str, Tensor], order: Sequence[str]) -> None:
+        self._leaves, self._order, self._left = leaves, order, iter(order)
+
+    def __getitem__(self, name: str) -> Tensor:
+        following = next(self._left)
+        assert following == name, (following, name)
+        return whole(self._leaves[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def drain(self) -> None:
+        """Take part in what is left, for the rank that asks."""
+        for name in self._left:
+            whole(self._leaves[name])

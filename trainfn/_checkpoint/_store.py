@@ -14,8 +14,10 @@ from trainfn._checkpoint import _disk
 from trainfn._checkpoint._contents import SHARD, Contents, contents_of
 from trainfn._checkpoint._folder import STEP, Folder, best_of, expired
 from trainfn._checkpoint._lock import Lock
-from trainfn._checkpoint._snapshot import Snapshot
+from trainfn._checkpoint._snapshot import Gathered, Snapshot
 from trainfn._checkpoint._write import explained, sweep, write
+from trainfn._ranks import ALONE, Ranks
+from trainfn._ranks import ranks as all_ranks
 from trainfn._types import TrainState
 from trainfn.errors import CheckpointError
 
@@ -25,6 +27,9 @@ class Checkpoints:
 
     As a context manager it waits at the end for what is still being written, and raises its error. A run holds a lock
     on its folder from its first save, or the start of the ``with`` block, to the end.
+
+    In a job of several processes all of them make one, on the same folder, and call its methods together: each writes
+    and reads its part of a state that `trainfn.shard` laid out; rank 0 locks, counts and removes.
 
     Args:
         folder: Made if it does not exist.
@@ -37,6 +42,7 @@ class Checkpoints:
             state's size of host memory.
         resume: Whether the run goes on from what is in the folder. If not, there must be nothing in it.
         max_shard_size: Bytes above which the model is split into several files.
+        full: Whether rank 0 writes what one process would, as in `save`.
 
     Raises:
         ValueError: If an argument makes no sense, or ``resume=False`` finds checkpoints.
@@ -64,6 +70,7 @@ class Checkpoints:
         asynchronous: bool = True,
         resume: bool = True,
         max_shard_size: int = SHARD,
+        full: bool = False,
     ) -> None:
         counts = {"every": every, "keep": keep, "keep_every": keep_every, "max_shard_size": max_shard_size}
         for name, count in counts.items():
@@ -72,11 +79,12 @@ class Checkpoints:
         if mode not in ("min", "max"):
             raise ValueError(f"Checkpoints(folder, mode={mode!r}): 'min' or 'max'.")
         self.folder, self.every, self.keep, self.keep_every = Path(folder), every, keep, keep_every
-        self.best, self.asynchronous, self.max_shard_size = best, asynchronous, max_shard_size
+        self.best, self.asynchronous, self.max_shard_size, self.full = best, asynchronous, max_shard_size, full
         self.mode: Literal["min", "max"] = mode
         self._found = Folder(self.folder)
         self._lock: Lock | None = None
         self._snapshot = Snapshot()
+        self._ranks, self._writers = ALONE, ALONE  # for this thread, and for that of a write in the background
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if not resume and (steps := self.steps()):
@@ -116,28 +124,61 @@ class Checkpoints:
                 name is none.
         """
         self.wait()
-        call = "Checkpoints.save(state)"
-        contents = contents_of(
-            state, call, max_shard_size=self.max_shard_size, extra=extra, metrics=metrics, files=files
-        )
-        if self.best is not None and metrics is not None and self.best not in metrics:
-            near = difflib.get_close_matches(self.best, list(metrics), n=1, cutoff=0)
-            raise ValueError(f"{call}: best={self.best!r} is not among the metrics. Did you mean {near}?")
-        self._open(contents.nbytes)
-        self._check_newest(contents.manifest.step)
+        ranks = self._together()
+        given = {"extra": extra, "metrics": metrics, "files": files}
+        contents = ranks.agreed(lambda: self._contents(state, given, ranks))
         if not self.asynchronous:
-            self._write(contents)
+            self._write(contents, ranks)
             return
-        contents = contents._replace(leaves=self._snapshot.take(contents.leaves))
+        contents = ranks.agreed(lambda: self._copied(contents))
         # Not a daemon: Python waits for it at its end. It computes nothing, so no generator of torch is touched.
-        self._thread = threading.Thread(target=self._run, args=(contents,), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(contents, self._writers), name="checkpoint")
         self._thread.start()
         if wait:
             self.wait()
 
+    def _contents(self, state: TrainState, given: dict[str, Any], ranks: Ranks) -> Contents:
+        call, metrics = "Checkpoints.save(state)", given["metrics"]
+        contents = contents_of(state, call, max_shard_size=self.max_shard_size, full=self.full, ranks=ranks, **given)
+        if self.best is not None and metrics is not None and self.best not in metrics:
+            near = difflib.get_close_matches(self.best, list(metrics), n=1, cutoff=0)
+            raise ValueError(f"{call}: best={self.best!r} is not among the metrics. Did you mean {near}?")
+        if ranks.rank == 0:
+            self._open(contents.nbytes)
+            self._check_newest(contents.manifest.step)
+        return contents
+
+    def _copied(self, contents: Contents) -> Contents:
+        """The same in host memory. What is gathered, is gathered now: training may not meet it in the background."""
+        if not contents.full:
+            return contents._replace(leaves=self._snapshot.take(contents.leaves))
+        gathered = Gathered(contents.leaves, list(contents.leaves))
+        try:
+            held = self._snapshot.take(gathered) if contents.mine else {}
+        finally:
+            gathered.drain()
+        return contents._replace(leaves=held, full=False)
+
+    def _together(self) -> Ranks:
+        """All processes of the job; a world that was made since the last call is found."""
+        ranks = all_ranks()
+        if ranks is not self._ranks:
+            folders = ranks.everyone(lambda: os.fspath(self.folder))
+            if len(set(folders)) > 1:
+                raise ValueError(
+                    f"Checkpoints({folders[ranks.rank]!r}): the ranks of one job save together, and they give different"
+                    f" folders: {', '.join(map(repr, dict.fromkeys(folders)))}. Give all of them the same one."
+                )
+            self._ranks, self._writers = ranks, ranks.another() if self.asynchronous else ranks
+        return ranks
+
+    def failed(self) -> bool:
+        """Whether a write in the background has failed, as far as this rank knows; never waits."""
+        return self._error is not None
+
     def check(self) -> None:
-        """Raise the error of a write in the background, if it has failed; never waits."""
-        if self._error is not None:
+        """Raise the error of a write in the background, if it has failed; never waits for it."""
+        if self._together().any([self.failed()])[0]:
             self.wait()
 
     def wait(self) -> None:
@@ -153,20 +194,19 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
-    def _run(self, contents: Contents) -> None:
+    def _run(self, contents: Contents, ranks: Ranks) -> None:
         try:
-            self._write(contents)
+            self._write(contents, ranks)
         except BaseException as error:
             if not threading.main_thread().is_alive():
                 raise  # no one will ask any more: Python prints it
             self._error = error
 
-    def _write(self, contents: Contents) -> None:
+    def _write(self, contents: Contents, ranks: Ranks) -> None:
         step = contents.manifest.step
-        sweep(self.folder, STEP)
-        write(self._found.target(step), contents)
+        write(self._found.target(step), contents, ranks, lambda: sweep(self.folder, STEP))
         self._found.damaged.discard(step)
-        if self.keep is not None:
+        if self.keep is not None and ranks.rank == 0:
             self._rotate(step, self.keep)
 
     def _rotate(self, written: int, keep: int) -> None:
@@ -202,12 +242,12 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints in the folder, in order."""
         self._settle()
-        return sorted(self._found.complete())
+        return self._together().first(lambda: sorted(self._found.complete()))
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose every checksum is right; a warning names the damage of newer ones."""
         self._settle()
-        return self._found.newest()
+        return self._found.newest(self._together())
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state that is not damaged, and what was saved with it; None if nothing was saved.
@@ -221,13 +261,13 @@ class Checkpoints:
                 exist.
         """
         self._settle()
-        return self._found.load(like, step)
+        return self._found.load(like, step, self._together())
 
     # --- from beginning to end ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         """Lock the folder."""
-        self._open(0)
+        self._together().first(lambda: self._open(0))
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,31 +15,60 @@ from torch import Tensor
 
 from trainfn._checkpoint import _disk
 from trainfn._checkpoint._contents import Contents
-from trainfn._checkpoint._format import LIMIT, MANIFEST, Leaf, header, manifest_bytes
+from trainfn._checkpoint._disk import Written
+from trainfn._checkpoint._format import LIMIT, MANIFEST, Leaf, Manifest, header, manifest_bytes
+from trainfn._checkpoint._snapshot import Gathered
+from trainfn._ranks import ALONE, Ranks
 from trainfn.errors import CheckpointError
 
 
-def write(target: Path, contents: Contents) -> None:
-    """Write a checkpoint to ``target``, over one that may be there.
+def write(target: Path, contents: Contents, ranks: Ranks = ALONE, prepare: Callable[[], object] = lambda: None) -> None:
+    """Write a checkpoint to ``target``, over one that may be there; each rank its files, at once.
+
+    Rank 0 makes the folder after ``prepare()``, and when all have written, it seals and publishes it.
 
     Raises:
-        CheckpointError: If the disk does not take it; everything is then as it was before.
+        CheckpointError: On all ranks, if any disk does not take it; everything is then as it was before.
     """
-    _check_replaceable(target)
     beside = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    try:
-        if beside.exists():
-            _disk.discard(beside)
-        _disk.make_folder(beside)
-        _fill(beside, contents)
-        _disk.flush_folder(beside)
-        _disk.publish(beside, target)
-    except OSError as error:
-        raise CheckpointError(explained(error, target, contents.nbytes)) from error
-    finally:
-        with contextlib.suppress(OSError):
+
+    def begin() -> str:
+        with _explaining(target, contents):
+            prepare()
+            _check_replaceable(target)
             if beside.exists():
                 _disk.discard(beside)
+            _disk.make_folder(beside)
+        return beside.name
+
+    def fill() -> dict[str, Written]:
+        with _explaining(target, contents):
+            return _fill(target.with_name(name), contents, ranks)
+
+    def finish() -> None:
+        with _explaining(target, contents):
+            for files in of_each[1:]:
+                _check_visible(beside, files)
+            _seal(beside, contents.manifest._replace(files={n: w for files in of_each for n, w in files.items()}))
+            _disk.flush_folder(beside)
+            _disk.publish(beside, target)
+
+    try:
+        name = ranks.first(begin)
+        of_each = ranks.everyone(fill)
+        ranks.first(finish)
+    finally:
+        with contextlib.suppress(OSError):
+            if ranks.rank == 0 and beside.exists():
+                _disk.discard(beside)
+
+
+@contextlib.contextmanager
+def _explaining(target: Path, contents: Contents) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(explained(error, target, contents.nbytes)) from error
 
 
 def _check_replaceable(target: Path) -> None:
@@ -54,19 +83,51 @@ def _check_replaceable(target: Path) -> None:
         )
 
 
-def _fill(folder: Path, contents: Contents) -> None:
-    manifest = contents.manifest
-    files = {name: _disk.write(folder / name, [text]) for name, text in contents.texts.items()}
-    for name in dict.fromkeys(leaf.file for leaf in manifest.tree.values()):
-        files[name] = _disk.write(folder / name, _file(manifest.leaves_of(name), contents.leaves))
-    data = manifest_bytes(manifest._replace(files=files))
+def _fill(folder: Path, contents: Contents, ranks: Ranks) -> dict[str, Written]:
+    """This rank's files. If leaves are gathered, every rank takes part to the end, whatever becomes of the disk."""
+    if ranks.rank > 0 and contents.mine and not folder.is_dir():
+        raise CheckpointError(_not_shared(folder, f"which rank 0 made, is not seen by rank {ranks.rank}"))
+    by_file = contents.manifest.by_file()
+    values = contents.leaves
+    if contents.full:
+        values = Gathered(values, [name for leaves in by_file.values() for name in leaves])
+    try:
+        files: dict[str, Written] = {}
+        if ranks.rank == 0:
+            files = {name: _disk.write(folder / name, [text]) for name, text in contents.texts.items()}
+        for name in contents.mine:
+            files[name] = _disk.write(folder / name, _file(by_file[name], values))
+        if ranks.rank > 0 and contents.mine:
+            _disk.flush_folder(folder)
+        return files
+    finally:
+        if isinstance(values, Gathered):
+            values.drain()
+
+
+def _check_visible(folder: Path, files: dict[str, Written]) -> None:
+    for name, written in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != written.size:
+            raise CheckpointError(_not_shared(path, "which another rank wrote, is not seen by rank 0"))
+
+
+def _not_shared(path: Path, why: str) -> str:
+    return (
+        f"{str(path)!r}, {why}. Ranks write one checkpoint together: give all of them the same folder, on a disk that"
+        " they share."
+    )
+
+
+def _seal(folder: Path, manifest: Manifest) -> None:
+    data = manifest_bytes(manifest)
     if len(data) > LIMIT:
         raise ValueError(f"save to {folder.parent}: the manifest would take {len(data):,} bytes; {LIMIT:,} are read."
                          " Put less into extra.")  # fmt: skip
     _disk.write(folder / MANIFEST, [data])
 
 
-def _file(leaves: dict[str, Leaf], values: dict[str, Tensor]) -> Iterator[memoryview | bytes]:
+def _file(leaves: dict[str, Leaf], values: Mapping[str, Tensor]) -> Iterator[memoryview | bytes]:
     yield header(leaves)
     for name in leaves:
         yield bytes_of(values[name].detach().cpu().contiguous().resolve_conj().resolve_neg())

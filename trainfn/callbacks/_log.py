@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from trainfn._ranks import is_first
 from trainfn._types import Mean, Metrics, StepInfo
 
 
@@ -112,6 +113,8 @@ class Sum:
 def log(n: int, fn: Callable[[str], object] = print) -> window:
     """Every ``n`` steps, give ``fn`` one line: step, the metrics' means since the last line, steps per second.
 
+    Of several processes, only rank 0 does.
+
     >>> import torch, trainfn as tfn
     >>> callback = log(1)
     >>> callback(tfn.StepInfo(1, None, {"loss": tfn.Mean.of(torch.tensor([0.5]))}, 0.1, until=3))
@@ -119,6 +122,8 @@ def log(n: int, fn: Callable[[str], object] = print) -> window:
     """
 
     def line(info: StepInfo) -> None:
+        if not is_first():
+            return
         numbers = "  ".join(f"{name} {number:.4g}" for name, number in values(info.metrics).items())
         end = f"/{info.until}" if info.until is not None else ""
         fn(f"step {info.n}{end}  {numbers}  {n / info.seconds:.3g} steps/s")
