@@ -260,7 +260,7 @@ class Seq2SeqTrainingArguments(TrainingArguments, transformers.Seq2SeqTrainingAr
 
 
 def _allow_every_strategy(args: TrainingArguments) -> None:
-    """transformers knows some of FSDP's strategies in the words of its first version only; here they are all one."""
+    """Transformers knows some of FSDP's strategies in the words of its first version only; here they are all one."""
     items = args.fsdp.split() if isinstance(args.fsdp, str) else args.fsdp if isinstance(args.fsdp, list) else []
     old = {"no_shard", "hybrid_shard", "hybrid_shard_zero2"} & {str(getattr(x, "value", x)).lower() for x in items}
     if old and (args.fsdp_config is None or isinstance(args.fsdp_config, dict)):
@@ -282,7 +282,8 @@ def _held_back(args: TrainingArguments) -> Generator[None]:
         )
     if args.device.type == "cpu":
         neutral |= {"bf16": False, "bf16_full_eval": False}
-    kept = {name: getattr(args, name) for name in neutral}
+    loading = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # which they set for all of the process, if there is `fsdp`
+    kept, before = {name: getattr(args, name) for name in neutral}, os.environ.get(loading)
     for name, value in neutral.items():
         setattr(args, name, value)
     try:
@@ -290,6 +291,10 @@ def _held_back(args: TrainingArguments) -> Generator[None]:
     finally:
         for name, value in kept.items():
             setattr(args, name, value)
+        if before is None:
+            os.environ.pop(loading, None)
+        else:
+            os.environ[loading] = before
 
 
 def _explain_bf16(args: TrainingArguments) -> None:

@@ -143,7 +143,9 @@ def _true(value: Any) -> bool:
 
 def _agreed(own: tfn.Plan, launch: Any) -> tfn.Plan:
     """The arguments' plan, unless the launcher was configured with another one."""
-    configured = any(_true(os.environ.get(name)) for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"))
+    configured = any(
+        _true(os.environ.get(name)) for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG")
+    )
     theirs = launch.plan
     mine = own if own.shape(launch.world) else own
     if configured and _layout(mine, launch.world) != _layout(theirs, launch.world):

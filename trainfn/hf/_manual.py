@@ -48,7 +48,9 @@ def step(trainer: Any, made: tfn.TrainStep) -> tfn.TrainStep:
         model, trainer._manual_mean = trainer.model, None
         if is_empty(batch):
             zero = torch.zeros((), device=state.step.device)
-            return tfn.Gradients(tfn.Mean(zero, zero), {n: _summand(p, None) for n, p in state.params.items()}, {}, state.buffers)
+            return tfn.Gradients(
+                tfn.Mean(zero, zero), {n: _summand(p, None) for n, p in state.params.items()}, {}, state.buffers
+            )
         count = counted(trainer, batch)
         model.zero_grad(set_to_none=True)
         try:

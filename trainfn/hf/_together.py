@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import nested_numpify
@@ -39,9 +40,16 @@ def one_batch(ranks: Ranks, mine: Nested | None) -> Nested | None:
     """The rows of all ranks, as tensors, of a batch of which this rank has ``mine``."""
     if ranks.plan is None:
         return mine
-    arrays = None if mine is None else nested_numpify(mine)
-    pieces = [piece for piece in ranks.parts(arrays) if piece is not None]
+    pieces = [piece for piece in ranks.parts(_arrays(mine)) if piece is not None]
     return _tensors(merged(pieces)) if pieces else None
+
+
+def _arrays(tree: Nested) -> Nested:
+    if isinstance(tree, Mapping):
+        return {name: _arrays(value) for name, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(_arrays(value) for value in tree)
+    return nested_numpify(tree) if isinstance(tree, Tensor) else tree
 
 
 def _tensors(tree: Nested) -> Nested:
@@ -49,4 +57,4 @@ def _tensors(tree: Nested) -> Nested:
         return {name: _tensors(value) for name, value in tree.items()}
     if isinstance(tree, tuple | list):
         return type(tree)(_tensors(value) for value in tree)
-    return tree if isinstance(tree, Tensor) else torch.as_tensor(tree)
+    return torch.as_tensor(tree) if isinstance(tree, np.ndarray) else tree

@@ -62,7 +62,9 @@ def train(
             return _loop(trainer, run, windows, ignore_keys_for_eval)
     except BaseException as error:
         if trainer._released:
-            error.add_note("trainer.model has no values now: they were split over the ranks. The checkpoints have them.")
+            error.add_note(
+                "trainer.model has no values now: they were split over the ranks. The checkpoints have them."
+            )
         raise
     finally:
         trainer.is_in_train, trainer._saving = False, None
