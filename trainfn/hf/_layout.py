@@ -143,16 +143,13 @@ def _true(value: Any) -> bool:
 
 def _agreed(own: tfn.Plan, launch: Any) -> tfn.Plan:
     """The arguments' plan, unless the launcher was configured with another one."""
-    configured = any(
-        _true(os.environ.get(name)) for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG")
-    )
-    theirs = launch.plan
-    mine = own if own.shape(launch.world) else own
-    if configured and _layout(mine, launch.world) != _layout(theirs, launch.world):
+    theirs, world = launch.plan, launch.world
+    configured = any(_true(os.environ.get(f"ACCELERATE_USE_{name}")) for name in ("FSDP", "PARALLELISM_CONFIG"))
+    if configured and _layout(own, world) != _layout(theirs, world):
         raise ValueError(
-            f"the training arguments ask for {_layout(mine, launch.world)}, and the configuration of `accelerate"
-            f" launch` for {_layout(theirs, launch.world)}. Leave `fsdp`, `fsdp_config` and `parallelism_config` out of"
-            " the training arguments, or start the script by torchrun."
+            f"the training arguments ask for {_layout(own, world)}, and the configuration of `accelerate launch` for"
+            f" {_layout(theirs, world)}. Leave `fsdp`, `fsdp_config` and `parallelism_config` out of the training"
+            " arguments, or start the script by torchrun."
         )
     return dataclasses.replace(own, precision=theirs.precision, rules=theirs.rules)
 

@@ -142,17 +142,9 @@ def prepare(trainer: Any, run: Run) -> None:
     if plan is not None:
         trainer.train_state = tfn.shard(trainer.train_state, plan)
         _whole.see(trainer)
-    trainer._step = tfn.jit(
-        step,
-        compile=compiled,
-        donate=True,
-        **{
-            "backend": args.torch_compile_backend or "inductor",
-            "mode": args.torch_compile_mode,
-            "max_graphs": 64,
-            **(trainer._ranks.compile or {}),
-        },
-    )
+    how: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
+    how |= trainer._ranks.compile or {}
+    trainer._step = tfn.jit(step, compile=compiled, donate=True, max_graphs=64, **how)
     if args.auto_find_batch_size:
         trainer._step = Halving(trainer._step)
     trainer.state = TrainerState(
