@@ -1,9 +1,12 @@
 """Run by torchrun: each case on all ranks, against the same in one process; what deviates goes into a JSON file."""
 
+import contextlib
+import io
 import json
 import re
 import sys
 import traceback
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -66,7 +69,16 @@ def optimizer_case(optimizer, plan, steps=4):
 
 
 def model_case(
-    make, plan, accumulate=1, checkpointing=False, transform=None, loss=None, batches=None, steps=3, sizes=5
+    make,
+    plan,
+    accumulate=1,
+    checkpointing=False,
+    transform=None,
+    loss=None,
+    batches=None,
+    steps=3,
+    sizes=5,
+    compile=False,
 ):
     from test_transformers_models import batch as hf_batch
     from test_transformers_models import loss as hf_loss
@@ -82,6 +94,7 @@ def model_case(
     state = tfn.shard(state, plan)
     one = wrap(tfn.train_step(loss, optimizer))
     step = wrap(tfn.train_step(loss, optimizer, plan=plan, accumulate=accumulate))
+    step = tfn.jit(step, compile=compile)
     with torch.no_grad():
         for n in range(steps):
             batch = (batches or hf_batch)(sizes, n)
@@ -139,10 +152,42 @@ def compiled_more():
     run("compiled: zero 3, in 2", compiled_case, ADAMW, tfn.Plan.zero(3), 2)
     run("compiled: zero 1", compiled_case, ADAMW, tfn.Plan.zero(1))
     run("compiled: replicated, in 2", compiled_case, ADAMW, tfn.Plan.replicated(), 2)
-    run("compiled: muon", compiled_case, tfn.optim.muon(0.01), tfn.Plan.zero(3))
     run("compiled: adafactor", compiled_case, tfn.optim.adafactor(), tfn.Plan.zero(3))
     run("compiled: galore", compiled_case, tfn.optim.galore_adamw(0.01, rank=2), tfn.Plan.zero(3))
+    split = tfn.Plan(tensor=2, rules=LLAMA_RULES)
+    run("compiled: tensor", model_case, split_llama, split, compile=True, sizes=6)
     run("compiled: lomo", compiled_case, tfn.optim.lomo(0.01, clip_grad_norm=1.0), tfn.Plan.zero(3))
+
+
+def golden_case(kind, plan, steps=4):
+    """Ours against a loop with torch's own DDP or FSDP2, where theirs is right: equal rows and weights."""
+    model = net()
+    if kind == "DDP":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in (model.fc1, model.ln, model.conv):
+            torch.distributed.fsdp.fully_shard(block, mesh=mesh)
+        model.temperature.requires_grad_(False)  # a scalar, which FSDP2 refuses to split
+        wrapped = torch.distributed.fsdp.fully_shard(model, mesh=mesh, ignored_params={model.temperature})
+    adamw = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], 0.01, weight_decay=0.1)
+    ours = net()
+    ours.temperature.requires_grad_(kind == "DDP")
+    optimizer = tfn.optim.chain(tfn.optim.clip_by_global_norm(0.5), tfn.optim.adamw(0.01, weight_decay=0.1))
+    state = tfn.shard(tfn.init(ours, optimizer), plan)
+    step = tfn.train_step(squared, optimizer, plan=plan)
+    for n in range(steps):
+        part = mine({**rows(8, n), "w": torch.ones(8)}, plan)
+        value = ((wrapped(part["x"]) - part["y"]) ** 2).mean()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 0.5)
+        adamw.step()
+        adamw.zero_grad()
+        with torch.no_grad():
+            state, _ = step(state, part)
+    theirs = {k: p.full_tensor() if hasattr(p, "full_tensor") else p for k, p in model.named_parameters()}
+    whole = tfn.gather(state).params
+    return deviation(whole, {name: theirs[name].detach() for name in whole})
 
 
 def memory_case(plan, most):
@@ -197,6 +242,47 @@ def stepping(plan, batches, alone, evaluate=False, **options):
 
 def join(batches):
     return {k: torch.cat([b[k] for b in batches if b is not None]) for k in ("x", "y", "w")}
+
+
+def meta_case(plan):
+    """Only rank 0 has values."""
+    optimizer = tfn.optim.adamw(1e-2)
+    alone = tfn.init(net(), optimizer)
+    model = net() if dist.get_rank() == 0 else net().to("meta")
+    return deviation(tfn.gather(tfn.shard(tfn.init(model, optimizer), plan)), alone)
+
+
+def nan_case(plan, skip=False):
+    """A NaN among one rank's rows concerns all."""
+    optimizer = tfn.optim.adamw(1e-2)
+    state = tfn.shard(tfn.init(net(), optimizer), plan)
+    step = tfn.train_step(squared, optimizer, plan=plan)
+    bad = rows(4) if plan.data_rank == 0 else {**rows(4), "y": torch.full((4,), float("nan"))}
+    if not skip:
+        return raises("the loss of step 1 is NaN", lambda: tfn.fit(step, state, [bad]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        after = tfn.fit(tfn.transforms.skip_nonfinite()(step), state, [bad])
+    return deviation(tfn.gather(after).params, tfn.gather(state).params)
+
+
+def callbacks_case(plan, loader):
+    """Evaluation, early stopping and the best state, as in one process."""
+    outcome = []
+    for p in (None, plan):
+        optimizer = tfn.optim.adamw(0.2)
+        state = tfn.init(net(), optimizer)
+        state = state if p is None else tfn.shard(state, p)
+        best = tfn.callbacks.keep_best("eval_loss")
+        stop = tfn.callbacks.early_stopping("eval_loss", patience=1)
+        seen = tfn.callbacks.evaluation(tfn.eval_step(squared, plan=p), [rows(9, 99)], every=1, then=[best, stop])
+        step = tfn.train_step(squared, optimizer, plan=p)
+        batches = tfn.data.loader(rows(24), tfn.data.shuffled(24, 6, seed=1), epochs=5)
+        with contextlib.redirect_stderr(io.StringIO()):
+            last = tfn.fit(step, state, batches, callbacks=[seen])
+        outcome.append((int(last.step), tfn.gather(best.state).params))
+    assert outcome[0][0] == outcome[1][0] < 20, outcome
+    return deviation(outcome[0][1], outcome[1][1])
 
 
 def driving(plan):
@@ -288,6 +374,9 @@ def two():
         run(f"{plan_name}: a rank without rows", model_case, llama, plan, 3, sizes=3)
         if plan_name in ("replicated", "zero 3"):
             driving(plan)
+    run("golden: DDP", golden_case, "DDP", tfn.Plan.replicated())
+    run("golden: DDP, zero 2", golden_case, "DDP", tfn.Plan.zero(2))
+    run("golden: FSDP2", golden_case, "FSDP2", tfn.Plan.fsdp())
     run("memory: zero 3", memory_case, tfn.Plan.zero(3), 1)
     run("memory: zero 3 without reshard", memory_case, tfn.Plan.zero(3, reshard=False), 5)
     run("tensor: llama", model_case, split_llama, tfn.Plan(tensor=2, rules=LLAMA_RULES))
@@ -311,6 +400,12 @@ def four():
     run("tensor 2 x replicated: llama", model_case, split_llama, plan)
 
 
+def compiled_four():
+    plan = tfn.Plan(shard=2, tensor=2, stage=3, rules=LLAMA_RULES)
+    run("compiled: tensor 2 x zero 3", model_case, split_llama, plan, compile=True, sizes=6)
+    run("compiled: hybrid", compiled_case, ADAMW, tfn.Plan.fsdp(replicate=2))
+
+
 def split_llama():
     """Heads for two ranks, and no dropout in the attention."""
     from test_transformers_models import SIZES, LlamaConfig, LlamaForCausalLM
@@ -321,7 +416,9 @@ def split_llama():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    {"two": two, "four": four, "compiled": compiled, "compiled more": compiled_more}[sys.argv[2]]()
+    {"two": two, "four": four, "compiled": compiled, "compiled more": compiled_more, "compiled four": compiled_four}[
+        sys.argv[2]
+    ]()
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(RESULTS, file)

@@ -19,7 +19,7 @@ LAYERS = {
     **dict.fromkeys(("_types", "tree", "errors"), 0),
     **dict.fromkeys(("random", "_keyed", "_module", "losses", "metrics", "optim", "schedules"), 1),
     **dict.fromkeys(("_grad", "_step", "transforms"), 2),
-    **dict.fromkeys(("_compile", "_plan", "_ranks"), 3),
+    **dict.fromkeys(("_compile", "_plan"), 3),
     **dict.fromkeys(
         (
             *("_checkpoint", "_batches", "_evaluate", "callbacks", "_nonfinite", "_interrupt", "_value", "data"),
@@ -29,7 +29,7 @@ LAYERS = {
     ),
     **dict.fromkeys(("_driver", "_session", "_replay"), 5),
     **dict.fromkeys(("deepspeed",), 6),  # the driver, with another engine behind the step
-    **dict.fromkeys(("launch",), 6),
+    **dict.fromkeys(("launch",), 6),  # reads what started the processes
     **dict.fromkeys(("testing",), 6),  # for users' tests: may import anything public, nothing imports it
     **dict.fromkeys(("hf",), 7),  # uses the public names of the whole package
     **dict.fromkeys(("__init__", "__main__"), 7),

@@ -507,7 +507,7 @@ def test_torchrun_needs_no_variables_and_a_rank_that_raises_ends_the_others(tmp_
 
 NOTEBOOK = """
 import sys, time, torch, trainfn as tfn
-from accelerate import PartialState, notebook_launcher
+from accelerate import PartialState, debug_launcher, notebook_launcher
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 print(tfn.launch.settings())  # in a cell before: one process, and nothing is in the way of the launch
@@ -531,6 +531,13 @@ def train(rank_1):
     if launch.rank == 0:
         print("PRECISION", launch.plan.precision.compute, "LOSSES", len(losses), flush=True)
 
+def met_before(rank, port):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    train("trains")
+
+print("RUN other launchers", flush=True)
+debug_launcher(train, ("trains",))
+torch.multiprocessing.start_processes(met_before, (int(sys.argv[1]) - 1,), nprocs=2, start_method="fork")
 for port, rank_1 in enumerate(["trains", "raises", "waits", "accelerate"], start=int(sys.argv[1])):
     start = time.time()
     print("RUN", rank_1, flush=True)
@@ -547,8 +554,9 @@ def test_notebook_launcher_and_how_its_ranks_end(tmp_path):
     (tmp_path / "notebook.py").write_text(NOTEBOOK)
     status, printed = run(f"{tmp_path}/notebook.py", str(free_port()))
     assert status == 0, printed
-    before, trains, raises, waits, accelerate = printed.split("RUN ")
+    before, others, trains, raises, waits, accelerate = printed.split("RUN ")
     assert "Launch(1 process, cpu" in before
+    assert others.count("PRECISION None LOSSES 2") == 2  # of `debug_launcher`, and of a group made without a launcher
     assert "PRECISION torch.bfloat16 LOSSES 2" in trains and "FAILED" not in trains
     assert "ValueError: these rows are bad" in raises  # told by rank 1, or by rank 0 that waited for it
     assert "rank 1 of 2, before step 2, raised this" in raises or "which has ended: rank 1: ValueError" in raises
@@ -569,6 +577,11 @@ def test_the_command_names_what_the_launcher_drops(tmp_path, monkeypatch, capfd)
         *("-m", "accelerate.commands.launch", "--config_file", str(path), "--num_processes", "2"),
         *("--module", "trainfn.launch._selftest"),
     ]
+
+
+def test_the_command_names_a_file_that_is_none(tmp_path, capsys):
+    assert main(["test", "--config_file", str(tmp_path / "none.yaml")]) == 2
+    assert "there is no such file. `accelerate config` writes one" in capsys.readouterr().err
 
 
 class FakeDone:

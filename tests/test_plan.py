@@ -13,8 +13,9 @@ from helpers import assert_close
 import trainfn as tfn
 
 HERE = Path(__file__).parent
-# Most parameters are of order 1, and Adam's steps of 1e-2: what is left is the order of additions in float32.
-TOLERANCE = 1e-6
+# Most parameters are of order 1, and Adam's steps of 1e-2: what is left is the order of additions in float32, and what
+# the compiler makes of it.
+TOLERANCE, COMPILED_TOLERANCE = 1e-6, 5e-6
 
 
 def launched(ranks, group, tmp_path, timeout):
@@ -35,12 +36,19 @@ LONG = pytest.mark.skipif(not os.environ.get("TRAINFN_LONG"), reason="compiles f
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "group", "cases"),
-    [(2, "two", 190), (4, "four", 18), (2, "compiled", 2), pytest.param(2, "compiled more", 8, marks=LONG)],
+    [
+        (2, "two", 190),
+        (4, "four", 18),
+        (2, "compiled", 2),
+        pytest.param(2, "compiled more", 8, marks=LONG),
+        pytest.param(4, "compiled four", 2, marks=LONG),
+    ],
 )
 def test_n_ranks_are_one(ranks, group, cases, tmp_path):
     pytest.importorskip("transformers")
     results = launched(ranks, group, tmp_path, timeout=500)
-    bad = {name: r for name, r in results.items() if not isinstance(r, float) or not r < TOLERANCE}
+    most = COMPILED_TOLERANCE if "compiled" in group else TOLERANCE
+    bad = {name: r for name, r in results.items() if not isinstance(r, float) or not r < most}
     assert not bad, "\n".join(f"{name}: {r}" for name, r in bad.items())
     assert len(results) >= cases
 
@@ -146,6 +154,15 @@ def test_attention_dropout_is_not_split():
 
     with pytest.raises(ValueError, match=r"attention_dropout=0\.1, ranks would drop the same weights"):
         _place.check_split(tfn.init(model, tfn.optim.sgd(0.1)), tfn.Plan(tensor=2), 2)
+
+
+def test_offloading_from_an_accelerator_is_refused():
+    from trainfn._plan import _place
+
+    with pytest.raises(ValueError, match=r"Plan\(offload=\('opt_state',\)\) on 'cuda' is not there.*tfn\.deepspeed"):
+        _place._check_offload(tfn.Plan(offload=("opt_state",)), "cuda")
+    state = tfn.init(torch.nn.Linear(2, 1), tfn.optim.sgd(0.1))
+    assert tfn.shard(state, tfn.Plan(offload=("opt_state",))) is state
 
 
 def test_the_norm_of_whole_and_of_split_tensors_is_one_function():

@@ -67,8 +67,8 @@ from trainfn._value import fork as fork
 from trainfn.tree import copy as copy
 
 # `launch` reads what a launcher exports, by Accelerate; the names of transformers' Trainer live in `trainfn.hf`, which
-# needs transformers; `testing` needs hypothesis. All are imported when they are first used, so that `import trainfn`
-# stays light.
+# needs transformers; `testing` needs hypothesis. They and `deepspeed` are imported when they are first used, so that
+# `import trainfn` stays light.
 _LAZY = ("deepspeed", "hf", "launch", "testing")
 _HF = (
     *("Trainer", "TrainingArguments", "Seq2SeqTrainer", "Seq2SeqTrainingArguments", "SFTTrainer", "SFTConfig"),

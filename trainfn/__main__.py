@@ -34,9 +34,13 @@ def _test(config: str | None, flags: Sequence[str]) -> int:
     from accelerate.commands.config.config_args import default_config_file
 
     file = Path(config or default_config_file)
-    if file.is_file():
-        _name_what_is_lost(file)
-    elif config is None and not flags:
+    if config is not None or file.is_file():
+        try:
+            _name_what_is_lost(file)
+        except ValueError as error:
+            print(f"trainfn test: {error}", file=sys.stderr)
+            return 2
+    elif not flags:
         print(
             f"trainfn test: there is no {file}. Run `accelerate config` first, or say what to launch: `trainfn test"
             " --multi_gpu --num_processes 2`. One process is tested now.",

@@ -269,6 +269,35 @@ def _norm_over_ranks(flat: list[Any]) -> Tensor:
     return torch.stack(squares).sum().sqrt()
 
 
+def whole(x: Any) -> Any:
+    """All of a tensor that is split over ranks, as a plain tensor; any other as it is.
+
+    >>> import torch
+    >>> whole(torch.zeros(2))
+    tensor([0., 0.])
+    """
+    if not hasattr(x, "placements"):
+        return x
+    from torch.distributed.tensor import Replicate
+
+    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim).to_local()
+
+
+def split_like(x: Tensor, like: Any) -> Any:
+    """The inverse of `whole`: this rank's part of ``x``, laid out like ``like``.
+
+    >>> import torch
+    >>> split_like(torch.zeros(2), torch.ones(2))
+    tensor([0., 0.])
+    """
+    if not hasattr(like, "placements"):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).redistribute(placements=like.placements)
+
+
 def of_whole(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``fn(x)``, on the whole of a tensor that is split over ranks; what comes out is of its shape, and split alike.
 
@@ -278,14 +307,7 @@ def of_whole(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     >>> of_whole(torch.sin, torch.zeros(2))
     tensor([0., 0.])
     """
-    if not hasattr(x, "placements"):
-        return fn(x)
-    from torch.distributed.tensor import DTensor, Replicate
-
-    split: Any = x
-    everywhere = [Replicate()] * split.device_mesh.ndim
-    out = fn(split.redistribute(placements=everywhere).to_local())
-    return DTensor.from_local(out, split.device_mesh, everywhere).redistribute(placements=split.placements)
+    return split_like(fn(whole(x)), x)
 
 
 def sum_over(x: Tensor, group: Any) -> Tensor:

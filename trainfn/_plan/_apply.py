@@ -96,21 +96,61 @@ def update_on(plan: Layout, update: Callable[..., Any]) -> Callable[..., Any]:
             return update(state, sums)
         if not torch.compiler.is_compiling():
             check_laid_out(plan, state)
+        reduced = reduce_means(plan, state, {"loss": sums.loss, **sums.metrics})
+        total = sums._replace(loss=reduced.pop("loss"), metrics=reduced, buffers=_agreed(plan, state, sums.buffers))
+        if plan.stage == 0 and plan.shape(plan.world)["tensor"] == 1:
+            return _update_everywhere(plan, update, state, total)
         where = {name: placements(plan, name, tuple(p.shape), "opt_state") for name, p in state.params.items()}
         parts: Any = state.params
         split = {name: p.redistribute(placements=where[name]) for name, p in parts.items()}
-        reduced = reduce_means(plan, state, {"loss": sums.loss, **sums.metrics})
         grads: Any = sums.grads
-        total = Gradients(
-            loss=reduced.pop("loss"),
-            grads={name: g.redistribute(placements=where[name]) for name, g in grads.items()},
-            metrics=reduced,
-            buffers=_agreed(plan, state, sums.buffers),
-        )
-        new, metrics = update(state._replace(params=split), total)
+        grads = {name: g.redistribute(placements=where[name]) for name, g in grads.items()}
+        new, metrics = update(state._replace(params=split), total._replace(grads=grads))
         return placed_like(new, state), metrics
 
     return of_all_ranks
+
+
+def _update_everywhere(plan: Layout, update: Callable[..., Any], state: TrainState, sums: Gradients) -> Any:
+    """The update where every rank holds everything: on plain tensors, which cost nothing to dispatch."""
+    plain = state._replace(**{field: tree.map(_local, getattr(state, field)) for field in _LAID_OUT})
+    new, metrics = update(plain, sums._replace(grads=_summed(plan, state, tree.map(_local, sums.grads))))
+    return new._replace(**{f: tree.map(_everywhere, getattr(new, f), getattr(state, f)) for f in _LAID_OUT}), metrics
+
+
+_LAID_OUT = ("params", "opt_state", "extra")
+_BUCKET = 25 * 2**20  # bytes: large enough to fill a link, as in torch's DDP
+
+
+def _local(x: Any) -> Any:
+    return x.to_local() if hasattr(x, "placements") else x
+
+
+def _everywhere(new: Any, like: Any) -> Any:
+    if not hasattr(like, "placements"):
+        return new
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(new, like.device_mesh, like.placements, run_check=False)
+
+
+def _summed(plan: Layout, state: TrainState, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over ranks of many tensors, in few reductions."""
+    done: dict[str, Tensor] = {}
+    bucket: list[str] = []
+
+    def flush() -> None:
+        flat = _sum(plan, state, torch.cat([grads[name].reshape(-1) for name in bucket]))
+        parts = flat.split([grads[name].numel() for name in bucket])
+        done.update({name: part.view(grads[name].shape) for name, part in zip(bucket, parts, strict=True)})
+        bucket.clear()
+
+    for name, grad in grads.items():
+        if bucket and (grads[bucket[0]].dtype != grad.dtype or sum(grads[b].nbytes for b in bucket) > _BUCKET):
+            flush()
+        bucket.append(name)
+    flush()
+    return {name: done[name] for name in grads}
 
 
 def placed_like(new: TrainState, old: TrainState) -> TrainState:

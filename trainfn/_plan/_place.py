@@ -89,12 +89,13 @@ def shard(state: TrainState, plan: Layout) -> TrainState:
     if is_sharded(state):
         raise ValueError("shard(state, plan): the state is laid out already. `tfn.shard(tfn.gather(state), plan)`.")
     _check_rules(plan, state)
+    _check_offload(plan, state.step.device.type)
     if plan.precision.param is not None:
         state = state._replace(params=tree.cast(state.params, plan.precision.param))
     if plan.world == 1:
         plan.shape(1)
         return state
-    mesh = plan.mesh(state.step.device.type)
+    mesh = plan.mesh(_device(state))
     names = {name: tuple(p.shape) for name, p in state.params.items()}
     params = {
         name: _distributed(p, mesh, placements(plan, name, names[name], "params")) for name, p in state.params.items()
@@ -107,6 +108,14 @@ def shard(state: TrainState, plan: Layout) -> TrainState:
         opt_state=_kept(state.opt_state, plan, mesh, names, "opt_state"),
         extra=_kept(state.extra, plan, mesh, names, "params"),
     )
+
+
+def _device(state: TrainState) -> str:
+    """Where the state will be: where it is, or where it should be if it is nowhere yet."""
+    if not state.step.is_meta:
+        return state.step.device.type
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def is_sharded(tree_: Tree) -> bool:
@@ -122,6 +131,15 @@ def _check_rules(plan: Layout, state: TrainState) -> None:
                 f" {next(iter(state.params))!r}."
             )
     check_split(state, plan, plan.shape(plan.world)["tensor"])
+
+
+def _check_offload(plan: Layout, device: str) -> None:
+    if plan.offload and device != "cpu":
+        raise ValueError(
+            f"shard(state, plan): Plan(offload={plan.offload!r}) on {device!r} is not there: a compiled step keeps its"
+            " state on one device. `Plan.fsdp()` splits it over more ranks; DeepSpeed's engine, `tfn.deepspeed`,"
+            " offloads."
+        )
 
 
 def check_split(state: TrainState, plan: Layout, ranks: int) -> None:

@@ -31,7 +31,8 @@ class Plan(Layout):
             state whole on every rank.
         reshard: With stage 3, whether gathered parameters are freed after the forward pass, and gathered again.
         precision: See `Precision`.
-        offload: What lives in host memory between steps: ``"opt_state"``, ``"params"``.
+        offload: What lives in host memory: ``"opt_state"``, ``"params"``. On a CPU all does; an accelerator's plan
+            can't offload, and `shard` says so.
 
     Raises:
         ValueError: If a size, the stage or a rule can't be.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainfn._ranks import is_first
+from trainfn._plan import rank
 from trainfn._types import Mean, Metrics, StepInfo
 
 
@@ -110,22 +110,26 @@ class Sum:
         return summed
 
 
-def log(n: int, fn: Callable[[str], object] = print) -> window:
+def log(n: int, fn: Callable[[str], object] | None = None) -> window:
     """Every ``n`` steps, give ``fn`` one line: step, the metrics' means since the last line, steps per second.
 
-    Of several processes, only rank 0 does.
+    By default rank 0 prints it; an ``fn`` is called on every rank.
 
     >>> import torch, trainfn as tfn
     >>> callback = log(1)
     >>> callback(tfn.StepInfo(1, None, {"loss": tfn.Mean.of(torch.tensor([0.5]))}, 0.1, until=3))
     step 1/3  loss 0.5  10 steps/s
     """
+    show = fn if fn is not None else _print
 
     def line(info: StepInfo) -> None:
-        if not is_first():
-            return
         numbers = "  ".join(f"{name} {number:.4g}" for name, number in values(info.metrics).items())
         end = f"/{info.until}" if info.until is not None else ""
-        fn(f"step {info.n}{end}  {numbers}  {n / info.seconds:.3g} steps/s")
+        show(f"step {info.n}{end}  {numbers}  {n / info.seconds:.3g} steps/s")
 
     return window(n, line)
+
+
+def _print(line: str) -> None:
+    if rank() == 0:
+        print(line)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from trainfn._ranks import is_first
+from trainfn._plan import rank
 from trainfn._types import StepInfo
 from trainfn.callbacks._log import Sum, values
 
 
 class progress:
-    """A progress bar for terminals and notebooks: mean metrics, steps per second, time left; rank 0's.
+    """A progress bar for terminals and notebooks: mean metrics, steps per second, time left; on rank 0.
 
     Args:
         per_step: Also show how many of something a second: ``per_step={"tok": batch * length}``.
@@ -29,7 +29,7 @@ class progress:
         """Show that the first step is under way, which compiles the program."""
         from tqdm.auto import tqdm  # here, so that `import trainfn` stays fast
 
-        options: dict[str, Any] = {"unit": "step", "desc": "first step", "disable": not is_first(), **self.options}
+        options: dict[str, Any] = {"unit": "step", "desc": "first step", "disable": rank() > 0, **self.options}
         self._bar: Any = tqdm(**options)
         self._sum, self._shown, self._started = Sum(), time.perf_counter(), False
         return self

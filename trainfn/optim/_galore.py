@@ -167,7 +167,9 @@ def _refresh(due: Tensor, grads: Params, left: Params, right: Params, align: boo
         return tree.copy((left, right))  # a branch may not return what it was given
 
     if torch.compiler.is_compiling():
-        return torch.cond(due, fresh, kept, given)
+        # What is split over ranks is whole here at every step: a branch can't gather it.
+        bases = torch.cond(due, fresh, kept, tree.map(tree.whole, given))
+        return tree.map(tree.split_like, bases, (left, right))
     return fresh(*given) if due.is_meta or bool(due) else (left, right)
 
 
