@@ -1,6 +1,7 @@
 """The cases of test_hf_ranks.py, which runs them in one process; run by torchrun, the same on ranks, into a file."""
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -86,7 +87,7 @@ def updates(folder, plan, name, **options):
 
 
 def noisy(folder, plan):
-    return updates(folder, plan, "gpt2", neftune_noise_alpha=5.0, optim="adamw_torch")
+    return updates(folder, plan, "gpt2", neftune_noise_alpha=5.0)
 
 
 def ungrouped(folder, plan):
@@ -221,6 +222,21 @@ def stopped(folder, plan):
     return {"params": params(trainer), "steps": trainer.state.global_step}
 
 
+class Terminated(TrainerCallback):
+    """A cluster tells one machine that it is about to go."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == WORLD - 1 and state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminated(folder, plan):
+    args = arguments(folder, enable_jit_checkpoint=True, **plan)
+    trainer = Trainer(gpt2(), args, pad, tokens(11), callbacks=[Terminated()])
+    trainer.train()
+    return {"steps": trainer.state.global_step, "files": sorted(p.name for p in Path(folder).glob("checkpoint-*"))}
+
+
 def patient(folder, plan):
     from transformers import EarlyStoppingCallback
 
@@ -269,6 +285,12 @@ def carried_on(folder, plan):
     return {"params": params(trainer)}
 
 
+def halves(folder, plan):
+    """The batch is what the arguments say, and split."""
+    options = {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": ROWS}
+    return updates(folder, plan, "gpt2", **options)
+
+
 def half(folder, plan):
     return updates(folder, plan, "gpt2", bf16=True)
 
@@ -308,6 +330,7 @@ CASES = {
     "saved": (saved, {}),
     "patient": (patient, {}),
     "stopped": (stopped, {}),
+    "terminated": (terminated, {}),
     "generated": (generated, {}),
     "manual": (manual, {}),
     "scaled": (scaled, {}),
@@ -315,6 +338,7 @@ CASES = {
 ONCE = {  # by DDP alone
     "noisy": (noisy, {}),
     "half": (half, {}),
+    "halves": (halves, {}),
     "grouped": (ungrouped, {}),
     "stream": (stream, {}),
     "own loader": (own_loader, {}),

@@ -12,7 +12,6 @@ import torch
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-EXACT = {"equal", "same", "steps", "files", "best", "lengths", "labels", "seen"}
 
 
 def launch(command, timeout, ranks=2, **env):
