@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from hf_models import bert, classes, gpt2, t5, tokens
+from hf_models import bert, classes, gpt2, llama, t5, tokens
 from transformers import BertForSequenceClassification, TrainerCallback
 
 import trainfn as tfn
@@ -237,13 +237,13 @@ def terminated(folder, plan):
     return {"steps": trainer.state.global_step, "files": sorted(p.name for p in Path(folder).glob("checkpoint-*"))}
 
 
-def patient(folder, plan):
+def patient(folder, plan, **more):
     from transformers import EarlyStoppingCallback
 
     options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "accuracy", "num_train_epochs": 9}
     options |= {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "save_total_limit": 2}
     make, rows = MODELS["bert"]
-    args = arguments(folder, **options, **plan)
+    args = arguments(folder, **options, **more, **plan)
     trainer = Trainer(make(), args, pad, rows(), classes(9), compute_metrics=accuracy)
     trainer.add_callback(EarlyStoppingCallback(2))
     trainer.train()
@@ -322,6 +322,52 @@ def rebuffered(folder, plan):
     return {"params": params(trainer), "files": files}
 
 
+def twice(folder, plan):
+    trainer = Trainer(gpt2(), arguments(folder, **plan), pad, tokens(11))
+    trainer.train()
+    trainer.train()
+    return {"params": params(trainer), "loss": trainer.evaluate(tokens(5))["eval_loss"]}
+
+
+def foreign(folder, plan):
+    """From a checkpoint of weights and a trainer's state, such as transformers leaves."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    first = Trainer(gpt2(), arguments(folder, **options, **plan), pad, tokens(11), callbacks=[Until(2, 0)])
+    first.train()
+    for name in ("manifest.json", "state.safetensors"):
+        first._ranks.first((folder / "checkpoint-2" / name).unlink)
+    trainer = Trainer(gpt2(), arguments(folder, **plan), pad, tokens(11))
+    trainer.train(resume_from_checkpoint=True)
+    return {"params": params(trainer)}
+
+
+def parted(folder, plan):
+    """Each rank writes its part."""
+    if plan:
+        plan = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    options = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    make, rows = MODELS["bert"]
+    Trainer(make(), arguments(folder, **options, **plan), pad, rows(), callbacks=[Until(2, 0)]).train()
+    parts = len(list((folder / "checkpoint-2").glob("rank-*.safetensors")))
+    assert parts == (2 if plan else 0)
+    assert (folder / "checkpoint-2" / "model.safetensors").exists() == (not plan)
+    trainer = Trainer(make(), arguments(folder, **options, **plan), pad, rows())
+    trainer.train(resume_from_checkpoint=True)
+    return {"params": params(trainer)}
+
+
+def tensors(folder, plan):
+    """Layers that two ranks compute together, on the same rows."""
+    from accelerate import ParallelismConfig
+
+    split = {"parallelism_config": ParallelismConfig(tp_size=2)} if WORLD == 2 else {}
+    args = arguments(folder, per_device_train_batch_size=ROWS, per_device_eval_batch_size=ROWS, **split)
+    trainer = Trainer(llama(), args, pad, tokens(11), tokens(5))
+    trainer.train()
+    output = trainer.predict(tokens(5))
+    return {"params": params(trainer), "log": history(trainer), "predictions": torch.as_tensor(output.predictions)}
+
+
 CASES = {
     **{f"updates {name}": (updates, {"name": name}) for name in MODELS},
     "accumulated bert": (updates, {"name": "bert", "gradient_accumulation_steps": 2}),
@@ -334,6 +380,7 @@ CASES = {
     "generated": (generated, {}),
     "manual": (manual, {}),
     "scaled": (scaled, {}),
+    "module": (rebuffered, {}),
 }
 ONCE = {  # by DDP alone
     "noisy": (noisy, {}),
@@ -344,7 +391,13 @@ ONCE = {  # by DDP alone
     "own loader": (own_loader, {}),
     "divided": (divided, {}),
     "batchwise": (batchwise, {}),
-    "module": (rebuffered, {}),
+    "tensors": (tensors, {}),
+}
+SPLIT = {  # by FSDP alone
+    "twice": (twice, {}),
+    "foreign": (foreign, {}),
+    "parted": (parted, {}),
+    "patient, weights": (patient, {"save_only_model": True}),
 }
 
 
@@ -354,7 +407,7 @@ CARRIED = "carried on, fsdp"
 def cases():
     """Each name, its plan and its function."""
     for plan in ("ddp", "fsdp"):
-        for name, (case, options) in {**CASES, **(ONCE if plan == "ddp" else {})}.items():
+        for name, (case, options) in {**CASES, **(ONCE if plan == "ddp" else SPLIT)}.items():
             yield f"{name}, {plan}", PLANS[plan], case, options
     yield "updates bert, zero", PLANS["zero"], updates, {"name": "bert"}
     yield CARRIED, PLANS["fsdp"], carried_on, {}

@@ -30,7 +30,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     one = {}
     for name, _, case, options in worker.cases():
-        again = next((n for n in one if n.split(",")[0] == name.split(",")[0]), None)
+        again = next((n for n in one if n.rpartition(",")[0] == name.rpartition(",")[0]), None)
         if name != worker.CARRIED:
             one[name] = one[again] if again else case(folder / "one" / name, {}, **options)
     one[worker.CARRIED] = one["saved, fsdp"]

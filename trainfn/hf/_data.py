@@ -295,8 +295,9 @@ def _seeded(loader: Any, seed: int, epoch: int, skip: int) -> Generator[Any]:
 
     It draws from the global generators, which are lent to it for each batch and given back.
     """
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(epoch)
+    for shuffles in (loader, getattr(loader, "sampler", None)):  # a `DistributedSampler`, say
+        if hasattr(shuffles, "set_epoch"):
+            shuffles.set_epoch(epoch)
     if isinstance(own := getattr(loader, "generator", None), torch.Generator):
         own.manual_seed(_number(seed, epoch))
     lent = _Generators(seed, epoch)

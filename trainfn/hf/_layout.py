@@ -12,6 +12,7 @@ import torch
 from torch import distributed
 
 import trainfn as tfn
+from trainfn import launch as launchers
 from trainfn.hf._ranks import ALONE, Ranks
 
 _STRATEGIES: dict[str, dict[str, Any]] = {  # of FSDP 1, `fsdp_config["reshard_after_forward"]`
@@ -39,7 +40,7 @@ def ranks_of(args: Any, model: Any) -> Ranks:
     plan = launch.plan if own is None else _agreed(own, launch)
     # `autocast` in the loss computes in 16 bits, as in one process: cast before, norms would see other weights.
     precision = dataclasses.replace(plan.precision, compute=None)
-    rules = plan.rules if plan.tensor == 1 else (*plan.rules, *tfn.launch.tensor_rules(model))
+    rules = plan.rules if plan.tensor == 1 else (*plan.rules, *launchers.tensor_rules(model))
     plan = dataclasses.replace(plan, precision=precision, rules=rules)
     plan.shape(launch.world)
     config = args.fsdp_config or {}
@@ -61,7 +62,7 @@ def ranks_of(args: Any, model: Any) -> Ranks:
 def joined(args: Any) -> Any:
     """The launcher's settings, after all of its processes have found each other."""
     with _on_cpu(args):
-        launch = tfn.launch.settings(timeout=float(args.ddp_timeout))
+        launch = launchers.settings(timeout=float(args.ddp_timeout))
     if launch.world > 1:
         from accelerate import PartialState
 
