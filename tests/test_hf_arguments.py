@@ -333,10 +333,8 @@ def test_both_names_of_activation_checkpointing_are_fine():
 # ------------------------------------------------------------------------------------------------------- every field
 
 NOT_DEFAULT = {  # a value for every field that is refused or ignored, and what the message says
-    "deepspeed": ({"a": 1}, "one process.*Leave `deepspeed` out"),
-    "fsdp": ("full_shard", "one process.*Leave `fsdp`"),
-    "fsdp_config": ({"min_num_params": 1}, "configures FSDP.*Leave `fsdp_config` out"),
-    "parallelism_config": (object(), "one process.*Leave `parallelism_config` out"),
+    "deepspeed": ({"a": 1}, "holds the state itself.*Write `fsdp='full_shard'`.*tfn.deepspeed.init"),
+    "fsdp_config": ({"min_num_params": 1}, "`fsdp` is not given.*Write `fsdp=True`"),
     "tf32": (True, "no NVIDIA GPU.*Leave `tf32` out"),
     "torch_empty_cache_steps": (4, "plans its memory.*Leave `torch_empty_cache_steps` out"),
     "dataloader_persistent_workers": (True, "trainfn.data"),
@@ -346,15 +344,13 @@ NOT_DEFAULT = {  # a value for every field that is refused or ignored, and what 
     "optim_target_modules": (["attn"], "GaLore.*Leave `optim_target_modules` out"),
     "debug": ("underflow_overflow", "Leave `debug` out"),
     "skip_memory_metrics": (False, "Leave it out"),
-    "average_tokens_across_devices": (False, "one device"),
+    "average_tokens_across_devices": (False, "all tokens of all devices"),
     "ddp_find_unused_parameters": (True, "no DistributedDataParallel"),
     "ddp_bucket_cap_mb": (25, "no DistributedDataParallel"),
     "ddp_broadcast_buffers": (True, "no DistributedDataParallel"),
     "ddp_static_graph": (True, "no DistributedDataParallel"),
-    "ddp_backend": ("gloo", "one process"),
-    "ddp_timeout": (7, "one process"),
-    "eval_use_gather_object": (True, "nothing to gather"),
-    "accelerator_config": ({"split_batches": True}, "trainfn.data"),
+    "eval_use_gather_object": (True, "of any shape"),
+    "accelerator_config": ({"even_batches": False}, "split_batches"),
 }
 
 
@@ -396,7 +392,7 @@ def test_the_table_names_no_field_that_is_not_there():
 
 
 def test_values_that_are_refused_of_fields_that_are_used(monkeypatch):
-    with pytest.raises(ValueError, match=r"balances lengths among processes.*Write `train_sampling_strategy="):
+    with pytest.raises(ValueError, match=r"moves rows between processes.*Write `train_sampling_strategy="):
         check_supported(arguments(train_sampling_strategy="batch_rebalance"))
     with pytest.raises(ValueError, match=r"accumulates gradients itself.*Write `gradient_accumulation_steps="):
         check_supported(arguments(accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 2}}))
@@ -405,17 +401,15 @@ def test_values_that_are_refused_of_fields_that_are_used(monkeypatch):
     with pytest.raises(ValueError, match="momentun"):
         check_supported(arguments(optim="sgd", optim_args="momentun=0.9"))
     check_supported(arguments(tf32=False, train_sampling_strategy="group_by_length"))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"`ACCELERATE_USE_FSDP=true`.*Start it with `python"):
-        check_supported(arguments())
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"This is process 0 of 2.*without torchrun"):
-        check_supported(arguments())
+    args = arguments()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"`ACCELERATE_USE_DEEPSPEED=true`.*Launch with `distributed_type: FSDP`"):
+        check_supported(args)
 
 
 def test_one_warning_for_all_that_is_ignored():
-    with pytest.warns(UserWarning, match="`ddp_bucket_cap_mb`.*`ddp_timeout`") as caught:
-        check_supported(arguments(ddp_bucket_cap_mb=25, ddp_timeout=7))
+    with pytest.warns(UserWarning, match="`ddp_bucket_cap_mb`.*`ddp_static_graph`") as caught:
+        check_supported(arguments(ddp_bucket_cap_mb=25, ddp_static_graph=True))
     assert len(caught) == 1
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from trainfn import tree
 from trainfn._types import Batch
 from trainfn.data import _seeding
 from trainfn.data._bits import Ints, Words
@@ -31,10 +32,15 @@ def check_share(call: str, batch_size: int, last: str, rank: int, world: int) ->
         )
 
 
-def share(rows: Rows, batch_size: int, rank: int, world: int) -> tuple[Rows, int]:
+def share(rows: Rows, batch_size: int, rank: int, world: int, even: bool = True) -> tuple[Rows, int]:
     """A rank's rows of a global batch, and the place of the first among them."""
     if world == 1:
         return rows, 0
+    if not even:
+        each, more = divmod(len(rows.indices), world)
+        first = rank * each + min(rank, more)
+        mine = slice(first, first + each + (rank < more))
+        return rows.part(mine), first
     each = -(-batch_size // world)
     first = rank * each
     everything = filled(rows.indices, rows.visits, each * world)  # the global batch divides, or is padded
@@ -52,6 +58,11 @@ def collated(collate: Collate, rows: Sequence[Any], seed: int, step: int, first_
         batch = collate(rows)
     # The `BatchEncoding` of transformers is a mapping but no dict, and so one leaf of a tree.
     return dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
+
+
+def no_rows(batch: Batch) -> Batch:
+    """A batch like this one, of no rows."""
+    return tree.map(lambda x: x[:0] if isinstance(x, torch.Tensor | np.ndarray) and x.ndim else x, batch)
 
 
 def weighted(batch: Batch, weights: npt.NDArray[np.float32], name: str) -> Batch:

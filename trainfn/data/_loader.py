@@ -43,6 +43,7 @@ class Loader:
     getitems: bool
     rank: int = 0
     world: int = 1
+    even: bool = True  # whether every rank has as many rows
 
     @functools.cached_property
     def source(self) -> Source:
@@ -81,31 +82,39 @@ class Loader:
         """
         if self.steps is not None and n >= self.steps:
             raise IndexError(f"loader({n}): there are {self.steps} batches, the last one is loader({self.steps - 1}).")
-        rows, first = _batch.share(self.plan.rows(n), self.plan.batch_size, self.rank, self.world)
+        everything = self.plan.rows(n)
+        rows, first = _batch.share(everything, self.plan.batch_size, self.rank, self.world, self.even)
         try:
+            if len(rows.indices) == 0:
+                return _batch.no_rows(self._collated(everything.part(slice(1)), n, first))
             batch = self._collated(rows, n, first)
         except Exception as error:
             error.add_note(f"In the batch of step {n}, of the rows {_few(rows.indices.tolist())}.")
             raise
         return batch if self.plan.last != "pad" else _batch.weighted(batch, rows.weights, self.weights)
 
-    def shard(self, rank: int, world: int) -> Loader:
+    def shard(self, rank: int, world: int, *, even: bool = True) -> Loader:
         """The same batches, of each only the rows of one rank: those of all ranks, in order, are the global batch.
 
         With ``last="pad"`` every rank gets as many rows, with weight 0 where there are none left.
 
+        Args:
+            rank: From 0 to ``world - 1``.
+            world: The number of ranks.
+            even: False if ranks may get batches of different sizes: of a batch that doesn't divide, the first ones get
+                a row more, and of one with fewer rows than ranks the last ones get a batch of no rows.
+
         Raises:
-            ValueError: If ranks would get batches of different shapes.
+            ValueError: If ``even``, and ranks would get batches of different shapes.
 
         >>> import trainfn as tfn
         >>> batches = tfn.data.loader(np.arange(8), tfn.data.sequential(8, 4))
         >>> [batches.shard(rank, 2)(0).tolist() for rank in range(2)]
         [[0, 1], [2, 3]]
         """
-        _batch.check_share(
-            f"loader.shard(rank={rank}, world={world})", self.plan.batch_size, self.plan.last, rank, world
-        )
-        return dataclasses.replace(self, rank=rank, world=world)
+        last = self.plan.last if even else "pad"
+        _batch.check_share(f"loader.shard(rank={rank}, world={world})", self.plan.batch_size, last, rank, world)
+        return dataclasses.replace(self, rank=rank, world=world, even=even)
 
     def describe(self) -> dict[str, Any]:
         """What the batches are made of, for JSON. Workers and ranks are not in it: they change nothing."""

@@ -42,6 +42,10 @@ class Rows(NamedTuple):
     weights: npt.NDArray[np.float32]
     visits: Ints
 
+    def part(self, of: slice) -> Rows:
+        """Some of the rows, in order."""
+        return Rows(self.indices[of], self.weights[of], self.visits[of])
+
 
 class Order(Protocol):
     """Which row stands in which slot: a frozen dataclass of numbers and arrays.

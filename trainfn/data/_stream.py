@@ -47,6 +47,7 @@ class Stream:
     prefetch: int
     rank: int = 0
     world: int = 1
+    even: bool = True  # whether every rank has as many rows
     own_shards: bool = False  # whether `source` is one rank's part of it
     first_epoch: int = 0  # the number of the first pass, for who counts epochs outside
 
@@ -85,7 +86,7 @@ class Stream:
             return batch
         raise IndexError(f"stream({n}): the source ends before this batch.")
 
-    def shard(self, rank: int, world: int, *, by: str = "rows") -> Stream:
+    def shard(self, rank: int, world: int, *, by: str = "rows", even: bool = True) -> Stream:
         """One rank's part of the batches.
 
         Args:
@@ -95,15 +96,16 @@ class Stream:
                 every rank reads the whole source, and transforms its own rows only. ``"shards"``: this rank's files,
                 by ``source.shard(num_shards=, index=)`` as Hugging Face has it. Every rank reads its own files only,
                 the batches depend on the number of ranks, and ranks may end at different steps: say ``until=``.
+            even: See `Loader.shard`.
 
         Raises:
             ValueError: If ranks would get batches of different shapes.
             TypeError: If the source has no shards.
         """
         call = f"stream.shard(rank={rank}, world={world}, by={by!r})"
-        _batch.check_share(call, self.batch_size, self.last, rank, world)
+        _batch.check_share(call, self.batch_size, self.last if even or by != "rows" else "pad", rank, world)
         if by == "rows":
-            return dataclasses.replace(self, rank=rank, world=world)
+            return dataclasses.replace(self, rank=rank, world=world, even=even)
         if by != "shards":
             raise ValueError(f'`{call}`: shard by="rows" or by="shards".')
         if not hasattr(self.source, "shard"):
@@ -143,13 +145,17 @@ class Stream:
         first = number * self.batch_size
         places = np.arange(first, first + len(read))
         rows = filled(places, np.full_like(places, epoch), self.batch_size if self.last == "pad" else len(read))
-        rows, offset = _batch.share(rows, self.batch_size, self.rank, self.world)
+        everything = rows
+        rows, offset = _batch.share(rows, self.batch_size, self.rank, self.world, self.even)
+        none = len(rows.indices) == 0
+        rows = everything.part(slice(1)) if none else rows
         try:
             mine: list[Any] = [read[i] for i in (rows.indices - first).tolist()]
             if self.transform is not None:
                 keys = _seeding.row_keys(self.seed, rows.visits, rows.indices)
                 mine = _batch.transformed(self.transform, mine.__getitem__, rows.indices, keys, seeding=True)
             batch = _batch.collated(self.collate, mine, self.seed, step, offset)
+            batch = _batch.no_rows(batch) if none else batch
         except Exception as error:
             error.add_note(f"In the batch of step {step}, of the rows from {first} on of epoch {epoch}.")
             raise

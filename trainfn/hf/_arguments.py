@@ -13,7 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from transformers.training_args import ParallelMode
 
+from trainfn.hf import _layout
+from trainfn.hf._layout import is_joined
 from trainfn.hf._legacy import RULES, Collect, options, translate, warn
 from trainfn.hf._spelling import nearest
 
@@ -93,7 +96,8 @@ class TrainingArguments(transformers.TrainingArguments, metaclass=_Named):
     here                      there
     ========================= ==============================================================================
     old names still work      ``evaluation_strategy``, ``no_cuda``, … are unknown
-    no side effects           starts process groups, resets Accelerate's state, sets TF32 for all of torch
+    no side effects           starts process groups, resets Accelerate's state, sets TF32 for all of torch; here the
+                              processes find each other in `main_process_first`, or when a Trainer is made
     ``bf16=True`` on a CPU    an error, unless ``use_cpu=True``
     ``log_level="info"``      ``"passive"``
     ``...`` for "defaults"    ``output_dir``
@@ -143,6 +147,7 @@ class TrainingArguments(transformers.TrainingArguments, metaclass=_Named):
             self.hub_token = None
         if self.torch_compile_mode is not None or self.torch_compile_backend is not None:
             self.torch_compile = True
+        _allow_every_strategy(self)
         with _held_back(self):
             super().__post_init__()
         if self.torch_compile and self.torch_compile_backend is None:
@@ -167,17 +172,22 @@ class TrainingArguments(transformers.TrainingArguments, metaclass=_Named):
     @property
     def world_size(self) -> int:
         """The number of processes, as their launcher said in the environment."""
-        return _integer("WORLD_SIZE", 1)
+        return torch.distributed.get_world_size() if is_joined() else _integer("WORLD_SIZE", 1)
 
     @property
     def process_index(self) -> int:
         """The number of this process among all, as the launcher said; 0 without one."""
-        return _integer("RANK", 0)
+        return torch.distributed.get_rank() if is_joined() else _integer("RANK", 0)
 
     @property
     def local_process_index(self) -> int:
         """The number of this process on its machine, as the launcher said; 0 without one."""
         return _integer("LOCAL_RANK", max(self.local_rank, 0))
+
+    @property
+    def parallel_mode(self) -> ParallelMode:
+        """``DISTRIBUTED`` if there are several processes; one process trains on one device."""
+        return ParallelMode.DISTRIBUTED if self.world_size > 1 else ParallelMode.NOT_PARALLEL
 
     def get_process_log_level(self) -> int:
         """The level for this process: ``log_level`` on the main process, ``log_level_replica`` on the others.
@@ -197,12 +207,16 @@ class TrainingArguments(transformers.TrainingArguments, metaclass=_Named):
     def main_process_first(self, local: bool = True, desc: str = "work") -> Generator[None]:
         """Have the others wait until the main process has gone through; for one process, nothing.
 
+        The processes find each other here, if they have not yet.
+
         Args:
             local: Whether each machine has a main process, or there is one in all.
             desc: What is being done; for the reader of the code.
         """
         first = (self.local_process_index if local else self.process_index) == 0
-        joined = self.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+        joined = self.world_size > 1
+        if joined and not is_joined():
+            _layout.joined(self)
         if joined and not first:
             torch.distributed.barrier()
         try:
@@ -245,6 +259,14 @@ class Seq2SeqTrainingArguments(TrainingArguments, transformers.Seq2SeqTrainingAr
     """
 
 
+def _allow_every_strategy(args: TrainingArguments) -> None:
+    """Transformers knows some of FSDP's strategies in the words of its first version only; here they are all one."""
+    items = args.fsdp.split() if isinstance(args.fsdp, str) else args.fsdp if isinstance(args.fsdp, list) else []
+    old = {"no_shard", "hybrid_shard", "hybrid_shard_zero2"} & {str(getattr(x, "value", x)).lower() for x in items}
+    if old and (args.fsdp_config is None or isinstance(args.fsdp_config, dict)):
+        args.fsdp_config = {"version": 1, **(args.fsdp_config or {})}
+
+
 @contextlib.contextmanager
 def _held_back(args: TrainingArguments) -> Generator[None]:
     """Keep from transformers' checks the fields that make them change torch or require a machine.
@@ -260,7 +282,8 @@ def _held_back(args: TrainingArguments) -> Generator[None]:
         )
     if args.device.type == "cpu":
         neutral |= {"bf16": False, "bf16_full_eval": False}
-    kept = {name: getattr(args, name) for name in neutral}
+    loading = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # which they set for all of the process, if there is `fsdp`
+    kept, before = {name: getattr(args, name) for name in neutral}, os.environ.get(loading)
     for name, value in neutral.items():
         setattr(args, name, value)
     try:
@@ -268,6 +291,10 @@ def _held_back(args: TrainingArguments) -> Generator[None]:
     finally:
         for name, value in kept.items():
             setattr(args, name, value)
+        if before is None:
+            os.environ.pop(loading, None)
+        else:
+            os.environ[loading] = before
 
 
 def _explain_bf16(args: TrainingArguments) -> None:

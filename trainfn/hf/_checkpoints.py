@@ -23,6 +23,8 @@ from transformers.utils import logging
 import trainfn as tfn
 from trainfn.hf._foreign import from_transformers, load_weights
 from trainfn.hf._optimization import control_again, metric_name
+from trainfn.hf._ranks import ALONE, Ranks
+from trainfn.hf._whole import plain, see, whole
 
 logger = logging.get_logger(__name__)
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -42,7 +44,8 @@ class Saving:
         self.trainer, self.windows = trainer, windows
         best = metric_name(args) if args.load_best_model_at_end else None
         mode = "max" if args.greater_is_better else "min"
-        self.store = tfn.Checkpoints(trainer._output_dir(), keep=args.save_total_limit, best=best, mode=mode)
+        full = not trainer._ranks.sharded_files  # else each rank writes its part, and there is no model.safetensors
+        self.store = tfn.Checkpoints(trainer._output_dir(), keep=args.save_total_limit, best=best, mode=mode, full=full)
 
     def __enter__(self) -> Self:
         return self
@@ -66,9 +69,10 @@ class Saving:
         folder = Path(trainer._output_dir()) / f"checkpoint-{trainer.state.global_step}"
         if trainer.push_in_progress is not None and trainer.args.save_total_limit:
             trainer.push_in_progress.wait_until_done()  # what is being uploaded must not be rotated away
+        ranks = trainer._ranks
         if trainer.args.save_only_model:
             trainer._save(str(folder))
-            _rotate(trainer, folder)
+            ranks.first(lambda: _rotate(trainer, folder))
             return folder
         at, metrics = trainer._latest_metrics
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
@@ -82,7 +86,8 @@ class Saving:
         current = numbers if at == trainer.state.global_step else None
         if self.store.best is not None and current is not None and self.store.best not in current:
             current = None
-        self.store.save(trainer.train_state, extra, metrics=current, files=files(trainer))
+        beside = files(trainer) if ranks.rank == 0 else None
+        self.store.save(trainer.train_state, extra, metrics=current, files=beside)
         return folder
 
 
@@ -145,22 +150,22 @@ def to_resume(trainer: Any, asked: str | bool | None) -> str | None:
     if asked is None or asked is False:
         return None
     if asked is True:
-        folder = last_checkpoint(trainer._output_dir())
+        folder = last_checkpoint(trainer._output_dir(), trainer._ranks)
         if folder is None:
             raise ValueError(
                 f"train(resume_from_checkpoint=True): no valid checkpoint found in output directory"
                 f" ({trainer._output_dir()}). Leave it out to begin a run, or give a checkpoint's path."
             )
         return folder
-    if not Path(asked).is_dir():
+    if not trainer._ranks.first(Path(asked).is_dir):
         raise ValueError(f"train(resume_from_checkpoint={str(asked)!r}): there is no such folder.")
     return str(asked)
 
 
-def last_checkpoint(folder: str) -> str | None:
+def last_checkpoint(folder: str, ranks: Ranks = ALONE) -> str | None:
     """The newest complete checkpoint in a folder: ours by its seal, or one of transformers with its state file."""
     newest = tfn.Checkpoints(folder).newest()
-    foreign = [p for p in _numbered(folder).values() if _is_foreign(p)]
+    foreign = ranks.first(lambda: [p for p in _numbered(folder).values() if _is_foreign(p)])
     candidates = [*([newest] if newest else []), *foreign]
     found = max(candidates, key=lambda p: int(p.name.partition("-")[2]), default=None)
     return None if found is None else str(found)
@@ -177,7 +182,8 @@ def resume(trainer: Any, folder: str, windows: Any) -> None:
         trainfn.errors.CheckpointError: If it is damaged or does not fit.
     """
     if _is_foreign(Path(folder)):
-        state, position = from_transformers(trainer, folder)
+        with plain(trainer):
+            state, position = from_transformers(trainer, folder)
     else:
         saved = tfn.restore(folder, like=trainer.train_state)
         extra = tfn.manifest(folder).extra
@@ -215,6 +221,10 @@ def _go_to(windows: Any, position: dict[str, int], *, skip: bool) -> None:
 def place(trainer: Any, saved: tfn.TrainState) -> None:
     """Take a restored state; its parameters and buffers go into the model's own memory."""
     mine = trainer.train_state
+    if trainer._ranks.plan is not None:
+        trainer.train_state = saved
+        see(trainer)
+        return
     with torch.no_grad():
         for name, tensor in {**saved.params, **saved.buffers}.items():
             (mine.params if name in mine.params else mine.buffers)[name].copy_(tensor)
@@ -226,6 +236,10 @@ def set_aside(trainer: Any) -> None:
 
     They are not removed, for they may be all there is of a long run that was started again by mistake.
     """
+    trainer._ranks.first(lambda: _set_aside(trainer))
+
+
+def _set_aside(trainer: Any) -> None:
     folder, step = Path(trainer._output_dir()), trainer.state.global_step
     later = [path for n, path in _numbered(folder).items() if n > step]
     if not later or trainer.args.save_strategy == "no":
@@ -278,7 +292,8 @@ def load_best(trainer: Any) -> None:
         return
     logger.info(f"Loading the best model, of {best} ({trainer.state.best_metric}).")
     if not (Path(best) / "manifest.json").exists():  # weights alone, or transformers' own
-        load_weights(trainer.model, best)
+        with plain(trainer):
+            load_weights(trainer.model, best)
         return
     chosen = tfn.restore(best, like=trainer.train_state, only="^model/")
     place(trainer, trainer.train_state._replace(params=chosen.params, buffers=chosen.buffers))
@@ -288,20 +303,36 @@ def load_best(trainer: Any) -> None:
 
 
 def save_model(trainer: Any, folder: str) -> None:
-    """The model, its tokenizer and the arguments, without what only a resume needs; no pickle."""
+    """The model, its tokenizer and the arguments, without what only a resume needs; no pickle.
+
+    The main process writes. While parameters are split over ranks, all of them must call this.
+    """
+    with whole(trainer):
+        if trainer.args.should_save:
+            _save_model(trainer, folder)
+    if trainer.is_in_train:
+        trainer._ranks.wait()
+
+
+def _save_model(trainer: Any, folder: str) -> None:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     if isinstance(trainer.model, PreTrainedModel) or hasattr(trainer.model, "peft_config"):
         trainer.model.save_pretrained(folder)
     else:
-        tfn.save(target / "model", tfn.init(trainer.model, tfn.optim.identity(), storage="adopt"))
-        (target / "model" / "model.safetensors").rename(target / "model.safetensors")
-        for file in (target / "model").iterdir():
-            file.unlink()
-        (target / "model").rmdir()
+        _save_module(trainer.model, target)
     if hasattr(trainer.processing_class, "save_pretrained"):
         trainer.processing_class.save_pretrained(folder)
     (target / ARGUMENTS).write_text(trainer.args.to_json_string() + "\n")
+
+
+def _save_module(model: Any, target: Path) -> None:
+    """A model that can't save itself, by the names of its own tensors."""
+    tfn.save(target / "model", tfn.init(model, tfn.optim.identity(), storage="adopt"))
+    (target / "model" / "model.safetensors").rename(target / "model.safetensors")
+    for file in (target / "model").iterdir():
+        file.unlink()
+    (target / "model").rmdir()
 
 
 def state_dict(trainer: Any) -> dict[str, Any]:

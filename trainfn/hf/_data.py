@@ -16,22 +16,25 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import logging
 
 import trainfn as tfn
+from trainfn.hf._dealing import dealt
 
 logger = logging.get_logger(__name__)
 
 
 def train_loader(trainer: Any) -> Any:
-    """One epoch of micro-batches; those of other epochs are in another order."""
+    """One epoch of micro-batches, or this rank's rows of each; those of other epochs are in another order."""
     args, dataset = trainer.args, trainer.train_dataset
     if dataset is None:
         raise ValueError("Trainer: training needs `train_dataset=`.")
     seed = args.seed if args.data_seed is None else args.data_seed
     dataset, collate = prepared(trainer, dataset, "training")
     last = "drop" if args.dataloader_drop_last else "short"
-    _check_enough(args, dataset, "training", "per_device_train_batch_size", last)
+    size = together(trainer, args.train_batch_size)
+    _check_enough(trainer, dataset, "training", "per_device_train_batch_size", last, size)
     if _is_stream(dataset):
-        return tfn.data.stream(dataset, args.train_batch_size, last=last, seed=seed, collate=collate, **_reader(args))
-    n, size = len(dataset), args.train_batch_size
+        stream = tfn.data.stream(dataset, size, last=last, seed=seed, collate=collate, **_reader(args))
+        return dealt(trainer._ranks, stream)
+    n = len(dataset)
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     if strategy == "group_by_length":
         plan = tfn.data.grouped_by_length(lengths(trainer, dataset), size, seed=seed, last=last)
@@ -39,35 +42,44 @@ def train_loader(trainer: Any) -> Any:
         plan = tfn.data.sequential(n, size, last=last)
     else:
         plan = tfn.data.shuffled(n, size, seed=seed, last=last)
-    return tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args))
+    return dealt(trainer._ranks, tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args)))
 
 
 def eval_loader(trainer: Any, dataset: Any, description: str) -> Any:
-    """A dataset's batches in its own order."""
+    """A dataset's batches in its own order, or this rank's rows of each."""
     args = trainer.args
+    size = together(trainer, args.eval_batch_size)
     dataset, collate = prepared(trainer, dataset, description)
     last = "drop" if args.dataloader_drop_last and not _is_stream(dataset) else "short"
-    _check_enough(args, dataset, description, "per_device_eval_batch_size", last)
+    _check_enough(trainer, dataset, description, "per_device_eval_batch_size", last, size)
     if _is_stream(dataset):
-        return tfn.data.stream(dataset, args.eval_batch_size, last=last, collate=collate, **_reader(args))
-    plan = tfn.data.sequential(len(dataset), args.eval_batch_size, last=last)
-    return tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args))
+        return dealt(trainer._ranks, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
+    plan = tfn.data.sequential(len(dataset), size, last=last)
+    return dealt(trainer._ranks, tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args)))
+
+
+def together(trainer: Any, size: int) -> int:
+    """The rows of a micro-batch on all ranks, of which each has ``size``; or ``size``, if that is to be split."""
+    split = getattr(trainer.args.accelerator_config, "split_batches", False)
+    return size if split else size * trainer._ranks.size
 
 
 def _is_stream(dataset: Any) -> bool:
     return isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__")
 
 
-def _check_enough(args: Any, dataset: Any, description: str, size: str, last: str) -> None:
-    """Raise if there is no batch, in the words of the arguments; ``size`` is the name of the one for its rows."""
+def _check_enough(trainer: Any, dataset: Any, description: str, name: str, last: str, size: int) -> None:
+    """Raise if there is no batch of ``size`` rows, in the words of the arguments; ``name`` is the one for its rows."""
+    ranks: int = trainer._ranks.size
     rows = len(dataset) if hasattr(dataset, "__len__") else None
     if rows == 0:
         raise ValueError(f"Trainer: the {description} set has no rows.")
-    if rows is not None and last == "drop" and rows < getattr(args, size):
+    if rows is not None and last == "drop" and rows < size:
+        given, on = getattr(trainer.args, name), f" on {ranks} ranks" if ranks > 1 else ""
         raise ValueError(
-            f"TrainingArguments({size}={getattr(args, size)}, dataloader_drop_last=True): the {description} set has"
+            f"TrainingArguments({name}={given}, dataloader_drop_last=True){on}: the {description} set has"
             f" {rows} row{'s' if rows > 1 else ''}, fewer than a batch, and all are dropped. Write"
-            f" `dataloader_drop_last=False`, or a {size} of at most {rows}."
+            f" `dataloader_drop_last=False`, or a {name} of at most {max(rows // ranks, 1)}."
         )
 
 
@@ -188,6 +200,7 @@ class Windows:
         self.trainer, self.loader, self.run = trainer, loader, run
         self.epoch = self.window = 0
         self.micro_done = 0  # in this epoch
+        self.first: Any = None  # micro-batch of the newest window
 
     def start(self, step: int) -> Iterator[Any]:
         """The windows from ``(epoch, window)`` on; ``step`` only says that the run has come there."""
@@ -201,7 +214,8 @@ class Windows:
                     self.window += 1
                     self.micro_done += len(window)
                     trainer._event("on_step_begin")
-                    yield window if run.accumulate > 1 or trainer.args.auto_find_batch_size else window[0]
+                    self.first = window[0]
+                    yield self._given(window)
                     if trainer.control.should_epoch_stop or trainer.control.should_training_stop:
                         break
             if self.micro_done == 0:
@@ -211,6 +225,12 @@ class Windows:
             if trainer.control.should_training_stop:
                 break
         raise Ended
+
+    def _given(self, window: list[Any]) -> Any:
+        if self.run.accumulate == 1 and not self.trainer.args.auto_find_batch_size:
+            return window[0]
+        # On ranks a stream: each is asked whether it has rows for a micro-batch.
+        return window if self.trainer._ranks.plan is None else iter(window)
 
     def end_epoch(self) -> None:
         """What belongs to the end of an epoch; what is saved there begins with the next one."""
@@ -237,15 +257,22 @@ class Windows:
     def _count(self, inputs: dict[str, Any]) -> None:
         """Floating-point operations and, where asked for, tokens."""
         trainer = self.trainer
-        trainer.state.total_flos += float(trainer.floating_point_ops(inputs))
-        kind = str(
-            getattr(trainer.args.include_num_input_tokens_seen, "value", trainer.args.include_num_input_tokens_seen)
-        )
+        given = trainer.args.include_num_input_tokens_seen
+        kind, counted = str(getattr(given, "value", given)), trainer._counted
+        counted[0] += float(trainer.floating_point_ops(inputs))
         tokens = inputs.get(getattr(trainer.model, "main_input_name", "input_ids"))
-        if kind == "no" or not isinstance(tokens, torch.Tensor):
-            return
-        mask = inputs.get("attention_mask") if kind == "non_padding" else None
-        trainer.state.num_input_tokens_seen += int(mask.sum()) if mask is not None else tokens.numel()
+        if kind != "no" and isinstance(tokens, torch.Tensor):
+            mask = inputs.get("attention_mask") if kind == "non_padding" else None
+            counted[1] += int(mask.sum()) if mask is not None else tokens.numel()
+        if trainer._ranks.plan is None:
+            take_counts(trainer, counted)
+
+
+def take_counts(trainer: Any, counted: list[float]) -> None:
+    """What the ranks have counted since the last time, into the state."""
+    trainer.state.total_flos += counted[0]
+    trainer.state.num_input_tokens_seen += int(counted[1])
+    trainer._counted = [0.0, 0]
 
 
 def _take(micro: Iterator[Any], count: int) -> Iterator[Any]:
@@ -268,8 +295,9 @@ def _seeded(loader: Any, seed: int, epoch: int, skip: int) -> Generator[Any]:
 
     It draws from the global generators, which are lent to it for each batch and given back.
     """
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(epoch)
+    for shuffles in (loader, getattr(loader, "sampler", None)):  # a `DistributedSampler`, say
+        if shuffles is not None and hasattr(shuffles, "set_epoch"):
+            shuffles.set_epoch(epoch)
     if isinstance(own := getattr(loader, "generator", None), torch.Generator):
         own.manual_seed(_number(seed, epoch))
     lent = _Generators(seed, epoch)

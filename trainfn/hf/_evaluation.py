@@ -26,9 +26,13 @@ from transformers.trainer_utils import (
 )
 
 import trainfn as tfn
+from trainfn.hf._data import together
+from trainfn.hf._dealing import dealt, is_empty
 from trainfn.hf._found import as_found
 from trainfn.hf._merged import PADDING, check_tensors, merged
 from trainfn.hf._prediction import Nested, mean_of
+from trainfn.hf._ranks import Ranks
+from trainfn.hf._together import all_batches, one_batch
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +72,8 @@ def evaluate(
     output = trainer.evaluation_loop(loader, "Evaluation", loss_only, ignore_keys, metric_key_prefix)
     metrics = output.metrics
     metrics.update(_speed(trainer, metric_key_prefix, start, output.num_samples))
+    # The same on all ranks, times and all: what is decided by them is decided alike.
+    metrics = trainer._ranks.first(lambda: metrics)
     trainer.log(metrics)
     if trainer.state.epoch is not None:  # `log` adds it; an override of `log` may not
         metrics.setdefault("epoch", trainer.state.epoch)
@@ -96,6 +102,7 @@ def predict(
     start = time.time()
     output = trainer.evaluation_loop(loader, "Prediction", ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
     output.metrics.update(_speed(trainer, metric_key_prefix, start, output.num_samples))
+    output = output._replace(metrics=trainer._ranks.first(lambda: output.metrics))
     shown = trainer.args, trainer.state, trainer.control, dict(output.metrics)
     trainer.control = trainer.callback_handler.on_predict(*shown)
     return PredictionOutput(output.predictions, output.label_ids, output.metrics)
@@ -126,23 +133,28 @@ def evaluation_loop(
     args = trainer.args
     loss_only = args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
     logger.info("***** Running %s, batch size %s *****", description, args.eval_batch_size)
+    ranks = trainer._ranks
+    dataloader = dealt(ranks, dataloader)
     trainer.callback_handler.eval_dataloader = dataloader
     kept, totals, metrics = _Kept.empty(), _Totals(), None
+    places: list[int] = []  # the batches of which this rank has rows
     with as_found(trainer):
         model = trainer._eval_model(trainer.model)
         for step, (inputs, is_last) in enumerate(_with_last(dataloader)):
-            batch = _batch(trainer, model, inputs, loss_only, ignore_keys)
+            batch = None if _has_none(ranks, inputs) else _batch(trainer, model, inputs, loss_only, ignore_keys)
             totals = totals.plus(batch)
             trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
             if args.batch_eval_metrics:
                 metrics = _batch_metrics(trainer, batch, inputs, is_last) or metrics
-            if not args.batch_eval_metrics or description == "Prediction":
+            if batch is not None and (not args.batch_eval_metrics or description == "Prediction"):
                 kept.add(batch)
+                places.append(step)
             if args.eval_accumulation_steps and (step + 1) % args.eval_accumulation_steps == 0:
                 kept.to_host()
+        totals = totals.of_all(ranks)
         if totals.batches == 0:
             raise ValueError(_EMPTY.format(call="predict" if description == "Prediction" else "evaluate"))
-        arrays = kept.arrays(concat=args.eval_do_concat_batches)
+        arrays = kept.arrays(ranks, places, concat=args.eval_do_concat_batches)
         if not args.batch_eval_metrics:
             metrics = _metrics(trainer, arrays)
     # The rows that were seen, for a length may be unknown; batches of a shape that nobody can count go by the dataset.
@@ -184,6 +196,11 @@ def _batch(trainer: Any, model: Any, inputs: Any, loss_only: bool, ignore_keys: 
     return _Batch(mean, rows, predictions, labels, main, losses)
 
 
+def _has_none(ranks: Ranks, inputs: Any) -> bool:
+    """Whether other ranks have all the rows of a batch."""
+    return ranks.plan is not None and is_empty(inputs)
+
+
 def _each_row(loss: Any, rows: int) -> Tensor:
     """The mean loss of a batch, once for each of its rows: what single rows lost is not known in general."""
     loss = torch.as_tensor(loss).detach()
@@ -222,7 +239,9 @@ class _Totals(NamedTuple):
     rows: int = 0
     batches: int = 0
 
-    def plus(self, batch: _Batch) -> _Totals:
+    def plus(self, batch: _Batch | None) -> _Totals:
+        if batch is None:
+            return self._replace(batches=self.batches + 1)
         rows, batches = self.rows + batch.rows, self.batches + 1
         if batch.loss is None:
             return self._replace(rows=rows, batches=batches)
@@ -231,6 +250,14 @@ class _Totals(NamedTuple):
         mean = tfn.Mean(total, batch.loss.weight.detach().to(total))
         not_finite = self.not_finite + (~torch.isfinite(total)).sum()
         return _Totals(mean if self.loss is None else self.loss + mean, not_finite, rows, batches)
+
+    def of_all(self, ranks: Ranks) -> _Totals:
+        """The same on all ranks; every rank calls this."""
+        if ranks.plan is None:
+            return self
+        loss = ranks.means({} if self.loss is None else {"loss": self.loss}).get("loss")
+        not_finite, rows, batches = zip(*ranks.parts((int(self.not_finite), self.rows, self.batches)), strict=True)
+        return _Totals(loss, sum(not_finite), sum(rows), max(batches))
 
     def finish(self, prefix: str) -> dict[str, float]:
         """The loss by its key, where there is one."""
@@ -271,9 +298,9 @@ class _Kept(NamedTuple):
         for container in self:
             container.to_cpu_and_numpy()
 
-    def arrays(self, *, concat: bool) -> _Kept:
-        """NumPy arrays, or `None` where there was nothing: of all rows, or a list of one a batch."""
-        each = (container.get_arrays() for container in self)
+    def arrays(self, ranks: Ranks, places: list[int], *, concat: bool) -> _Kept:
+        """NumPy arrays, or `None` where there was nothing: of all rows of all ranks, or a list of one a batch."""
+        each = all_batches(ranks, places, [container.get_arrays() for container in self])
         return _Kept(*(None if arrays is None else merged(arrays) if concat else arrays for arrays in each))
 
 
@@ -287,16 +314,16 @@ def _metrics(trainer: Any, arrays: _Kept) -> dict[str, Any] | None:
     return _checked(trainer.compute_metrics(shown))
 
 
-def _batch_metrics(trainer: Any, batch: _Batch, inputs: Any, is_last: bool) -> dict[str, Any] | None:
+def _batch_metrics(trainer: Any, batch: _Batch | None, inputs: Any, is_last: bool) -> dict[str, Any] | None:
     """What `compute_metrics` says of one batch; at the last it is asked for the result over all."""
-    if trainer.compute_metrics is None or batch.predictions is None or batch.labels is None:
+    if trainer.compute_metrics is None:
         return None
-    shown = EvalPrediction(
-        batch.predictions,
-        batch.labels,
-        inputs=inputs if "inputs" in trainer.args.include_for_metrics else None,  # all of them, as in transformers
-        losses=batch.losses,
-    )
+    given = inputs if "inputs" in trainer.args.include_for_metrics else None  # all of them, as in transformers
+    mine = None if batch is None else (batch.predictions, batch.labels, given, batch.losses)
+    predictions, labels, given, losses = one_batch(trainer._ranks, mine) or (None,) * 4
+    if predictions is None or labels is None:
+        return None
+    shown = EvalPrediction(predictions, labels, inputs=given, losses=losses)
     metrics = trainer.compute_metrics(shown, compute_result=is_last)
     return _checked(metrics) if is_last else None
 
@@ -315,7 +342,7 @@ def _named(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _speed(trainer: Any, prefix: str, start: float, num_samples: int) -> dict[str, float]:
-    steps = math.ceil(num_samples / trainer.args.eval_batch_size)
+    steps = math.ceil(num_samples / together(trainer, trainer.args.eval_batch_size))
     return speed_metrics(prefix, start, num_samples=num_samples, num_steps=steps)
 
 

@@ -55,7 +55,7 @@ def check_supported(args: Arguments) -> None:
             UserWarning,
             stacklevel=2,
         )
-    _check_processes(args)
+    _check_launcher(args)
     idle = [name for name in IGNORED if _is_set(args, name)]
     if idle:
         listed = "; ".join(f"`{name}` ({IGNORED[name]})" for name in idle)
@@ -66,19 +66,15 @@ def check_supported(args: Arguments) -> None:
         )
 
 
-def _check_processes(args: Arguments) -> None:
-    """N processes that don't know of each other would train N models in one folder."""
-    if args.world_size > 1:
+def _check_launcher(args: Arguments) -> None:
+    """DeepSpeed's engine is no plan: its state is not the Trainer's."""
+    variable = "ACCELERATE_USE_DEEPSPEED"
+    if os.environ.get(variable, "").lower() in ("1", "true"):
         raise ValueError(
-            f"This is process {args.process_index} of {args.world_size}: {_PROCESSES}. Start it with `python"
-            " script.py`, without torchrun or `accelerate launch --num_processes`."
+            f"`{variable}={os.environ[variable]}`, which the launcher has set, can't be honoured: {_DEEPSPEED}."
+            " Launch with `distributed_type: FSDP`, which splits the same, or train with `tfn.fit` and"
+            " `tfn.deepspeed.init(model)`."
         )
-    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-        if os.environ.get(variable, "").lower() in ("1", "true"):
-            raise ValueError(
-                f"`{variable}={os.environ[variable]}`, which the launcher has set, can't be honoured: {_PROCESSES}."
-                " Start it with `python script.py`."
-            )
 
 
 def _is_set(args: Arguments, name: str) -> bool:
@@ -86,8 +82,8 @@ def _is_set(args: Arguments, name: str) -> bool:
     if field is None:  # of the sequence-to-sequence arguments, or of a newer transformers
         return False
     value = getattr(args, name)
-    if isinstance(value, AcceleratorConfig):
-        return value != AcceleratorConfig()
+    if isinstance(value, AcceleratorConfig):  # `split_batches` is used
+        return dataclasses.replace(value, split_batches=False) != AcceleratorConfig()
     return value != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
 
 
@@ -105,12 +101,21 @@ def _own_accumulation(value: Any, args: Arguments) -> bool:
     )
 
 
-_PROCESSES = "trainfn trains in one process on one device for now, and this shares the work among several"
+_DEEPSPEED = "DeepSpeed's engine holds the state itself, and the Trainer's step, checkpoints and callbacks need it"
 REFUSED: tuple[Refused, ...] = (
-    Refused("deepspeed", _truthy, f"DeepSpeed: {_PROCESSES}", "Leave `deepspeed` out"),
-    Refused("fsdp", _truthy, f"FSDP: {_PROCESSES}", "Leave `fsdp` and `fsdp_config` out"),
-    Refused("fsdp_config", _truthy, f"it configures FSDP: {_PROCESSES}", "Leave `fsdp_config` out"),
-    Refused("parallelism_config", lambda value, _: value is not None, _PROCESSES, "Leave `parallelism_config` out"),
+    Refused(
+        "deepspeed",
+        _truthy,
+        _DEEPSPEED,
+        "Write `fsdp='full_shard'` for what ZeRO 3 splits, `fsdp='shard_grad_op'` for ZeRO 2; or train with `tfn.fit`"
+        " and `tfn.deepspeed.init(model)`",
+    ),
+    Refused(
+        "fsdp_config",
+        lambda value, args: bool(value) and not args.fsdp,
+        "it says how FSDP splits, and `fsdp` is not given",
+        "Write `fsdp=True` beside it, or leave `fsdp_config` out",
+    ),
     Refused(
         "accelerator_config",
         _own_accumulation,
@@ -146,23 +151,21 @@ REFUSED: tuple[Refused, ...] = (
     Refused(
         "train_sampling_strategy",
         lambda value, _: value == "batch_rebalance",
-        f"it balances lengths among processes: {_PROCESSES}",
+        "it moves rows between processes so that each has as many tokens, and here the rows of an update are divided in"
+        " their order",
         "Write `train_sampling_strategy='group_by_length'`",
     ),
 )
 
-_ONE = "there is one process"
-_DDP = "there is one process, and no DistributedDataParallel"
+_DDP = "there is no DistributedDataParallel: the step itself sums the gradients of all ranks"
 IGNORED: dict[str, str] = {
-    "average_tokens_across_devices": "there is one device; within it, losses are always averaged over all tokens",
+    "average_tokens_across_devices": "losses are always averaged over all tokens of all devices",
     "ddp_find_unused_parameters": _DDP,
     "ddp_bucket_cap_mb": _DDP,
     "ddp_broadcast_buffers": _DDP,
     "ddp_static_graph": _DDP,
-    "ddp_backend": _ONE,
-    "ddp_timeout": _ONE,
-    "eval_use_gather_object": "there is one process, and nothing to gather",
-    "accelerator_config": "there is one process, and rows are dealt out by trainfn.data",
+    "eval_use_gather_object": "outputs of any shape are gathered",
+    "accelerator_config": "of it `split_batches` is used; no row comes twice, and every rank reads its own rows",
     "dataloader_persistent_workers": "trainfn.data keeps its workers as long as it needs them",
     "dataloader_multiprocessing_context": "trainfn.data starts its workers in its own way",
     "dataloader_in_order": "the order of the rows is a function of the seed, whoever is first",
@@ -185,6 +188,7 @@ USED: dict[str, str] = {
     ),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32"), _LOOP),
     **dict.fromkeys(("use_cpu",), _LOOP),
+    **dict.fromkeys(("fsdp", "parallelism_config", "ddp_backend", "ddp_timeout"), "the plan, _layout.py"),
     **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs"), _LOOP),
     **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs"), _LOOP),
     **dict.fromkeys(("label_smoothing_factor", "bf16", "use_cache", "neftune_noise_alpha", "label_names"), _LOSS),

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from trainfn.hf._whole import whole
+
 
 @contextmanager
 def as_found(trainer: Any) -> Generator[None]:
@@ -18,6 +20,7 @@ def as_found(trainer: Any) -> Generator[None]:
     args = trainer.args
     dtype = torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None
     with ExitStack() as stack:
+        stack.enter_context(whole(trainer))
         stack.enter_context(_same_generators(args.device))
         stack.enter_context(eval_mode(trainer.model))
         stack.enter_context(_averaged_weights(trainer.optimizer))

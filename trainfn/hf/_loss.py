@@ -108,13 +108,9 @@ def _known_shift(model: nn.Module) -> bool | None:
 
 def find_shift(trainer: Any, inputs: Mapping[str, Any]) -> None:
     """Find out whether the model shifts labels: does its loss change without the first ones? Once per trainer."""
-    labels = inputs.get("labels")
-    if trainer._shifts is not None or _known_shift(trainer.model) is not None:
+    if not may_shift(trainer, inputs):
         return
-    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
-        return
-    if not _returns_loss_for_labels(trainer.model):
-        return
+    labels = inputs["labels"]
     rows = labels.shape[0]  # two of them are enough, and cheap
     inputs = {k: x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == rows else x for k, x in inputs.items()}
     labels = labels[:2]
@@ -124,6 +120,16 @@ def find_shift(trainer: Any, inputs: Mapping[str, Any]) -> None:
     without[:, 0] = IGNORED
     one, two = (_tried(trainer.model, {**inputs, "labels": x}) for x in (labels, without))
     trainer._shifts = bool(torch.allclose(one, two, rtol=1e-5))
+
+
+def may_shift(trainer: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether it is not known yet if the model shifts labels, and could be found out of such a batch."""
+    labels = inputs.get("labels")
+    if trainer._shifts is not None or _known_shift(trainer.model) is not None:
+        return False
+    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
+        return False
+    return _returns_loss_for_labels(trainer.model)
 
 
 def _tried(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
 import trainfn as tfn
+from trainfn.hf._dealing import is_empty
 from trainfn.hf._loss import counted, exact_loss
+from trainfn.hf._whole import whole
 
 
 def overrides(trainer: Any) -> list[str]:
@@ -33,11 +36,21 @@ def training_step(trainer: Any, model: nn.Module, inputs: dict[str, Any], num_it
 
 
 def step(trainer: Any, made: tfn.TrainStep) -> tfn.TrainStep:
-    """The same step, with its gradients from `Trainer.training_step`."""
+    """The same step, with its gradients from `Trainer.training_step`.
+
+    On ranks each brings the parameters together for every micro-batch, for the method sees the model's own.
+    """
+    plan = trainer._ranks.plan
+    _check_axes(trainer, plan)
 
     def gradients(state: tfn.TrainState, batch: Any, first_row: Tensor | int = 0, /) -> tfn.Gradients:
         key = tfn.random.fold_in(state.key, state.step)
         model, trainer._manual_mean = trainer.model, None
+        if is_empty(batch):
+            zero = torch.zeros((), device=state.step.device)
+            return tfn.Gradients(
+                tfn.Mean(zero, zero), {n: _summand(p, None) for n, p in state.params.items()}, {}, state.buffers
+            )
         count = counted(trainer, batch)
         model.zero_grad(set_to_none=True)
         try:
@@ -48,11 +61,37 @@ def step(trainer: Any, made: tfn.TrainStep) -> tfn.TrainStep:
                 mean = tfn.Mean(loss.detach().float() * count, count)
             held = dict(model.named_parameters(remove_duplicate=True))
             grads = {
-                name: torch.zeros_like(p) if held[name].grad is None else held[name].grad.detach() * mean.weight
+                name: _summand(p, None if (grad := held[name].grad) is None else grad.detach() * mean.weight)
                 for name, p in state.params.items()
             }
         finally:
             model.zero_grad(set_to_none=True)
         return tfn.Gradients(mean, grads, {}, state.buffers)
 
-    return dataclasses.replace(made, gradients=gradients)
+    if plan is None:
+        return dataclasses.replace(made, gradients=gradients)
+    of_this_rank = plan.gradients(gradients)
+
+    def on_whole(state: tfn.TrainState, batch: Any, first_row: Tensor | int | None = None, /) -> tfn.Gradients:
+        with whole(trainer):
+            return of_this_rank(state, batch, first_row)
+
+    return dataclasses.replace(made, gradients=on_whole)
+
+
+def _summand(param: Any, grad: Tensor | None) -> Tensor:
+    """A gradient of this rank's rows, or zeros; on ranks, as one summand of the sum."""
+    if not hasattr(param, "placements"):
+        return torch.zeros_like(param) if grad is None else grad
+    grad = torch.zeros(param.shape, dtype=param.dtype, device=param.device) if grad is None else grad
+    return DTensor.from_local(grad.contiguous(), param.device_mesh, [Partial()], run_check=False)
+
+
+def _check_axes(trainer: Any, plan: tfn.Plan | None) -> None:
+    sizes = {} if plan is None else {axis: n for axis, n in plan.shape(plan.world).items() if n > 1}
+    if len(sizes) > 1 or "tensor" in sizes:
+        raise ValueError(
+            f"{type(trainer).__name__}.training_step is overridden, and its backward pass gives gradients of whole"
+            f" parameters, which can't be laid out over {sizes}. Override compute_loss in place of training_step, or"
+            " train with one axis: DDP, or FSDP without `hybrid_shard` and tensor parallelism."
+        )

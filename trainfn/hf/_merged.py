@@ -16,6 +16,8 @@ PADDING = -100  # what fills ragged outputs, as in transformers
 def merged(batches: Sequence[Nested]) -> Nested:
     """Batches of arrays as one tree of arrays, `PADDING` where rows are shorter than the longest."""
     first = batches[0]
+    if first is None:
+        return None
     if isinstance(first, Mapping):
         items = {name: merged([batch[name] for batch in batches]) for name in cast("Mapping[str, Any]", first)}
         return type(first)(items)  # type: ignore[call-arg]

@@ -192,7 +192,8 @@ class SFTTrainer(Trainer):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            means = {name: mean for name, mean in self._evaluated.items() if name != "num_tokens"}
+            evaluated = {name: mean for name, mean in self._evaluated.items() if name != "num_tokens"}
+            means = self._ranks.means(evaluated)
         finally:
             self._evaluated = None
         output.metrics.update({f"{metric_key_prefix}_{name}": float(mean.value) for name, mean in means.items()})

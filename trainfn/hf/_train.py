@@ -16,14 +16,17 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 from transformers.utils import logging
 
 import trainfn as tfn
-from trainfn.hf import _checkpoints, _data, _manual
+from trainfn.hf import _checkpoints, _data, _manual, _whole
 from trainfn.hf._additive import check_additive
-from trainfn.hf._data import Ended, Run, Windows
+from trainfn.hf._callbacks import DECISIONS
+from trainfn.hf._data import Ended, Run, Windows, take_counts
+from trainfn.hf._dealing import dealt, is_empty
 from trainfn.hf._found import same_modes
 from trainfn.hf._logs import LossWindow
-from trainfn.hf._loss import find_shift, training_loss
+from trainfn.hf._loss import find_shift, may_shift, training_loss
 from trainfn.hf._memory import Halving
 from trainfn.hf._neftune import neftune
+from trainfn.hf._ranks import Ranks
 from trainfn.hf._setup import smoother
 
 logger = logging.get_logger(__name__)
@@ -35,6 +38,7 @@ def train(
     """Train from the beginning or from a checkpoint, and return what `Trainer.train` promises."""
     if trial is not None and trainer._trial is None:
         raise ValueError("train(trial=...): trials are of `trainer.hyperparameter_search(...)`, which calls train.")
+    _whole.check_whole(trainer)
     folder = _checkpoints.to_resume(trainer, resume_from_checkpoint)
     if trainer.model_init is not None:
         trainer._new_model()
@@ -42,7 +46,7 @@ def train(
         trainer.label_smoother = smoother(trainer.args, trainer.model)
     if trainer.args.use_liger_kernel:  # it replaces layers of the model, for good; twice is the same as once
         apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
-    loader = trainer.get_train_dataloader()
+    loader = dealt(trainer._ranks, trainer.get_train_dataloader())
     run = _data.arithmetic(trainer.args, loader, trainer.num_examples(loader))
     trainer._train_dataloader, trainer.is_in_train, trainer._run = loader, True, run
     trainer.callback_handler.train_dataloader = loader
@@ -56,6 +60,12 @@ def train(
             _checkpoints.set_aside(trainer)
             _announce(trainer, run, folder)
             return _loop(trainer, run, windows, ignore_keys_for_eval)
+    except BaseException as error:
+        if trainer._released:
+            error.add_note(
+                "trainer.model has no values now: they were split over the ranks. The checkpoints have them."
+            )
+        raise
     finally:
         trainer.is_in_train, trainer._saving = False, None
         trainer.end()
@@ -73,7 +83,7 @@ def _surroundings(trainer: Any) -> Generator[None]:
         if args.full_determinism:
             torch.use_deterministic_algorithms(True)
             stack.callback(torch.use_deterministic_algorithms, deterministic)
-        if args.activation_checkpointing:
+        if args.activation_checkpointing or trainer._ranks.checkpointing:
             stack.enter_context(_recomputing(model, dict(args.activation_checkpointing_kwargs or {})))
         if args.neftune_noise_alpha is not None:
             stack.enter_context(neftune(model, args.neftune_noise_alpha))
@@ -120,22 +130,21 @@ def prepare(trainer: Any, run: Run) -> None:
     trainer.create_optimizer_and_scheduler(num_training_steps=run.max_steps)
     transform = trainer._transform
     trainer.train_state = tfn.init(trainer.model, transform, seed=args.seed, storage="adopt")
+    plan = trainer._ranks.plan
     alone = run.accumulate == 1 and not args.auto_find_batch_size
     accumulate = 1 if alone else "stream"
     compiled, _ = compiles(trainer)
-    step: Any = tfn.train_step(training_loss(trainer), transform, accumulate=accumulate)
+    step: Any = tfn.train_step(training_loss(trainer), transform, accumulate=accumulate, plan=plan)
     if not compiled and _manual.overrides(trainer):
         step = _manual.step(trainer, step)
     if args.fp16:
         step = _scaled(trainer, step)
-    trainer._step = tfn.jit(
-        step,
-        compile=compiled,
-        donate=True,
-        backend=args.torch_compile_backend or "inductor",
-        mode=args.torch_compile_mode,
-        max_graphs=64,
-    )
+    if plan is not None:
+        trainer.train_state = tfn.shard(trainer.train_state, plan)
+        _whole.see(trainer)
+    how: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
+    how |= trainer._ranks.compile or {}
+    trainer._step = tfn.jit(step, compile=compiled, donate=True, max_graphs=64, **how)
     if args.auto_find_batch_size:
         trainer._step = Halving(trainer._step)
     trainer.state = TrainerState(
@@ -171,6 +180,8 @@ def compiles(trainer: Any) -> tuple[bool, str]:
         return False, f"{', '.join(overrides)} is overridden, which runs Python between the parts of a step"
     if getattr(args, "torch_compile_given", True):
         return bool(args.torch_compile), "as torch_compile says"
+    if trainer._ranks.compile is not None:
+        return True, "as the launcher's configuration says"
     if args.device.type == "cpu":
         return False, "on a CPU compiling takes longer than most runs; torch_compile=True does it"
     return True, "by default on an accelerator; torch_compile=False runs the same step eagerly"
@@ -196,7 +207,8 @@ def _loop(trainer: Any, run: Run, windows: Windows, ignore_keys: list[str] | Non
     open_epoch = False
     with _checkpoints.Saving(trainer, windows) as saving:
         trainer._saving = saving
-        stream = tfn.steps(_changing(trainer), trainer.train_state, windows, until=run.max_steps, nonfinite="continue")
+        step = _changing(trainer, windows)
+        stream = tfn.steps(step, trainer.train_state, windows, until=run.max_steps, nonfinite="continue")
         with contextlib.closing(stream), contextlib.suppress(Ended):  # type: ignore[type-var]
             for info in stream:
                 trainer.train_state = info.state
@@ -211,23 +223,48 @@ def _loop(trainer: Any, run: Run, windows: Windows, ignore_keys: list[str] | Non
     return output
 
 
-def _changing(trainer: Any) -> Any:
+def _changing(trainer: Any, windows: Windows) -> Any:
     """The step, after what was decided between the steps: another learning rate, say."""
-    looked = trainer.args.gradient_accumulation_steps == 1
+    ranks: Ranks = trainer._ranks
+    looked = trainer.args.gradient_accumulation_steps == 1 and ranks.plan is None
+    known = False
+
+    def look() -> None:
+        """Find out what the loss is like, of the first rows; ranks must believe the same."""
+        nonlocal looked, known
+        with _whole.whole(trainer):
+            if not is_empty(windows.first):
+                find_shift(trainer, windows.first)
+                if not looked:
+                    check_additive(trainer, windows.first)
+        looked = True
+        found = [shifts for shifts in ranks.told(trainer._shifts) if shifts is not None]
+        trainer._shifts = found[0] if found else None
+        known = bool(found) or not any(ranks.told(may_shift(trainer, windows.first)))
 
     def step(state: tfn.TrainState, batch: Any) -> tuple[tfn.TrainState, tfn.Metrics]:
-        nonlocal looked
         for change in trainer._changes:
             state = change(state)
         trainer._changes.clear()
-        micro = batch[0] if isinstance(batch, list) else batch
-        find_shift(trainer, micro)
-        if not looked:
-            looked = True
-            check_additive(trainer, micro)
+        if not looked or not known:
+            look()
         return trainer._step(state, batch)
 
+    step.plan = ranks.plan  # type: ignore[attr-defined]
     return step
+
+
+def agree(trainer: Any) -> None:
+    """What any rank has decided, all have; and what each has counted is added up."""
+    ranks: Ranks = trainer._ranks
+    if ranks.plan is None:
+        return
+    control = trainer.control
+    flags = [*(bool(getattr(control, name)) for name in DECISIONS), trainer._terminated]
+    *found, trainer._terminated = ranks.any(flags)
+    for name, value in zip(DECISIONS, found, strict=True):
+        setattr(control, name, value)
+    take_counts(trainer, ranks.sums(trainer._counted))
 
 
 def _after(trainer: Any, run: Run, windows: Windows, info: tfn.StepInfo) -> None:
@@ -242,6 +279,7 @@ def _after(trainer: Any, run: Run, windows: Windows, info: tfn.StepInfo) -> None
     state.epoch = windows.epoch + windows.micro_done / run.micro_counted
     trainer._losses.add(info.metrics)
     trainer._event("on_step_end")
+    agree(trainer)
     if trainer._terminated:
         trainer.control.should_save = trainer.control.should_training_stop = True
     maybe_log_save_evaluate(trainer)
@@ -250,6 +288,7 @@ def _after(trainer: Any, run: Run, windows: Windows, info: tfn.StepInfo) -> None
 def maybe_log_save_evaluate(trainer: Any) -> None:
     """Log, evaluate and save, in this order, if the callbacks decided so."""
     control = trainer.control
+    acted = control.should_log or control.should_evaluate or control.should_save
     if control.should_log and trainer._losses.steps > 0:
         trainer.log(trainer._losses.take(learning_rate=trainer.get_learning_rates()[0]), trainer._began)
     if control.should_evaluate and not trainer._terminated:
@@ -260,6 +299,8 @@ def maybe_log_save_evaluate(trainer: Any) -> None:
     if control.should_save:
         trainer._save_checkpoint(trainer.model, trial=None)
         trainer._event("on_save")
+    if acted:
+        agree(trainer)
 
 
 def _finished(trainer: Any, run: Run, began: float, first: int, losses: Any) -> TrainOutput:
@@ -271,4 +312,5 @@ def _finished(trainer: Any, run: Run, began: float, first: int, losses: Any) -> 
     trainer.log(metrics)
     trainer._saving.wait()
     _checkpoints.load_best(trainer)
+    _whole.fill(trainer)
     return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)

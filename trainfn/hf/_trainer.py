@@ -31,6 +31,7 @@ from trainfn.hf import (
 )
 from trainfn.hf._arguments import TrainingArguments
 from trainfn.hf._fields import check_supported
+from trainfn.hf._layout import ranks_of
 from trainfn.hf._reporting import Reporting
 from trainfn.hf._trackers import tracker_callbacks
 
@@ -107,6 +108,7 @@ class Trainer(Reporting):
         self._device = self.args.device
         self.model_init = model_init
         self.model = _setup.first_model(model, model_init, self.args)
+        self._ranks = ranks_of(self.args, self.model)
         self.processing_class = _setup.renamed("tokenizer", tokenizer, "processing_class", processing_class)
         self.data_collator = data_collator or _setup.default_collator(self.processing_class)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
@@ -142,6 +144,8 @@ class Trainer(Reporting):
         self._restored_losses: dict[str, Any] | None = None
         self._trial: Any = None
         self._terminated = False
+        self._released = False  # whether the model's values are split over ranks, and not in it
+        self._counted: list[float] = [0.0, 0]  # operations and tokens that only this rank knows of
         self._began = time.time()
         self._parameter_count: int | None = None
         self._shifts: bool | None = None  # whether the model's loss shifts labels, once it is known
@@ -323,6 +327,7 @@ class Trainer(Reporting):
 
     def _end_epoch(self) -> None:
         self._event("on_epoch_end")
+        _train.agree(self)
         _train.maybe_log_save_evaluate(self)
 
     # --- saving -------------------------------------------------------------------------------------------------------
