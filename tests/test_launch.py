@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig, T5Config
@@ -33,7 +34,8 @@ DS = {"ACCELERATE_USE_DEEPSPEED": "true"}
 
 @pytest.fixture
 def env(monkeypatch):
-    """Give this process the variables of a launcher, and no others."""
+    """Give this process the variables of a launcher, and no others; and an Accelerate that was not asked before."""
+    monkeypatch.setattr(PartialState, "_shared_state", {})
     for name in os.environ:
         if name.startswith(PREFIXES) or name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name)
