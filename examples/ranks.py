@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 2 examples/ranks.py --zero 3           # two, each with half of the state
     accelerate launch examples/ranks.py                              # as `accelerate config` was answered
 
-A small transformer learns to sort digits. The plan says how the state is laid out; nothing else knows of ranks.
+A small transformer learns to sort digits. The plan says how the state is laid out; nothing else knows of ranks. With
+`--save FOLDER`, each rank writes its part of every checkpoint, and any number of processes goes on from it.
 """
 
 import argparse
@@ -45,6 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="split so much, whatever the launcher says")
     parser.add_argument("--steps", type=int, default=200, help="optimizer updates (default: %(default)s)")
+    parser.add_argument(
+        "--save", metavar="FOLDER", help="checkpoints go there, and the run goes on from the newest one"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the step, communication included")
     args = parser.parse_args()
 
@@ -57,7 +61,8 @@ def main() -> None:
 
     data = digits(4096, seed=1)
     batches = tfn.data.loader(data, tfn.data.shuffled(len(data["x"]), ROWS, seed=0))  # `fit` gives each rank its rows
-    state = tfn.fit(step, state, batches, until=args.steps, callbacks=[tfn.callbacks.log(50)])
+    store = None if args.save is None else tfn.Checkpoints(args.save, every=50, keep=2)
+    state = tfn.fit(step, state, batches, until=args.steps, callbacks=[tfn.callbacks.log(50)], checkpoints=store)
 
     held = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in tfn.tree.leaves(state.opt_state))
     metrics = tfn.callbacks.values(tfn.evaluate(tfn.eval_step(loss, plan=plan), state, [digits(500, seed=2)]))

@@ -8,9 +8,9 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name, *arguments):
+def run(name, *arguments, start=()):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    command = [sys.executable, *start, str(EXAMPLES / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -28,3 +28,14 @@ def test_laws_on_peers():
     lines = run("laws_on_peers.py", "trainfn", "BERT classes").splitlines()
     assert lines[1].split() == ["trainfn", "holds", "holds"]
     assert "FAILS  8 x 1 rows: step 8.00 x as long" in lines[2]
+
+
+def test_ranks_print_what_one_process_prints(tmp_path):
+    """The second half on two processes, each with half of the state, from the checkpoint that one process left."""
+    one = run("ranks.py", "--steps", "20", "--save", str(tmp_path / "one")).splitlines()
+    run("ranks.py", "--steps", "10", "--save", str(tmp_path / "two"))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    two = run("ranks.py", "--steps", "20", "--zero", "3", "--save", str(tmp_path / "two"), start=torchrun).splitlines()
+    assert one[-1] == two[-1] and one[-1].startswith("held out: loss ")
+    held = [int(printed[-2].split(", ", 1)[1].split()[0].replace(",", "")) for printed in (one, two)]
+    assert held[1] < 0.6 * held[0]

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,23 @@ def test_a_script_by_accelerate_launch(tmp_path):
     for name in ("one", "two"):
         BertForSequenceClassification.from_pretrained(tmp_path / name)
     assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
+
+
+@pytest.mark.slow
+def test_the_functional_script_by_torchrun(tmp_path):
+    """Two processes go on where one was, and end where it ends."""
+    write_all(tmp_path)
+    command = [str(ROOT / "examples/pytorch/summarization/run_summarization_no_trainer.py"), *shlex.split(
+        "--model_name_or_path google-t5/t5-small --dataset_name cnn_dailymail --max_train_samples 13"
+        " --max_eval_samples 5 --max_target_length 6 --gradient_accumulation_steps 2 --learning_rate 1e-2"
+        " --max_train_steps 4 --checkpointing_steps 2")]  # fmt: skip
+    run(*command, "--per_device_train_batch_size", "4", "--output_dir", "one", cwd=tmp_path)
+    shutil.copytree(tmp_path / "one/checkpoint-2", tmp_path / "two/checkpoint-2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    printed = run(*launcher, *command, "--per_device_train_batch_size", "2", "--output_dir", "two", cwd=tmp_path)
+    assert printed.count("going on from two/checkpoint-2") == printed.count('"eval_rouge1"') == 1
+    one, two = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two"))
+    assert one == pytest.approx(two, abs=1e-5)
 
 
 NOTEBOOK = """

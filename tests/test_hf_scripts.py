@@ -226,14 +226,6 @@ def test_what_cannot_work_in_glue(options, message, run, work):
         run(GLUE, BERT, options, "--do_train --do_eval --output_dir out")
 
 
-def test_several_processes_cannot_work_yet(run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    for script, options in ((SUMMARIZE, f"--do_eval {SMALL} {SHORT}"), (FUNCTIONAL, "")):
-        with pytest.raises(ValueError, match=r"This is process 1 of 2: trainfn trains in one process"):
-            run(script, MODEL, NEWS, options, "--output_dir out")
-
-
 def test_what_is_not_installed_is_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)

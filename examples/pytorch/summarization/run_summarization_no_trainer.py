@@ -5,20 +5,21 @@
         --dataset_name cnn_dailymail --dataset_config "3.0.0" --source_prefix "summarize: " \
         --output_dir ~/tmp/tst-summarization
 
-`accelerate launch` starts it, too. With --checkpointing_steps, the same command again goes on from the newest
-checkpoint. Everything that happens is in `main`: texts → batches → loss → optimizer → step → fit → evaluate → ROUGE.
+`accelerate launch` and `torchrun` start it on several processes, too. With --checkpointing_steps, the same command
+again goes on from the newest checkpoint. Everything that happens is in `main`: texts → batches → loss → optimizer →
+step → fit → evaluate → ROUGE.
 """
 
 import argparse
 import functools
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import CONFIG_MAPPING, set_seed
 
 import trainfn as tfn
@@ -91,13 +92,6 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Report early what can't work."""
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    if world > 1:
-        raise ValueError(
-            f"This is process {os.environ.get('RANK', 0)} of {world}: trainfn trains in one process on one device for"
-            " now, and this shares the work among several. Start it with `python run_summarization_no_trainer.py`, or"
-            " with `--num_processes 1`."
-        )
     if args.model_name_or_path is None and (args.model_type is None or args.tokenizer_name is None):
         raise ValueError(
             "Name a model, `--model_name_or_path google-t5/t5-small`, or --model_type and --tokenizer_name."
@@ -107,7 +101,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"`--checkpointing_steps {steps}`: a number of updates from 1 on, or `epoch`.")
 
 
-def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+def load_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
     """The tokenizer and the model."""
     source, trust = args.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
     fast = not args.use_slow_tokenizer
@@ -120,9 +114,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         model = AutoModelForSeq2SeqLM.from_pretrained(source, config=config, **trust)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    device = torch.accelerator.current_accelerator(check_available=True)
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    return tokenizer, model.to("cpu" if device is None or cpu else device)
+    return tokenizer, model.to(device)
 
 
 def schedule(args: argparse.Namespace, total: int) -> tfn.Schedule:
@@ -147,14 +139,19 @@ def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tfn.Mean:
     return tfn.losses.cross_entropy(model(**inputs).logits, batch["labels"], weights=batch["weights"][:, None])
 
 
-def generate(model: Any, batches: Any, rows: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """What the model writes for each row, and the labels; all as long as the longest."""
-    written, labels = [], []
-    for batch in batches:
+def generate(model: Any, launch: Any, batches: Any, rows: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What the model writes for each row, and the labels; all as long as the longest. Ranks take turns by batches."""
+    mine = []
+    for n in range(launch.rank, batches.steps, launch.world):
+        batch = batches(n)
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            written += model.generate(**inputs, **options).cpu()
-        labels += batch["labels"]
+            mine.append((n, model.generate(**inputs, **options).cpu(), batch["labels"]))
+    everyone = [mine] * launch.world
+    if launch.world > 1:
+        torch.distributed.all_gather_object(everyone, mine)
+    found = sorted((batch for theirs in everyone for batch in theirs), key=lambda batch: batch[0])
+    written, labels = ([row for batch in found for row in batch[i]] for i in (1, 2))
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=IGNORED)
     return pad(written)[:rows].numpy(), pad(labels)[:rows].numpy()
 
@@ -185,36 +182,44 @@ def save(args: argparse.Namespace, model: Any, tokenizer: Any, results: dict[str
 def main() -> None:
     args = parser().parse_args()
     check(args)
+    launch = tfn.launch.settings()  # processes that a launcher has started find each other; one has nothing to find
     set_seed(args.seed)
-    raw = shared.load(args)
-    tokenizer, model = load_model(args)
+    tokenizer, model = load_model(args, launch.device)
     rouge, length = Rouge(tokenizer), args.val_max_target_length or args.max_target_length
-    train = shared.rows(raw, "train", "training", args.max_train_samples)
-    train = tokenized(train, tokenizer, args, args.max_target_length, "Tokenizing train").select_columns(FIELDS)
-    held_out = shared.rows(raw, "validation", "evaluation", args.max_eval_samples)
-    held_out = tokenized(held_out, tokenizer, args, length, "Tokenizing validation").select_columns(FIELDS)
+    with PartialState().main_process_first():  # the others read what it has prepared
+        raw = shared.load(args)
+        train = shared.rows(raw, "train", "training", args.max_train_samples)
+        train = tokenized(train, tokenizer, args, args.max_target_length, "Tokenizing train").select_columns(FIELDS)
+        held_out = shared.rows(raw, "validation", "evaluation", args.max_eval_samples)
+        held_out = tokenized(held_out, tokenizer, args, length, "Tokenizing validation").select_columns(FIELDS)
 
     filler = IGNORED if args.ignore_pad_token_for_loss else tokenizer.pad_token_id
     padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": filler}
     collate = tfn.data.pad_collate(padding, multiple_of=8)  # few shapes, few compilations
-    size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    plan = tfn.data.shuffled(len(train), size, seed=args.seed, last="pad")
-    in_order = tfn.data.sequential(len(held_out), args.per_device_eval_batch_size, last="pad")
-    batches = tfn.data.loader(train, plan, collate=collate)
+    parts = launch.plan.data_size  # over so many devices are the rows of a batch spread
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * parts
+    order = tfn.data.shuffled(len(train), size, seed=args.seed, last="pad")
+    in_order = tfn.data.sequential(len(held_out), args.per_device_eval_batch_size * parts, last="pad")
+    batches = tfn.data.loader(train, order, collate=collate)  # `fit` and `evaluate` give each rank its rows
     checks = tfn.data.loader(held_out, in_order, collate=collate, epochs=1)
-    updates = plan.steps_per_epoch
+    updates = order.steps_per_epoch
     total = args.max_train_steps or args.num_train_epochs * updates
 
     rate = schedule(args, total)
     optimizer = tfn.optim.adamw(rate, weight_decay=args.weight_decay, mask=tfn.optim.decay_mask)
     state = tfn.init(model, optimizer, seed=args.seed)
+    step = tfn.train_step(loss, optimizer, accumulate=args.gradient_accumulation_steps, plan=launch.plan)
+    if launch.loss_scale is not None:  # float16
+        scaling = tfn.transforms.dynamic_loss_scale(**launch.loss_scale)
+        state, step = scaling.init(state), scaling(step)
+    state = tfn.shard(state, launch.plan)
     if args.resume_from_checkpoint is not None:
         state = tfn.restore(folder_of(args.resume_from_checkpoint, updates), like=state)
     checkpoints = None
     if args.checkpointing_steps is not None:
         every = updates if args.checkpointing_steps == "epoch" else int(args.checkpointing_steps)
         checkpoints = tfn.Checkpoints(args.output_dir, every=every)  # `fit` goes on from the newest one
-    evaluate = tfn.eval_step(loss)
+    evaluate = tfn.eval_step(loss, plan=launch.plan)
     evaluation = tfn.callbacks.evaluation(evaluate, checks, every=updates, then=[tfn.callbacks.log(1)])
     callbacks = [tfn.callbacks.progress(), evaluation]
     if args.with_tracking:
@@ -222,21 +227,21 @@ def main() -> None:
         callbacks.append(lambda info: accelerator.log(tfn.callbacks.values(info.metrics), step=info.n))
 
     # On a CPU, compiling takes longer than most runs; `compile=True` is the same step.
-    compiled = state.step.device.type != "cpu"
-    step = tfn.train_step(loss, optimizer, accumulate=args.gradient_accumulation_steps)
-    step = tfn.jit(step, donate=True, compile=compiled, max_graphs=64)
+    compiled = launch.device.type != "cpu" or launch.compile is not None
+    step = tfn.jit(step, donate=True, compile=compiled, max_graphs=64, **(launch.compile or {}))
     state = tfn.fit(step, state, batches, until=total, callbacks=callbacks, checkpoints=checkpoints)
 
     metrics = tfn.callbacks.values(tfn.evaluate(evaluate, state, checks))
     model = tfn.export(state, model).eval()
     options = {"num_beams": args.num_beams} if args.num_beams else {}
-    scores = rouge(generate(model, checks, len(held_out), max_length=length, **options))
+    scores = rouge(generate(model, launch, checks, len(held_out), max_length=length, **options))
     results = {f"eval_{name}": value for name, value in {**scores, **metrics}.items()}
-    print(json.dumps(results, indent=4))
+    if launch.rank == 0:
+        print(json.dumps(results, indent=4))
+        save(args, model, tokenizer, results)
     if args.with_tracking:
         accelerator.log(results, step=int(state.step))
         accelerator.end_training()
-    save(args, model, tokenizer, results)
 
 
 if __name__ == "__main__":
