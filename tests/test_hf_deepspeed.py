@@ -109,13 +109,10 @@ def test_a_file_a_dict_and_a_line_of_json_are_one(tmp_path):
     assert configuration(arguments()) is None
 
 
-def test_rows_that_are_split():
+def test_rows_that_are_split(monkeypatch):
     args = arguments(deepspeed=AUTO, per_device_train_batch_size=8, accelerator_config={"split_batches": True})
-    os.environ["WORLD_SIZE"] = "2"
-    try:
-        found = configuration(args)
-    finally:
-        del os.environ["WORLD_SIZE"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = configuration(args)
     assert found is not None
     assert (found.filled["train_micro_batch_size_per_gpu"], found.filled["train_batch_size"]) == (4, 8)
 
