@@ -5,6 +5,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from hf_models import bert, classes, gpt2, llama, t5, tokens
@@ -13,7 +14,17 @@ from transformers import BertForSequenceClassification, TrainerCallback
 import trainfn as tfn
 from trainfn import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
-PLANS = {"ddp": {}, "fsdp": {"fsdp": "full_shard"}, "zero": {"fsdp": "shard_grad_op"}}
+NUMBERS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+ADAM = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}
+WARMUP = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": "auto", "total_num_steps": "auto"}}
+AUTO = {**dict.fromkeys(NUMBERS, "auto"), "optimizer": ADAM, "scheduler": WARMUP, "bf16": {"enabled": "auto"}}
+PLANS = {
+    "ddp": {},
+    "fsdp": {"fsdp": "full_shard"},
+    "zero": {"fsdp": "shard_grad_op"},
+    "deepspeed 2": {"deepspeed": {**AUTO, "zero_optimization": {"stage": 2}}},
+    "deepspeed 3": {"deepspeed": {**AUTO, "zero_optimization": {"stage": 3}}},
+}
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 ROWS = 4  # of a micro-batch, on all ranks together
 
@@ -83,6 +94,47 @@ def updates(folder, plan, name, **options):
     make, rows = MODELS[name]
     trainer = Trainer(make(), arguments(folder, **plan, **options), pad, rows())
     trainer.train()
+    return {"params": params(trainer), "log": history(trainer)}
+
+
+def planned(folder, plan):
+    """By a DeepSpeed configuration, which has the arguments' optimizer and schedule; what is split, in words."""
+    options = {"optim": "adamw_torch", "weight_decay": 0.1, "lr_scheduler_type": "linear", "warmup_steps": 2}
+    options |= {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+    make, rows = MODELS["bert"]
+    trainer = Trainer(make(), arguments(folder, **plan, **options), pad, rows())
+    lines = trainer.plan()
+    trainer.train()
+    if WORLD > 1:
+        stage = plan["deepspeed"]["zero_optimization"]["stage"]
+        assert trainer._ranks.plan.stage == stage
+        assert {2: "split: optimizer state and gradients", 3: "split: parameters, too"}[stage] in lines
+    return {"params": params(trainer), "log": history(trainer)}
+
+
+LAUNCHER = {  # what `accelerate launch` exports of the documentation's yaml
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_GRADIENT_CLIPPING": "0.05",
+}
+
+
+def configured(folder, plan):
+    """By a launcher's DeepSpeed configuration, which has another clipping than the Trainer."""
+    if WORLD == 1:
+        return updates(folder, plan, "gpt2", max_grad_norm=0.05)
+    with patch.dict(os.environ, LAUNCHER):
+        args = arguments(folder, **plan)
+        with args.main_process_first():
+            rows = tokens(11)
+        trainer = Trainer(gpt2(), args, pad, rows)
+        assert (trainer._ranks.plan.stage, trainer._ranks.plan.offload) == (2, ("opt_state",))
+        trainer.train()
     return {"params": params(trainer), "log": history(trainer)}
 
 
@@ -410,6 +462,9 @@ def cases():
         for name, (case, options) in {**CASES, **(ONCE if plan == "ddp" else SPLIT)}.items():
             yield f"{name}, {plan}", PLANS[plan], case, options
     yield "updates bert, zero", PLANS["zero"], updates, {"name": "bert"}
+    for plan in ("deepspeed 2", "deepspeed 3"):
+        yield f"planned, {plan}", PLANS[plan], planned, {}
+    yield "configured, launcher", {}, configured, {}
     yield CARRIED, PLANS["fsdp"], carried_on, {}
 
 

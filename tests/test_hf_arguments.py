@@ -333,7 +333,6 @@ def test_both_names_of_activation_checkpointing_are_fine():
 # ------------------------------------------------------------------------------------------------------- every field
 
 NOT_DEFAULT = {  # a value for every field that is refused or ignored, and what the message says
-    "deepspeed": ({"a": 1}, "holds the state itself.*Write `fsdp='full_shard'`.*tfn.deepspeed.init"),
     "fsdp_config": ({"min_num_params": 1}, "`fsdp` is not given.*Write `fsdp=True`"),
     "tf32": (True, "no NVIDIA GPU.*Leave `tf32` out"),
     "torch_empty_cache_steps": (4, "plans its memory.*Leave `torch_empty_cache_steps` out"),
@@ -391,7 +390,7 @@ def test_the_table_names_no_field_that_is_not_there():
     assert not set(USED) & set(IGNORED)
 
 
-def test_values_that_are_refused_of_fields_that_are_used(monkeypatch):
+def test_values_that_are_refused_of_fields_that_are_used():
     with pytest.raises(ValueError, match=r"moves rows between processes.*Write `train_sampling_strategy="):
         check_supported(arguments(train_sampling_strategy="batch_rebalance"))
     with pytest.raises(ValueError, match=r"accumulates gradients itself.*Write `gradient_accumulation_steps="):
@@ -401,10 +400,8 @@ def test_values_that_are_refused_of_fields_that_are_used(monkeypatch):
     with pytest.raises(ValueError, match="momentun"):
         check_supported(arguments(optim="sgd", optim_args="momentun=0.9"))
     check_supported(arguments(tf32=False, train_sampling_strategy="group_by_length"))
-    args = arguments()
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match=r"`ACCELERATE_USE_DEEPSPEED=true`.*Launch with `distributed_type: FSDP`"):
-        check_supported(args)
+    with pytest.raises(ValueError, match=r"deepspeed=\{'a': 1\}.*each of them says how.*Leave the others out"):
+        check_supported(arguments(deepspeed={"a": 1}, fsdp=True))
 
 
 def test_one_warning_for_all_that_is_ignored():

@@ -156,9 +156,10 @@ def test_precisions_that_contradict_each_other():
 
 
 def test_a_backend_that_the_device_does_not_have(monkeypatch):
-    monkeypatch.setattr(tfn.launch, "settings", lambda **_: launched())
+    monkeypatch.setattr(tfn.launch, "join", lambda **_: CPU)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"ddp_backend='nccl'.*on cpu.*over gloo. Leave `ddp_backend` out"):
-        _layout.joined(arguments(ddp_backend="nccl"))
+        _layout.met(arguments(ddp_backend="nccl"))
 
 
 def of_ranks(trainer, world=2, **plan):

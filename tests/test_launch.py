@@ -301,6 +301,28 @@ def test_fields_of_deepspeeds_json(tmp_path, changes, field, fate, why):
     assert found.fate == fate and why in found.detail
 
 
+def test_a_dict_in_the_place_of_a_file(env, capsys):
+    given = {"zero_optimization": {"stage": 3}, "gradient_clipping": 0.7}
+    launch = tfn.launch.settings(config=given, deepspeed="native", quiet=True)
+    assert (launch.plan, launch.clip) == (tfn.Plan.zero(3), 0.7) and capsys.readouterr().out == ""
+    assert tfn.launch.settings(config={"steps_per_print": 1}, deepspeed="native", quiet=True).plan.stage == 0
+    env(**DS, ACCELERATE_DEEPSPEED_ZERO_STAGE="1", ACCELERATE_MIXED_PRECISION="bf16", ACCELERATE_GRADIENT_CLIPPING="1")
+    launch = tfn.launch.settings(config=given, deepspeed="native", quiet=True)
+    assert (launch.plan, launch.clip) == (tfn.Plan.zero(3, precision=BF16), 0.7)
+    env(ACCELERATE_USE_FSDP="true")
+    with pytest.raises(ValueError, match=r"config=\{...\}\): that is one of DeepSpeed, and .*FSDP.*Leave the one out"):
+        tfn.launch.settings(config=given, deepspeed="native")
+
+
+def test_what_a_launcher_was_told_of_deepspeed(env, tmp_path):
+    assert tfn.launch.deepspeed_config() is None
+    env(**DS, ACCELERATE_GRADIENT_CLIPPING="0.7", ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu")
+    zero_2 = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert tfn.launch.deepspeed_config() == {"gradient_clipping": 0.7, "zero_optimization": zero_2}
+    env(ACCELERATE_DEEPSPEED_CONFIG_FILE=str(zero(tmp_path)), ACCELERATE_DEEPSPEED_ZERO_STAGE="1")
+    assert tfn.launch.deepspeed_config() == {**ZERO3, "gradient_clipping": 0.7}  # where the file says auto
+
+
 def test_float16_of_deepspeed_comes_with_a_loss_scale(env, tmp_path):
     fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 10, "loss_scale_window": 500}
     with pytest.warns(UserWarning, match="not honoured"):

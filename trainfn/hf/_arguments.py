@@ -102,6 +102,8 @@ class TrainingArguments(transformers.TrainingArguments, metaclass=_Named):
     ``log_level="info"``      ``"passive"``
     ``...`` for "defaults"    ``output_dir``
     one device                all GPUs of the machine, through ``DataParallel``
+    ``deepspeed=`` is a plan  DeepSpeed's engine. ``"auto"`` is filled in as there, numbers that differ are an error;
+                              gradients are clipped at ``max_grad_norm``, whether the configuration says so or not
     ========================= ==============================================================================
 
     Raises:
@@ -216,7 +218,7 @@ class TrainingArguments(transformers.TrainingArguments, metaclass=_Named):
         first = (self.local_process_index if local else self.process_index) == 0
         joined = self.world_size > 1
         if joined and not is_joined():
-            _layout.joined(self)
+            _layout.met(self)
         if joined and not first:
             torch.distributed.barrier()
         try:
@@ -282,8 +284,10 @@ def _held_back(args: TrainingArguments) -> Generator[None]:
         )
     if args.device.type == "cpu":
         neutral |= {"bf16": False, "bf16_full_eval": False}
-    loading = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # which they set for all of the process, if there is `fsdp`
-    kept, before = {name: getattr(args, name) for name in neutral}, os.environ.get(loading)
+    # The first they set for all of the process, if there is `fsdp`; at the second they ask for the package.
+    variables = ("FSDP_CPU_RAM_EFFICIENT_LOADING", "ACCELERATE_USE_DEEPSPEED")
+    kept, before = {name: getattr(args, name) for name in neutral}, {name: os.environ.get(name) for name in variables}
+    os.environ.pop(variables[1], None)
     for name, value in neutral.items():
         setattr(args, name, value)
     try:
@@ -291,10 +295,11 @@ def _held_back(args: TrainingArguments) -> Generator[None]:
     finally:
         for name, value in kept.items():
             setattr(args, name, value)
-        if before is None:
-            os.environ.pop(loading, None)
-        else:
-            os.environ[loading] = before
+        for name, text in before.items():
+            if text is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = text
 
 
 def _explain_bf16(args: TrainingArguments) -> None:

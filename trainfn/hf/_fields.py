@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -55,7 +54,6 @@ def check_supported(args: Arguments) -> None:
             UserWarning,
             stacklevel=2,
         )
-    _check_launcher(args)
     idle = [name for name in IGNORED if _is_set(args, name)]
     if idle:
         listed = "; ".join(f"`{name}` ({IGNORED[name]})" for name in idle)
@@ -63,17 +61,6 @@ def check_supported(args: Arguments) -> None:
             f"`{type(args).__name__}`: these arguments change nothing here: {listed}. Leave them out.",
             UserWarning,
             stacklevel=2,
-        )
-
-
-def _check_launcher(args: Arguments) -> None:
-    """DeepSpeed's engine is no plan: its state is not the Trainer's."""
-    variable = "ACCELERATE_USE_DEEPSPEED"
-    if os.environ.get(variable, "").lower() in ("1", "true"):
-        raise ValueError(
-            f"`{variable}={os.environ[variable]}`, which the launcher has set, can't be honoured: {_DEEPSPEED}."
-            " Launch with `distributed_type: FSDP`, which splits the same, or train with `tfn.fit` and"
-            " `tfn.deepspeed.init(model)`."
         )
 
 
@@ -101,14 +88,12 @@ def _own_accumulation(value: Any, args: Arguments) -> bool:
     )
 
 
-_DEEPSPEED = "DeepSpeed's engine holds the state itself, and the Trainer's step, checkpoints and callbacks need it"
 REFUSED: tuple[Refused, ...] = (
     Refused(
         "deepspeed",
-        _truthy,
-        _DEEPSPEED,
-        "Write `fsdp='full_shard'` for what ZeRO 3 splits, `fsdp='shard_grad_op'` for ZeRO 2; or train with `tfn.fit`"
-        " and `tfn.deepspeed.init(model)`",
+        lambda value, args: bool(value) and (bool(args.fsdp) or args.parallelism_config is not None),
+        "`fsdp` or `parallelism_config` is given too, and each of them says how the state is split",
+        "Leave the others out, or `deepspeed`",
     ),
     Refused(
         "fsdp_config",
@@ -188,7 +173,7 @@ USED: dict[str, str] = {
     ),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32"), _LOOP),
     **dict.fromkeys(("use_cpu",), _LOOP),
-    **dict.fromkeys(("fsdp", "parallelism_config", "ddp_backend", "ddp_timeout"), "the plan, _layout.py"),
+    **dict.fromkeys(("fsdp", "deepspeed", "parallelism_config", "ddp_backend", "ddp_timeout"), "the plan, _layout.py"),
     **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs"), _LOOP),
     **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs"), _LOOP),
     **dict.fromkeys(("label_smoothing_factor", "bf16", "use_cache", "neftune_noise_alpha", "label_names"), _LOSS),

@@ -13,6 +13,7 @@ from torch import distributed
 
 import trainfn as tfn
 from trainfn import launch as launchers
+from trainfn.hf import _deepspeed
 from trainfn.hf._ranks import ALONE, Ranks
 
 _STRATEGIES: dict[str, dict[str, Any]] = {  # of FSDP 1, `fsdp_config["reshard_after_forward"]`
@@ -23,6 +24,8 @@ _STRATEGIES: dict[str, dict[str, Any]] = {  # of FSDP 1, `fsdp_config["reshard_a
     "hybrid_shard_zero2": {"replicate": 0, "shard": -1, "stage": 3, "reshard": False},
 }
 
+_TOLD: list[_deepspeed.Configured] = []  # what the user knows of already
+
 
 def ranks_of(args: Any, model: Any) -> Ranks:
     """Bring the processes together, and say how they work; one process by itself needs nothing.
@@ -31,10 +34,11 @@ def ranks_of(args: Any, model: Any) -> Ranks:
         ValueError: If the arguments ask for what can't be, or contradict the launcher's configuration.
         RuntimeError: If the processes don't find each other.
     """
-    asked = bool(args.fsdp) or args.parallelism_config is not None
+    deepspeed = _deepspeed.configuration(args)  # the same error on every rank, before any waits for the others
+    asked = bool(args.fsdp) or args.parallelism_config is not None or deepspeed is not None
     if args.world_size == 1 and not asked and "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return ALONE
-    launch = joined(args)
+    launch = joined(args, deepspeed)
     _take_precision(args, launch)
     own = _of_arguments(args, _nodes(launch.world))
     plan = launch.plan if own is None else _agreed(own, launch)
@@ -49,6 +53,7 @@ def ranks_of(args: Any, model: Any) -> Ranks:
         rank=launch.rank,
         world=launch.world,
         compile=launch.compile,
+        loss_scale=launch.loss_scale or {},
         checkpointing=launch.checkpointing or _true(config.get("activation_checkpointing")),
         sharded_files=launch.state_dict == "sharded"
         or str(config.get("state_dict_type", "")).upper() == "SHARDED_STATE_DICT",
@@ -59,21 +64,33 @@ def ranks_of(args: Any, model: Any) -> Ranks:
     return found
 
 
-def joined(args: Any) -> Any:
-    """The launcher's settings, after all of its processes have found each other."""
+def met(args: Any) -> None:
+    """Bring the processes together."""
     with _on_cpu(args):
-        launch = launchers.settings(timeout=float(args.ddp_timeout))
-    if launch.world > 1:
+        device = launchers.join(timeout=float(args.ddp_timeout))
+    backend = args.ddp_backend
+    if backend is not None and args.world_size > 1 and backend not in _backends(device):
+        raise ValueError(
+            f"`{type(args).__name__}(ddp_backend={backend!r})` can't work: on {device.type}, the processes talk"
+            f" over {' and '.join(_backends(device))}. Leave `ddp_backend` out."
+        )
+    if args.world_size > 1:
         from accelerate import PartialState
 
         args.distributed_state = PartialState()
-    backend = args.ddp_backend
-    if backend is not None and launch.world > 1 and backend not in _backends(launch.device):
-        raise ValueError(
-            f"`{type(args).__name__}(ddp_backend={backend!r})` can't work: on {launch.device.type}, the processes talk"
-            f" over {' and '.join(_backends(launch.device))}. Leave `ddp_backend` out."
-        )
-    return launch
+
+
+def joined(args: Any, deepspeed: _deepspeed.Configured | None) -> Any:
+    """The launcher's settings, after all of its processes have found each other; a DeepSpeed configuration's."""
+    met(args)
+    given: dict[str, Any] = {}
+    if deepspeed is not None:
+        given = {"config": deepspeed.rest, "deepspeed": "native", "quiet": deepspeed in _TOLD}
+        if deepspeed not in _TOLD and args.process_index == 0:
+            _deepspeed.tell(deepspeed, args)
+        _TOLD.append(deepspeed)
+    with _on_cpu(args):
+        return launchers.settings(timeout=float(args.ddp_timeout), **given)
 
 
 @contextlib.contextmanager
@@ -145,7 +162,8 @@ def _true(value: Any) -> bool:
 def _agreed(own: tfn.Plan, launch: Any) -> tfn.Plan:
     """The arguments' plan, unless the launcher was configured with another one."""
     theirs, world = launch.plan, launch.world
-    configured = any(_true(os.environ.get(f"ACCELERATE_USE_{name}")) for name in ("FSDP", "PARALLELISM_CONFIG"))
+    switches = (f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG"))
+    configured = any(_true(os.environ.get(switch)) for switch in switches)
     if configured and _layout(own, world) != _layout(theirs, world):
         raise ValueError(
             f"the training arguments ask for {_layout(own, world)}, and the configuration of `accelerate launch` for"

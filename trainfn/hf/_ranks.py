@@ -27,6 +27,7 @@ class Ranks:
         rank: This process's number.
         world: How many there are.
         compile: The arguments of `tfn.jit` that a launcher was configured with.
+        loss_scale: Those of `tfn.transforms.dynamic_loss_scale` that a DeepSpeed configuration has.
         checkpointing: Whether it was configured to compute activations again instead of keeping them.
         sharded_files: Whether it was configured to save each rank's part in a file of its own.
 
@@ -38,6 +39,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     compile: dict[str, Any] | None = None
+    loss_scale: dict[str, Any] = dataclasses.field(default_factory=dict)
     checkpointing: bool = False
     sharded_files: bool = False
     timeout: float = 1800.0

@@ -167,7 +167,7 @@ def _scaled(trainer: Any, step: Any) -> Any:
             "TrainingArguments(fp16=True) with an overridden training_step: its backward pass knows nothing of the loss"
             " scale. Override compute_loss in place of training_step, or write `bf16=True`."
         )
-    scaling = tfn.transforms.dynamic_loss_scale()
+    scaling = tfn.transforms.dynamic_loss_scale(**trainer._ranks.loss_scale)
     trainer.train_state = scaling.init(trainer.train_state)
     return scaling(step)
 

@@ -24,6 +24,7 @@ one does.
 from trainfn.launch._fields import Field as Field
 from trainfn.launch._join import join as join
 from trainfn.launch._settings import Launch as Launch
+from trainfn.launch._settings import deepspeed_config as deepspeed_config
 from trainfn.launch._settings import plan as plan
 from trainfn.launch._settings import settings as settings
 from trainfn.launch._tensor import tensor_rules as tensor_rules

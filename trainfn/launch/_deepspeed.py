@@ -131,14 +131,42 @@ class _Native:
             self.say(entry, found[1], found[2])
 
 
-def read(reading: Reading) -> None:
-    """Map what the launcher exported of a DeepSpeed configuration onto the reading's plan."""
+def read(reading: Reading, given: Mapping[str, Any] | None = None) -> None:
+    """Map what the launcher exported of a DeepSpeed configuration, or a given one, onto the reading's plan."""
+    entries = list(_entries(reading) if given is None else _flat(given, ""))
+    if given is None:
+        _default_stage(reading, entries)
+    _Native(reading, entries).read()
+
+
+def configured(reading: Reading) -> dict[str, Any]:
+    """What the launcher exported, as one json; a file's value counts before Accelerate's own."""
     entries = list(_entries(reading))
+    _default_stage(reading, entries)
+    out: dict[str, Any] = {}
+    for entry in entries:  # the file's come last
+        *path, key = entry.name.split(".")
+        section = out
+        for part in path:
+            section = section.setdefault(part, {})
+        if key not in section or entry.value not in ("auto", {}):
+            section[key] = _value(entry.value)
+    return out
+
+
+def _value(written: Any) -> Any:
+    """A number or a flag that was exported as text."""
+    try:
+        return json.loads(written) if isinstance(written, str) else written
+    except json.JSONDecodeError:
+        return written
+
+
+def _default_stage(reading: Reading, entries: list[Entry]) -> None:
     if not any(entry.name == "zero_optimization.stage" for entry in entries) and not reading.get(
         "ACCELERATE_DEEPSPEED_CONFIG_FILE"
     ):
         entries.append(Entry("zero_optimization.stage", "zero_stage", 2))  # Accelerate's default
-    _Native(reading, entries).read()
 
 
 def _entries(reading: Reading) -> Iterator[Entry]:

@@ -67,10 +67,11 @@ class Launch:
 
 def settings(
     *,
-    config: str | Path | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
     deepspeed: Literal["native"] | None = None,
     rules: Sequence[tuple[str, Rule]] = (),
     timeout: float = 1800.0,
+    quiet: bool = False,
 ) -> Launch:
     """Bring the processes of a launcher together, as `join` does, and read what it was configured with.
 
@@ -78,12 +79,14 @@ def settings(
 
     Args:
         config: A file to read instead: an Accelerate yaml, or a DeepSpeed json, of a script that ``torchrun`` starts.
-            ``accelerate launch`` exports its own, all but what it does not know.
+            ``accelerate launch`` exports its own, all but what it does not know. Or a dict of DeepSpeed's fields,
+            which stands in the place of what the launcher says of DeepSpeed; see `deepspeed_config`.
         deepspeed: What a DeepSpeed configuration means. ``"native"``: a plan that computes the same as its ZeRO stage;
             what becomes of each field is printed. The engine itself is `trainfn.deepspeed`; then don't call this, but
             `join`.
         rules: Of the plan, such as those of `tensor_rules`.
         timeout: See `join`.
+        quiet: Whether to print nothing and warn of nothing; ``print(launch)`` tells the same.
 
     Raises:
         ValueError: If the configuration asks for what can't be honoured, or for sizes that are not the number of
@@ -92,6 +95,8 @@ def settings(
 
     >>> settings().plan.shape(world=1)
     {'replicate': 1, 'shard': 1, 'tensor': 1}
+    >>> settings(config={"zero_optimization": {"stage": 3}}, deepspeed="native", quiet=True).plan.stage
+    3
     """
     if deepspeed not in (None, "native"):
         raise ValueError(
@@ -103,20 +108,20 @@ def settings(
     world = launched()
     rank = torch.distributed.get_rank() if world > 1 else 0
     nodes = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    reading = read_environment(env, nodes, deepspeed)
+    reading = read_environment(env, nodes, deepspeed, config if isinstance(config, Mapping) else None)
     check(reading.fields, "settings()")
     arguments: dict[str, Any] = {**reading.plan, "rules": (*rules, *reading.plan.get("rules", ()))}
     plan = Plan(**arguments)
     plan.shape(world)
     launch = Launch(plan=plan, device=device, rank=rank, world=world, fields=tuple(reading.fields), **reading.rest)
-    if rank == 0:
+    if rank == 0 and not quiet:
         _tell(launch, deepspeed)
     return launch
 
 
 def plan(
     *,
-    config: str | Path | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
     deepspeed: Literal["native"] | None = None,
     rules: Sequence[tuple[str, Rule]] = (),
     timeout: float = 1800.0,
@@ -163,20 +168,41 @@ def fields_of(config: str | Path) -> tuple[Field, ...]:
     return tuple(read_environment(env, 1, "native" if "ACCELERATE_USE_DEEPSPEED" in env else None).fields)
 
 
-def read_environment(env: Mapping[str, str], nodes: int, deepspeed: str | None) -> _accelerate.Reading:
-    """Read all that a launcher has exported."""
+def deepspeed_config() -> dict[str, Any] | None:
+    """What ``accelerate launch`` was told of DeepSpeed, as its json would say it; None if nothing.
+
+    Where a json and Accelerate's yaml both name a field, the json's value counts, unless it is ``"auto"``.
+
+    Raises:
+        ValueError: If the json that the launcher was given is none.
+
+    >>> deepspeed_config() is None
+    True
+    """
+    env = _environment(None)
+    asked = is_true(env.get("ACCELERATE_USE_DEEPSPEED"))
+    return _deepspeed.configured(_accelerate.Reading(env)) if asked else None
+
+
+def read_environment(
+    env: Mapping[str, str], nodes: int, deepspeed: str | None, given: Mapping[str, Any] | None = None
+) -> _accelerate.Reading:
+    """Read all that a launcher has exported; ``given``, in the place of its DeepSpeed configuration."""
     reading = _accelerate.Reading(env, nodes)
     _accelerate.read(reading)
-    _read_deepspeed(reading, deepspeed)
+    _read_deepspeed(reading, deepspeed, given)
     _accelerate.parallelism(reading)
     _accelerate.finish(reading)
     return reading
 
 
-def _environment(config: str | Path | None) -> dict[str, str]:
+def _environment(config: str | Path | Mapping[str, Any] | None) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name.startswith(_PREFIXES)}
+    env |= {name: os.environ[name] for name in ("NPROC", "MIXED_PRECISION") if name in os.environ}
     if config is None:
-        return {**env, **{name: os.environ[name] for name in ("NPROC", "MIXED_PRECISION") if name in os.environ}}
+        return env
+    if isinstance(config, Mapping):
+        return _without_deepspeed(env) | {"ACCELERATE_USE_DEEPSPEED": "true"}
     if "ACCELERATE_MIXED_PRECISION" in env:
         raise ValueError(
             f"settings(config={str(config)!r}): `accelerate launch` has a configuration already. Give it this one,"
@@ -186,7 +212,19 @@ def _environment(config: str | Path | None) -> dict[str, str]:
     return {**kept, **exported(config)}
 
 
-def _read_deepspeed(reading: _accelerate.Reading, deepspeed: str | None) -> None:
+def _without_deepspeed(env: Mapping[str, str]) -> dict[str, str]:
+    others = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG": "a `parallelism_config`"}
+    for variable, what in others.items():
+        if is_true(env.get(variable)):
+            raise ValueError(
+                f"settings(config={{...}}): that is one of DeepSpeed, and `accelerate launch` was configured with"
+                f" {what}: each says how the state is split. Leave the one out, or start the script by torchrun."
+            )
+    prefixes = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_")
+    return {name: value for name, value in env.items() if not name.startswith(prefixes)}
+
+
+def _read_deepspeed(reading: _accelerate.Reading, deepspeed: str | None, given: Mapping[str, Any] | None) -> None:
     asked = is_true(reading.get("ACCELERATE_USE_DEEPSPEED"))
     if asked and deepspeed is None:
         raise ValueError(
@@ -200,7 +238,7 @@ def _read_deepspeed(reading: _accelerate.Reading, deepspeed: str | None) -> None
             " launch` with one, or say `config=` with the path of a json or yaml; or leave `deepspeed` out."
         )
     if asked:
-        _deepspeed.read(reading)
+        _deepspeed.read(reading, given)
 
 
 def _tell(launch: Launch, deepspeed: str | None) -> None:
