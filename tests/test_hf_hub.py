@@ -5,7 +5,6 @@ import logging
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,12 +204,11 @@ def test_the_calls_of_the_client(trainer, monkeypatch, strategy):
 
     def upload_folder(**call):
         calls.append(call)
-        future = Future()
-        future.set_result(None)
-        return future if call["run_as_future"] else "a CommitInfo"
+        return "a CommitInfo"
 
     monkeypatch.setattr(made.push_in_progress.client, "upload_folder", upload_folder)
     folder = made.checkpoint(2)
+    made.wait()
     assert _hub.push_to_hub(made) == "a CommitInfo"
     same = {"repo_id": "tester/my-model", "token": "hf_test", "revision": "exp"}
     top = {
@@ -219,11 +217,11 @@ def test_the_calls_of_the_client(trainer, monkeypatch, strategy):
         "path_in_repo": None,
         "ignore_patterns": ["_*", "checkpoint-*", ".*"],
     }
-    model = {**top, "commit_message": "Training in progress, step 2", "run_as_future": True}
+    model = {**top, "commit_message": "Training in progress, step 2"}
     path = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}.get(strategy)
     checkpoint = {
         **same, "folder_path": str(folder), "path_in_repo": path, "ignore_patterns": None,
-        "commit_message": "Training in progress, step 2, checkpoint", "run_as_future": True,
+        "commit_message": "Training in progress, step 2, checkpoint",
     }  # fmt: skip
     end = {**top, "commit_message": "End of training", "run_as_future": False}
     assert calls == [*([] if strategy == "end" else [model]), *([checkpoint] if path else []), end]

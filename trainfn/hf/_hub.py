@@ -101,9 +101,18 @@ class Pushes:
         for path in [path for path, upload in again.items() if not os.path.isdir(upload.folder)]:
             _logger.warning("%s is gone and will not be pushed to the Hub.", again.pop(path).folder)
         for upload in [*again.values(), *uploads]:
-            future: Future[Any] = self.upload(upload, run_as_future=True)
-            future.add_done_callback(lambda done, upload=upload: _report(upload, done))
-            self.running.append((upload, future))
+            self.running.append((upload, self.client.run_as_future(self._pushed, upload)))
+
+    def _pushed(self, upload: Upload) -> Any:
+        """In the background: upload, and tell of a failure as soon as it is known."""
+        try:
+            return self.upload(upload)
+        except Exception as error:
+            _logger.warning(
+                'The push "%s" to the Hub failed: %s: %s. The training goes on; the next push tries again.',
+                *(upload.message, type(error).__name__, error),
+            )
+            raise
 
     def upload(self, upload: Upload, token: str | None = None, revision: str | None = None, **how: Any) -> Any:
         """Upload a folder."""
@@ -138,16 +147,6 @@ class Pushes:
     def wait_until_done(self) -> None:
         """Wait for what is under way."""
         wait_for([future for _, future in self.running])
-
-
-def _report(upload: Upload, done: Future[Any]) -> None:
-    """In the background, as soon as it is known."""
-    error = done.exception()
-    if error is not None:
-        _logger.warning(
-            'The push "%s" to the Hub failed: %s: %s. The training goes on; the next push tries again.',
-            *(upload.message, type(error).__name__, error),
-        )
 
 
 # --- functions of the Trainer -----------------------------------------------------------------------------------------
