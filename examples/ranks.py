@@ -65,7 +65,8 @@ def main() -> None:
     state = tfn.fit(step, state, batches, until=args.steps, callbacks=[tfn.callbacks.log(50)], checkpoints=store)
 
     held = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in tfn.tree.leaves(state.opt_state))
-    metrics = tfn.callbacks.values(tfn.evaluate(tfn.eval_step(loss, plan=plan), state, [digits(500, seed=2)]))
+    held_out = tfn.data.loader(digits(500, seed=2), tfn.data.sequential(500, 250), epochs=1)
+    metrics = tfn.callbacks.values(tfn.evaluate(tfn.eval_step(loss, plan=plan), state, held_out))
     if launch.rank == 0:
         print(f"{plan.world} process(es), {held:,} bytes of optimizer state on each")
         print(f"held out: loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.3f}")

@@ -235,9 +235,49 @@ def stepping(plan, batches, alone, evaluate=False, **options):
         ours = tfn.evaluate(tfn.eval_step(squared, plan=plan), state, batches)["loss"]
         theirs = tfn.evaluate(tfn.eval_step(squared), one, alone)["loss"]
         return float((ours.total - theirs.total).abs() + (ours.weight - theirs.weight).abs())
-    one = tfn.fit(tfn.train_step(squared, optimizer), one, alone)
+    one = stepped(tfn.train_step(squared, optimizer), one, alone)
     state = tfn.fit(tfn.train_step(squared, optimizer, plan=plan, **options), state, batches)
     return deviation(tfn.gather(state).params, one.params)
+
+
+def stepped(step, state, batches):
+    """As in one process, for which `fit` would not take a rank."""
+    with torch.no_grad():
+        for batch in batches:
+            state, _ = step(state, batch)
+    return state
+
+
+def the_same_rows(plan):
+    """Which are a mistake more often than not."""
+    state = tfn.shard(tfn.init(net(), tfn.optim.sgd(0.1)), plan)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        tfn.evaluate(tfn.eval_step(squared, plan=plan), state, [rows(4)])
+        tfn.evaluate(tfn.eval_step(squared, plan=plan), state, [rows(4, dist.get_rank())])
+    said = [str(w.message) for w in told if "all ranks have the same rows" in str(w.message)]
+    assert len(said) == (dist.get_rank() == 0) and all("every row counts 2 times" in line for line in said), said
+    return 0.0
+
+
+def batch_statistics(plan):
+    """Running statistics are of the rows there are; that a rank's are its own is told."""
+    optimizer = tfn.optim.sgd(0.1)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    one = tfn.init(model, optimizer)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        state = tfn.shard(one, plan)
+    assert [("'1' normalizes by" in str(w.message)) for w in told] == [True] * (dist.get_rank() == 0)
+
+    def loss(model, batch):
+        return tfn.Mean.of((model(batch["y"][:, None])[:, 0] - batch["w"]) ** 2)
+
+    batches = [rows(4, n) for n in range(3)]
+    one = stepped(tfn.train_step(loss, optimizer), one, batches)
+    state = tfn.fit(tfn.train_step(loss, optimizer, plan=plan), state, batches if dist.get_rank() == 0 else [])
+    return deviation([tfn.gather(state).params, state.buffers], [one.params, one.buffers])
 
 
 def join(batches):
@@ -295,17 +335,23 @@ def driving(plan):
     def weighted(model, batch):
         return tfn.Mean.of((model(batch["x"]) - batch["y"]) ** 2, batch["row"])
 
-    def with_loader(batches):
+    def with_loader(batches, whole=None):
         optimizer = tfn.optim.adamw(1e-2)
         one, state = tfn.init(net(), optimizer), tfn.shard(tfn.init(net(), optimizer), plan)
-        one = tfn.fit(tfn.train_step(weighted, optimizer), one, loader)
+        one = stepped(tfn.train_step(weighted, optimizer), one, batches if whole is None else whole)
         state = tfn.fit(tfn.train_step(weighted, optimizer, plan=plan), state, batches)
         return deviation(tfn.gather(state).params, one.params)
 
     run(f"{name}: a loader is divided", with_loader, loader)
-    run(f"{name}: a divided loader", with_loader, loader.shard(rank, size))
+    run(f"{name}: a divided loader", with_loader, loader.shard(rank, size), loader)
+    for last in ("drop", "short"):  # of 5 and, at the end, 3 rows
+        odd = tfn.data.loader(
+            {**rows(23), "row": torch.ones(23)}, tfn.data.shuffled(23, 5, seed=1, last=last), epochs=1
+        )
+        run(f"{name}: a loader of uneven batches, {last}", with_loader, odd)
+    run(f"{name}: the same rows", the_same_rows, plan)
     wrong = loader.shard((rank + 1) % size, size)
-    run(f"{name}: another's part", raises, r"the loader is part \d of 2", lambda: with_loader(wrong))
+    run(f"{name}: another's part", raises, r"the loader is part \d of 2", lambda: with_loader(wrong, []))
     # Ranks with batches of 5 and 2 rows; of 3 rows and none; a batch only on rank 0; one of 0 rows on rank 1.
     parts = [[rows(5, 1), rows(2, 2)], [rows(3, 3), None], [rows(2, 4), None]]
     own = [part[rank] for part in parts if part[rank] is not None]
@@ -339,6 +385,10 @@ def driving(plan):
     step = tfn.train_step(squared, tfn.optim.sgd(0.1), plan=plan)
     run(f"{name}: not laid out", raises, r"tfn\.shard\(state, plan\)", lambda: step(state, rows(4)))
     twice = tfn.shard(state, plan)
+    alone = tfn.train_step(squared, tfn.optim.sgd(0.1))
+    for call in (alone, tfn.eval_step(squared), tfn.jit(alone)):
+        run(f"{name}: no plan, {type(call).__name__}", raises, "the step has no plan", lambda f=call: f(twice, rows(4)))
+    run(f"{name}: fit without a plan", raises, "2 processes were launched", lambda: tfn.fit(alone, state, [rows(4)]))
     run(f"{name}: laid out twice", raises, "laid out already", lambda: tfn.shard(twice, plan))
     another = tfn.shard(state, tfn.Plan.fsdp() if plan.stage < 3 else tfn.Plan.zero(1))
     run(f"{name}: by another plan", raises, "laid out by another plan", lambda: step(another, rows(4)))
@@ -374,6 +424,7 @@ def two():
         run(f"{plan_name}: a rank without rows", model_case, llama, plan, 3, sizes=3)
         if plan_name in ("replicated", "zero 3"):
             driving(plan)
+            run(f"{plan_name}: batch statistics", batch_statistics, plan)
     run("golden: DDP", golden_case, "DDP", tfn.Plan.replicated())
     run("golden: DDP, zero 2", golden_case, "DDP", tfn.Plan.zero(2))
     run("golden: FSDP2", golden_case, "FSDP2", tfn.Plan.fsdp())

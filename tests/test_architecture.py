@@ -19,12 +19,9 @@ LAYERS = {
     **dict.fromkeys(("_types", "tree", "errors"), 0),
     **dict.fromkeys(("random", "_keyed", "_module", "losses", "metrics", "optim", "schedules"), 1),
     **dict.fromkeys(("_grad", "_step", "transforms"), 2),
-    **dict.fromkeys(("_compile", "_plan", "_together"), 3),
+    **dict.fromkeys(("_compile", "_explain", "_plan", "_together"), 3),
     **dict.fromkeys(
-        (
-            *("_checkpoint", "_batches", "_evaluate", "callbacks", "_nonfinite", "_interrupt", "_value", "data"),
-            "_ranks",
-        ),
+        (*("_checkpoint", "_batches", "_evaluate", "callbacks", "_nonfinite", "_interrupt", "_value", "data"),),
         4,
     ),
     **dict.fromkeys(("_driver", "_session", "_replay"), 5),

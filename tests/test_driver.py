@@ -279,3 +279,11 @@ def test_the_loop_never_reads_a_tensor_between_logs():
             assert Reads.count == 0, Reads.count
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_processes_that_would_each_train_alone_are_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    step = tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), tfn.optim.sgd(0.1))
+    state = tfn.init({"w": torch.ones(1)}, tfn.optim.sgd(0.1))
+    with pytest.raises(RuntimeError, match=r"2 processes were launched, and the step has no plan.*`plan = tfn.launch"):
+        tfn.fit(step, state, [torch.ones(1)])

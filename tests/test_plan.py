@@ -22,7 +22,7 @@ def launched(ranks, group, tmp_path, timeout):
     """What each case of a group deviates from one process, or its error."""
     out = tmp_path / "results.json"
     paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONFAULTHANDLER": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
     command = [*launch, str(HERE / "ranks_worker.py"), str(out), group]
     run = subprocess.run(command, env=env, timeout=timeout, capture_output=True, text=True, check=False)
@@ -37,7 +37,7 @@ LONG = pytest.mark.skipif(not os.environ.get("TRAINFN_LONG"), reason="compiles f
 @pytest.mark.parametrize(
     ("ranks", "group", "cases"),
     [
-        (2, "two", 190),
+        (2, "two", 206),
         (4, "four", 18),
         (2, "compiled", 2),
         pytest.param(2, "compiled more", 8, marks=LONG),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainfn._ranks import explain, explained
+from trainfn._explain import explain, explained
 
 SAID = {  # what torch says, and what is added
     "[pair.cc:553] Connection closed by peer [127.0.0.1]:644": "was waiting for another rank, which has ended",

@@ -12,10 +12,10 @@ from collections.abc import Generator, Iterator, Sequence
 
 from trainfn._batches import Batches, placed, source
 from trainfn._checkpoint import Checkpoints, ranks_of
+from trainfn._explain import explained, launched
 from trainfn._interrupt import Requests, uninterrupted
 from trainfn._nonfinite import Policy, Watch
 from trainfn._plan import agreed, check_together, divided, plan_of, told
-from trainfn._ranks import explained
 from trainfn._session import Callback, Session
 from trainfn._types import Step, StepInfo, Stop, TrainState
 
@@ -37,13 +37,15 @@ def steps(
         state: Where to start.
         batches: An iterable of batches. Or what a restored state goes on with exactly where it was: a function from
             the number of completed steps to the next batch, or a `trainfn.data` loader. NumPy arrays become tensors;
-            tensors are moved to the state's device.
+            tensors are moved to the state's device. With a plan, a loader is divided among the ranks; other batches
+            are this rank's own rows.
         until: Stop when ``state.step`` has reached it; by default, when the batches end.
         nonfinite: What to do about a loss that is NaN or infinite: ``"raise"``, ``"skip"`` (with a step that does)
             or ``"continue"``. By default, skip if the step can and raise if it can't.
 
     Raises:
         NonFiniteError: Naming the step.
+        RuntimeError: If several processes were launched and the step has no plan: each would train by itself.
 
     >>> import torch, trainfn as tfn
     >>> optimizer = tfn.optim.sgd(0.1)
@@ -66,13 +68,16 @@ def _run(
     """`steps`, with the newest complete state in ``latest``; it is empty while a step runs."""
     n, device = int(latest[0].step), latest[0].step.device  # waits for the device, once
     plan = plan_of(step)
+    if plan is None and isinstance(latest[0], TrainState):
+        _check_alone()
     batches, equal = (batches, True) if plan is None else divided(plan, batches)
     if plan is not None:
         check_together(plan, latest[0], until)
     stream, until = source(batches, n, until)
     if plan is not None:
         until = None if until is None else max(told(until))
-        stream = agreed(stream, f"steps(step, state, batches), step {n + 1} or later", equal=equal)
+        what = f"steps(step, state, batches), step {n + 1} or later"
+        stream = agreed(stream, what, equal=equal, parts=plan.data_size)
     watch = Watch(nonfinite)
     last = time.perf_counter()
     try:
@@ -99,6 +104,16 @@ def _run(
     watch.report(wait=True)
     if until is not None and n < until:
         warnings.warn(f"the batches ended at step {n}, before until={until}.", stacklevel=3)
+
+
+def _check_alone() -> None:
+    if launched() > 1:
+        raise RuntimeError(
+            f"steps(step, state, batches): {launched()} processes were launched, and the step has no plan: each would"
+            " train by itself. `plan = tfn.launch.plan()`, `state = tfn.shard(state, plan)` and"
+            " `tfn.train_step(..., plan=plan)`; a function around such a step needs `function.plan = plan`. For runs of"
+            " their own, call `step(state, batch)` in a loop."
+        )
 
 
 def fit(

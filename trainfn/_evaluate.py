@@ -14,6 +14,11 @@ from trainfn._types import Batch, Mean, Metrics, TrainState
 def evaluate(eval_step: Callable[[TrainState, Batch], Metrics], state: TrainState, batches: Iterable[Batch]) -> Metrics:
     """The metrics over all batches, exact whatever their sizes; sums are kept in float64 where the device has it.
 
+    Args:
+        eval_step: From `trainfn.eval_step`, or any function that returns metrics.
+        state: What to evaluate.
+        batches: With a plan, a `trainfn.data` loader, which is divided among the ranks; or this rank's batches.
+
     Raises:
         ValueError: If there is no batch.
 
@@ -27,7 +32,7 @@ def evaluate(eval_step: Callable[[TrainState, Batch], Metrics], state: TrainStat
     plan = plan_of(eval_step)
     if plan is not None:
         part, equal = divided(plan, batches)
-        batches = agreed(iter(part), "evaluate(eval_step, state, batches)", equal=equal)
+        batches = agreed(iter(part), "evaluate(eval_step, state, batches)", equal=equal, parts=plan.data_size)
     total: Metrics = {}
     for batch in batches:
         metrics = {name: _wide(mean) for name, mean in eval_step(state, placed(batch, device)).items()}

@@ -176,6 +176,17 @@ def check_state(state: object) -> None:
         )
 
 
+def check_whole(state: TrainState) -> None:
+    """Raise if a step without a plan gets a state that is laid out over ranks: nothing would bring it together."""
+    check_state(state)
+    if hasattr(next(iter(state.params.values()), None), "placements"):
+        raise ValueError(
+            "step(state, batch): the state is laid out over ranks, and the step has no plan. Make the step with"
+            " `train_step(loss, optimizer, plan=plan)` or `eval_step(loss, plan=plan)`; or the state whole again:"
+            " `tfn.gather(state)`."
+        )
+
+
 @contextlib.contextmanager
 def bound(state: TrainState, params: Params, *, training: bool) -> Generator[tuple[Any, Buffers]]:
     """Run the state's module on ``params`` and the state's buffers for the time of a ``with`` block.

@@ -20,7 +20,7 @@ from torch import Tensor
 from trainfn import random, tree
 from trainfn._grad import GradientFunction, detached, exact, gradient_function, summed, value_and_grad
 from trainfn._keyed import keyed
-from trainfn._module import bound, check_state
+from trainfn._module import bound, check_state, check_whole
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState, Transform, Tree
 
 Update = Callable[[TrainState, Gradients], tuple[TrainState, Metrics]]
@@ -132,9 +132,20 @@ def train_step(
             f" not {type(optimizer).__name__}."
         )
     if plan is None:
-        return _accumulated(TrainStep(gradients=value_and_grad(loss), update=_update(optimizer)), accumulate)
+        return _accumulated(TrainStep(gradients=_alone(value_and_grad(loss)), update=_update(optimizer)), accumulate)
     gradients = plan.gradients(gradient_function(plan.loss(loss), plan.largest))
     return _accumulated(TrainStep(gradients=gradients, update=plan.update(_update(optimizer)), plan=plan), accumulate)
+
+
+def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a state that one process holds, and no other."""
+
+    def alone(state: TrainState, *batch: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            check_whole(state)
+        return function(state, *batch)
+
+    return alone
 
 
 def _update(optimizer: Transform) -> Update:
@@ -216,4 +227,4 @@ def eval_step(loss: Loss, *, plan: Distribution | None = None) -> Callable[[Trai
             mean, metrics = exact(one(model, batch), rows)
         return {"loss": detached(mean), **{name: detached(metric) for name, metric in metrics.items()}}
 
-    return evaluate_batch if plan is None else plan.metrics(evaluate_batch)
+    return _alone(evaluate_batch) if plan is None else plan.metrics(evaluate_batch)

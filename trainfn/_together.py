@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from torch import distributed
 
 from trainfn.errors import CheckpointError, TrainfnError
 
@@ -49,10 +51,7 @@ class Together(Ranks):
     """Several processes; all of them make the same calls in the same order."""
 
     def __init__(self) -> None:
-        from torch import distributed
-
-        self._distributed = distributed
-        self._group: Any = distributed.new_group(backend="gloo")
+        self._group: Any = distributed.new_group(backend="gloo", timeout=_patience())
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
 
     def first(self, call: Callable[[], T]) -> T:
@@ -60,7 +59,7 @@ class Together(Ranks):
         value, mine = _tried(call) if self.rank == 0 else (None, None)
         found: list[Any] = [(value, _told(mine))]
         with _reaching():
-            self._distributed.broadcast_object_list(found, src=0, group=self._group)
+            distributed.broadcast_object_list(found, src=0, group=self._group)
         value, failed = found[0]
         if mine is not None:
             raise mine
@@ -82,7 +81,7 @@ class Together(Ranks):
     def _exchanged(self, value: Any, mine: Exception | None) -> list[Any]:
         found: list[Any] = [None] * self.size
         with _reaching():
-            self._distributed.all_gather_object(found, (value, _told(mine)), group=self._group)
+            distributed.all_gather_object(found, (value, _told(mine)), group=self._group)
         failed = {rank: told for rank, (_, told) in enumerate(found) if told is not None}
         if failed:
             raise _error(failed, self.size) from mine
@@ -92,12 +91,21 @@ class Together(Ranks):
         """See `Ranks`."""
         votes = torch.tensor(list(flags), dtype=torch.int32)
         with _reaching():
-            self._distributed.all_reduce(votes, op=self._distributed.ReduceOp.MAX, group=self._group)
+            distributed.all_reduce(votes, op=distributed.ReduceOp.MAX, group=self._group)
         return votes.bool().tolist()
 
     def another(self) -> Ranks:
         """See `Ranks`."""
         return Together()
+
+
+def _patience() -> timedelta | None:
+    """How long the job's ranks wait for each other, if it is told."""
+    try:
+        world: Any = distributed.group.WORLD
+        return world._get_backend(torch.device("cpu")).options._timeout
+    except (RuntimeError, AttributeError):  # a job that has no backend on the host, or one that does not tell
+        return None
 
 
 def _tried(call: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -134,7 +142,8 @@ def _reaching() -> Generator[None]:
     except RuntimeError as error:
         raise RuntimeError(
             "the ranks can't reach each other any more: another one has ended, and its own output says why. Or they did"
-            f" not make the same calls: `tfn.save`, `tfn.restore` and `tfn.Checkpoints` are for all ranks. ({error})"
+            " not make the same calls: `tfn.fit`, `tfn.evaluate`, `tfn.save`, `tfn.restore` and `tfn.Checkpoints` are"
+            f" for all ranks. ({error})"
         ) from error
 
 
@@ -146,8 +155,6 @@ _made: list[tuple[Any, Ranks]] = []  # the default group, and its ranks: at most
 
 def together() -> Ranks:
     """All processes of this job, for the main thread. In a world of several, all of them call this together."""
-    from torch import distributed
-
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return ALONE
     world = distributed.group.WORLD

@@ -12,6 +12,7 @@ from trainfn._compile._buckets import Buckets
 from trainfn._compile._donate import check_alive
 from trainfn._compile._program import Program, Settings
 from trainfn._compile._report import Report
+from trainfn._module import check_whole
 from trainfn._step import TrainStep
 
 
@@ -26,8 +27,10 @@ class Compiled:
     def __call__(self, state: Any, batch: Any) -> Any:
         """Run the step."""
         check_alive(state)
-        if self.plan is not None and self.settings.compile:
+        if self.settings.compile and self.plan is not None:  # eager steps look themselves
             self.plan.check(state)
+        elif self.settings.compile and isinstance(self.step, TrainStep):
+            check_whole(state)
         if self.buckets is not None:
             batch = self.buckets.apply(batch)
         with torch.no_grad():

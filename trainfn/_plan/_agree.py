@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from trainfn import tree
 from trainfn._plan._apply import Idle, first_rows
 from trainfn._plan._layout import Layout, rank
+from trainfn._together import together
 from trainfn._types import Batch, TrainState
 
 _ENDED, _EMPTY, _STREAM = "no more batches", "a batch of 0 rows", "a stream of micro-batches"
@@ -30,32 +32,33 @@ def plan_of(step: Any) -> Any:
 
 def told(mine: Any) -> list[Any]:
     """What every rank says, in order; all ranks must call this."""
-    out: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(out, mine)
-    return out
+    return together().everyone(lambda: mine)
 
 
 def divided(plan: Layout, batches: Any) -> tuple[Any, bool]:
-    """A loader's part for this rank, and whether all ranks have equally many batches; other batches as they are."""
+    """A loader's part for this rank, and whether all ranks have equally many rows; other batches as they are."""
     if not hasattr(batches, "shard") or not hasattr(batches, "world") or getattr(batches, "own_shards", False):
         return batches, False
     if batches.world == 1:
-        return batches.shard(plan.data_rank, plan.data_size), True
+        cut = getattr(batches, "plan", batches)
+        even = cut.last == "pad" or (cut.last == "drop" and cut.batch_size % plan.data_size == 0)
+        return batches.shard(plan.data_rank, plan.data_size, even=even), even
     if (batches.rank, batches.world) == (plan.data_rank, plan.data_size):
-        return batches, True
+        return batches, batches.even
     raise ValueError(
         f"steps(step, state, loader): the loader is part {batches.rank} of {batches.world}, and this rank has part"
         f" {plan.data_rank} of {plan.data_size} of the rows. Give the whole loader: it is divided as the plan says."
     )
 
 
-def agreed(batches: Iterator[Batch], what: str, *, equal: bool = False) -> Iterator[Batch]:
+def agreed(batches: Iterator[Batch], what: str, *, equal: bool = False, parts: int = 1) -> Iterator[Batch]:
     """This rank's batches, until no rank has any more; `Idle` ones in place of those that it lacks.
 
     Args:
         batches: Of this rank.
         what: They are called this in an error.
         equal: Whether ranks are known to have equally many, so that only the first need be compared.
+        parts: Over how many ranks rows are meant to be spread: a warning if all of them have the same.
 
     Raises:
         ValueError: On every rank, if they have batches of different kinds.
@@ -69,8 +72,9 @@ def agreed(batches: Iterator[Batch], what: str, *, equal: bool = False) -> Itera
             yield batch
             continue
         kind = _kind(batch)
-        said = told((kind, last is None))
-        kinds = [k for k, _ in said]
+        compares = parts > 1 and i == 0 and not equal
+        said = told((kind, last is None, _digest(batch) if compares else None))
+        kinds = [k for k, _, _ in said]
         if set(kinds) == {_ENDED}:
             return
         _check_same(kinds, what)
@@ -78,7 +82,9 @@ def agreed(batches: Iterator[Batch], what: str, *, equal: bool = False) -> Itera
         if kinds[full[0] if full else 0] == _STREAM:
             yield iter(()) if batch is None else batch
             continue
-        if any(first and k in (_ENDED, _EMPTY) for k, first in said):
+        if compares and len({digest for _, _, digest in said}) == 1 and rank() == 0:
+            _warn_same(what, parts)
+        if any(first and k in (_ENDED, _EMPTY) for k, first, _ in said):
             last = _borrowed(batch, full, last)
         if kind in (_ENDED, _EMPTY):
             yield Idle(last)
@@ -101,6 +107,21 @@ def _kind(batch: Batch) -> str:
     return str(leaves) if len(leaves) > 1 or "" not in leaves else leaves[""]
 
 
+def _digest(batch: Batch) -> str:
+    """Of the beginning of every leaf."""
+    leaves = [x.reshape(-1)[:1024].tolist() if isinstance(x, Tensor) else x for x in tree.leaves(batch)]
+    return hashlib.sha256(repr(leaves).encode()).hexdigest()
+
+
+def _warn_same(what: str, parts: int) -> None:
+    warnings.warn(
+        f"{what}: all ranks have the same rows in the first batch, so every row counts {parts} times. Give a"
+        " `tfn.data.loader`, which is divided among the ranks; or each rank its own rows:"
+        " `[x.tensor_split(plan.data_size)[plan.data_rank] for x in batches]`.",
+        stacklevel=4,
+    )
+
+
 def _check_same(kinds: list[str], what: str) -> None:
     real = {k: r for r, k in reversed(list(enumerate(kinds))) if k not in (_ENDED, _EMPTY)}
     if len(real) > 1:
@@ -112,9 +133,9 @@ def _borrowed(batch: Batch, full: list[int], last: Batch) -> Batch:
     """A batch of a rank that has one, for those that never had any."""
     if not full:
         raise ValueError("step(state, batch): no rank has a row, and none had one before: there is nothing to compute.")
-    box = [tree.map(lambda x: x.cpu() if isinstance(x, Tensor) else x, batch)] if rank() == full[0] else [None]
-    torch.distributed.broadcast_object_list(box, src=full[0])
-    return box[0] if last is None else last
+    mine = tree.map(lambda x: x.cpu() if isinstance(x, Tensor) else x, batch) if rank() == full[0] else None
+    theirs = told(mine)[full[0]]
+    return theirs if last is None else last
 
 
 def pieces_on(plan: Layout, state: TrainState, batch: Batch, accumulate: int | str) -> Iterator[tuple[Batch, Tensor]]:

@@ -60,6 +60,8 @@ def gradients_on(plan: Layout, gradients: Callable[..., Gradients]) -> Callable[
             first_row, _ = first_rows(plan, state, batch)
         with gathering(plan, training=True), _computing(plan, state):
             sums = gradients(state, batch, first_row)
+        if isinstance(batch, Idle):
+            sums = sums._replace(buffers=state.buffers)
         return sums._replace(grads={name: _kept(plan, state.params[name], g) for name, g in sums.grads.items()})
 
     return of_this_rank
@@ -97,7 +99,8 @@ def update_on(plan: Layout, update: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.compiler.is_compiling():
             check_laid_out(plan, state)
         reduced = reduce_means(plan, state, {"loss": sums.loss, **sums.metrics})
-        total = sums._replace(loss=reduced.pop("loss"), metrics=reduced, buffers=_agreed(plan, state, sums.buffers))
+        total = sums._replace(loss=reduced.pop("loss"), metrics=reduced, buffers={})
+        total = total._replace(buffers=_agreed(plan, state, sums, total))
         if plan.stage == 0 and plan.shape(plan.world)["tensor"] == 1:
             return _update_everywhere(plan, update, state, total)
         where = {name: placements(plan, name, tuple(p.shape), "opt_state") for name, p in state.params.items()}
@@ -230,13 +233,16 @@ def reduce_means(plan: Layout, state: TrainState, means: Metrics) -> Metrics:
     return {name: Mean(done[name, 0], done[name, 1]) for name in means}
 
 
-def _agreed(plan: Layout, state: TrainState, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Running statistics, the mean over ranks; each saw its own rows. Frozen parameters are the same already."""
+def _agreed(plan: Layout, state: TrainState, mine: Gradients, total: Gradients) -> dict[str, Tensor]:
+    """Running statistics: the mean over ranks, by the weight of their rows. Frozen parameters are the same already."""
+    buffers = mine.buffers
     own = {site.name for site in state.sites if not site.is_parameter}
     names = [name for name, b in buffers.items() if name in own and b.is_floating_point()]
     if not names:
         return buffers
-    flat = _sum(plan, state, torch.cat([buffers[name].float().reshape(-1) for name in names])) / plan.data_size
+    even, weight = 1.0 / plan.data_size, total.loss.weight
+    share = torch.where(weight > 0, mine.loss.weight / torch.where(weight > 0, weight, 1.0), even).float()
+    flat = _sum(plan, state, share * torch.cat([buffers[name].float().reshape(-1) for name in names]))
     parts = flat.split([buffers[name].numel() for name in names])
     shaped = {
         name: x.reshape(buffers[name].shape).to(buffers[name].dtype) for name, x in zip(names, parts, strict=True)

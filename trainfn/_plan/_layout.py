@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from trainfn import tree
+from trainfn._explain import launched
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
@@ -141,11 +141,10 @@ def world_size() -> int:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1:
+    if launched() > 1:
         raise RuntimeError(
-            f"{launched} processes were launched (WORLD_SIZE={launched}), and this one believes that it is alone: each"
-            " would train by itself. Before anything else, `plan = tfn.launch.plan()`, which brings them together, or"
+            f"{launched()} processes were launched (WORLD_SIZE={launched()}), and this one believes that it is alone:"
+            " each would train by itself. First of all, `plan = tfn.launch.plan()`, which brings them together, or"
             " `torch.distributed.init_process_group()`; on a machine without GPUs, launch with"
             " `ACCELERATE_USE_CPU=true accelerate launch ...`."
         )

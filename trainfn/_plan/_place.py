@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._plan._layout import Layout
+from trainfn._plan._layout import Layout, rank
 from trainfn._types import TrainState, Tree
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def shard(state: TrainState, plan: Layout) -> TrainState:
     if plan.world == 1:
         plan.shape(1)
         return state
+    _warn_batch_statistics(plan, state)
     mesh = plan.mesh(_device(state))
     names = {name: tuple(p.shape) for name, p in state.params.items()}
     params = {
@@ -130,6 +132,20 @@ def _device(state: TrainState) -> str:
 def is_sharded(tree_: Tree) -> bool:
     """Whether any leaf is a `DTensor`."""
     return any(hasattr(leaf, "full_tensor") for leaf in tree.leaves(tree_))
+
+
+def _warn_batch_statistics(plan: Layout, state: TrainState) -> None:
+    module = state.module
+    found = () if module is None or plan.data_size == 1 else module.named_modules()
+    kinds = (torch.nn.modules.batchnorm._BatchNorm,)
+    name = next((name for name, m in found if isinstance(m, kinds) and m.training), None)
+    if name is not None and rank() == 0:
+        warnings.warn(
+            f"shard(state, plan): {name!r} normalizes by the statistics of its batch, which are of each rank's own"
+            f" rows: {plan.world} ranks do not update as one process does. `torch.nn.GroupNorm` does not depend on the"
+            " batch; one that is to stay as it is goes into `.eval()` before `tfn.init`.",
+            stacklevel=3,
+        )
 
 
 def _check_rules(plan: Layout, state: TrainState) -> None:

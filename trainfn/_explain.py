@@ -24,7 +24,7 @@ def explained(where: str) -> Generator[None]:
         yield
     except StopIteration:
         raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         explain(error, where)
         raise
 
@@ -44,10 +44,10 @@ def explain(error: BaseException, where: str = "") -> None:
     if any(note.startswith("trainfn: rank ") for note in getattr(error, "__notes__", ())):
         return
     rank = distributed.get_rank()
-    error.add_note(f"trainfn: rank {rank} of {distributed.get_world_size()}{where} {_meaning(error, rank)}")
+    error.add_note(f"trainfn: rank {rank} of {distributed.get_world_size()}{where} {_meaning(error, rank, where)}")
 
 
-def _meaning(error: BaseException, rank: int) -> str:
+def _meaning(error: BaseException, rank: int, where: str) -> str:
     said = str(error)
     if isinstance(error, RuntimeError) and _LEFT.search(said):
         cause = _first_error()
@@ -58,10 +58,12 @@ def _meaning(error: BaseException, rank: int) -> str:
             " in the launcher's summary."
         )
     if isinstance(error, RuntimeError) and _WAITED.search(said):
+        _tell(f"rank {rank} waited for the others in vain{where.rstrip(',')}")
         return (
             "waited for the other ranks in vain. Every rank must call the same steps, `tfn.shard`, `tfn.gather` and"
             " evaluations in the same order, also those that print or save nothing; `py-spy dump --pid N` shows where"
-            " each is. If one of them just needs longer, `tfn.launch.settings(timeout=seconds)`."
+            " each is. If one of them just needs longer, `tfn.launch.settings(timeout=seconds)`, or for a Trainer"
+            " `TrainingArguments(ddp_timeout=seconds)`."
         )
     _tell(f"rank {rank}: {type(error).__name__}: {said}")
     return "raised this; the other ranks end with it."
