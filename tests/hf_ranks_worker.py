@@ -243,6 +243,27 @@ def batchwise(folder, plan):
     return {"metrics": trainer.evaluate()["eval_seen"], "seen": seen}
 
 
+class Pairs(Trainer):
+    """Batches that are tuples."""
+
+    def _prepare_inputs(self, inputs):
+        return inputs
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        logits = model(inputs[0])
+        return torch.nn.functional.cross_entropy(logits, inputs[1]).detach(), logits.detach(), inputs[1]
+
+
+def pairs(folder, plan):
+    torch.manual_seed(3)
+    rows = [(torch.randn(3), torch.tensor(i % 2)) for i in range(9)]
+    args = arguments(folder, remove_unused_columns=False, **plan)
+    collate = torch.utils.data.default_collate
+    trainer = Pairs(torch.nn.Linear(3, 2), args, collate, eval_dataset=rows, compute_metrics=accuracy)
+    found = trainer.evaluate()
+    return {name: found[name] for name in ("eval_loss", "eval_accuracy", "eval_seen")}
+
+
 def generated(folder, plan):
     args = arguments(folder, predict_with_generate=True, generation_max_length=5, eval_strategy="epoch", **plan)
     lengths = []
@@ -443,6 +464,7 @@ ONCE = {  # by DDP alone
     "own loader": (own_loader, {}),
     "divided": (divided, {}),
     "batchwise": (batchwise, {}),
+    "pairs": (pairs, {}),
     "tensors": (tensors, {}),
 }
 SPLIT = {  # by FSDP alone

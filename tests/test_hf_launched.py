@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,13 +17,14 @@ from accelerate import ParallelismConfig
 from hf_models import bert, gpt2, tokens
 from hf_scripts import write_all
 from test_launch import adapted
-from transformers import BertForSequenceClassification
+from transformers import BatchEncoding, BertForSequenceClassification
 from transformers.training_args import ParallelMode
 
 import trainfn as tfn
 from trainfn import Trainer, TrainingArguments
 from trainfn.hf import _layout, _ranks, _whole
-from trainfn.hf._dealing import Dealt, Own, dealt, is_empty
+from trainfn.hf._data import Windows
+from trainfn.hf._dealing import Dealt, NoRows, Own, dealt, is_empty, no_rows
 from trainfn.hf._manual import _check_axes
 
 ROOT = Path(__file__).parent.parent
@@ -237,6 +239,27 @@ def test_a_rank_whose_own_loader_has_nothing():
     with pytest.raises(ValueError, match=r"this rank's loader, a list, has no batch at all.*Trainer\(train_dataset="):
         next(iter(Own(Other(plan=tfn.Plan(), rank=1, world=2), [])))
     assert sampler.num_replicas == 2
+
+
+@pytest.mark.parametrize("wrap", [dict, BatchEncoding, lambda d: tuple(d.values()), lambda d: [d, {"deep": (d,)}]])
+@pytest.mark.parametrize("leaf", [torch.ones(3, 2), np.ones((3, 2))])
+def test_batches_of_no_rows(wrap, leaf):
+    batch = wrap({"name": "x", "scale": torch.tensor(2.0), "x": leaf})
+    assert not is_empty(batch) and is_empty(no_rows(batch))
+    assert not isinstance(no_rows(batch), NoRows)
+
+
+def test_batches_whose_rows_nobody_knows():
+    words = {"text": ["one", "two"]}
+    assert not is_empty(words) and not is_empty(torch.tensor(1.0)) and not is_empty(object())
+    assert is_empty(no_rows(words)) and is_empty(no_rows(object()))
+
+
+def test_training_needs_tensors_where_a_rank_has_no_batch():
+    trainer = of_ranks(Trainer(gpt2(), arguments()))
+    windows = Windows(trainer, [NoRows()], SimpleNamespace())
+    with pytest.raises(TypeError, match=r"no batch for this one where others have, and no tensor.*Return tensors from"):
+        next(windows._micro(0, 0))
 
 
 # --- launchers ----------------------------------------------------------------------------------------------------
