@@ -310,6 +310,52 @@ def terminated(folder, plan):
     return {"steps": trainer.state.global_step, "files": sorted(p.name for p in Path(folder).glob("checkpoint-*"))}
 
 
+class Pressed(Trainer):
+    """Ctrl-C on one rank: in the second step of a run, or between steps."""
+
+    where = "step"
+
+    def press(self, where, step):
+        if where == self.where and step == 2 and self.args.process_index == WORLD - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def compute_loss(self, model, inputs, *args, **options):
+        self.press("step", self.state.global_step + 1)
+        return super().compute_loss(model, inputs, *args, **options)
+
+
+class Looks(TrainerCallback):
+    """At the whole model, and saves it."""
+
+    def __init__(self, folder):
+        self.folder, self.seen = folder, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        with self.trainer.whole_model() as model:
+            self.seen.append(sum(float(p.detach().double().sum()) for p in model.parameters()))
+        self.trainer.save_model(str(self.folder / f"at-{state.global_step}"))
+        self.trainer.press("between", state.global_step)
+
+
+def interrupted(folder, plan):
+    """All ranks end after the same step, with whole models, of which another run can begin."""
+    looks = Looks(folder)
+    looks.trainer = trainer = Pressed(gpt2(), arguments(folder, **plan), pad, tokens(11), callbacks=[looks])
+    before, found = signal.getsignal(signal.SIGINT), {"seen": looks.seen}
+    for where in ("step", "between"):
+        trainer.where = where
+        try:
+            trainer.train()
+            raise AssertionError("Ctrl-C was lost")
+        except KeyboardInterrupt:
+            found[where] = {"params": params(trainer), "steps": trainer.state.global_step}
+        assert signal.getsignal(signal.SIGINT) is before
+    trainer._ranks.wait()
+    saved = type(trainer.model).from_pretrained(folder / "at-2").state_dict()
+    assert all(torch.equal(p, saved[name]) for name, p in params(trainer).items())
+    return found
+
+
 def patient(folder, plan, **more):
     from transformers import EarlyStoppingCallback
 
@@ -450,6 +496,7 @@ CASES = {
     "patient": (patient, {}),
     "stopped": (stopped, {}),
     "terminated": (terminated, {}),
+    "interrupted": (interrupted, {}),
     "generated": (generated, {}),
     "manual": (manual, {}),
     "scaled": (scaled, {}),
