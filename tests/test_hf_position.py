@@ -18,6 +18,11 @@ from trainfn.hf._ranks import Ranks
 ROWS = 12
 
 
+@pytest.fixture(autouse=True)
+def heard(caplog):
+    caplog.set_level(logging.WARNING, "trainfn")
+
+
 class Stop(TrainerCallback):
     def __init__(self, step):
         self.step = step
