@@ -243,6 +243,27 @@ def batchwise(folder, plan):
     return {"metrics": trainer.evaluate()["eval_seen"], "seen": seen}
 
 
+class Pairs(Trainer):
+    """Batches that are tuples."""
+
+    def _prepare_inputs(self, inputs):
+        return inputs
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        logits = model(inputs[0])
+        return torch.nn.functional.cross_entropy(logits, inputs[1]).detach(), logits.detach(), inputs[1]
+
+
+def pairs(folder, plan):
+    torch.manual_seed(3)
+    rows = [(torch.randn(3), torch.tensor(i % 2)) for i in range(9)]
+    args = arguments(folder, remove_unused_columns=False, **plan)
+    collate = torch.utils.data.default_collate
+    trainer = Pairs(torch.nn.Linear(3, 2), args, collate, eval_dataset=rows, compute_metrics=accuracy)
+    found = trainer.evaluate()
+    return {name: found[name] for name in ("eval_loss", "eval_accuracy", "eval_seen")}
+
+
 def generated(folder, plan):
     args = arguments(folder, predict_with_generate=True, generation_max_length=5, eval_strategy="epoch", **plan)
     lengths = []
@@ -287,6 +308,52 @@ def terminated(folder, plan):
     trainer = Trainer(gpt2(), args, pad, tokens(11), callbacks=[Terminated()])
     trainer.train()
     return {"steps": trainer.state.global_step, "files": sorted(p.name for p in Path(folder).glob("checkpoint-*"))}
+
+
+class Pressed(Trainer):
+    """Ctrl-C on one rank: in the second step of a run, or between steps."""
+
+    where = "step"
+
+    def press(self, where, step):
+        if where == self.where and step == 2 and self.args.process_index == WORLD - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def compute_loss(self, model, inputs, *args, **options):
+        self.press("step", self.state.global_step + 1)
+        return super().compute_loss(model, inputs, *args, **options)
+
+
+class Looks(TrainerCallback):
+    """At the whole model, and saves it."""
+
+    def __init__(self, folder):
+        self.folder, self.seen = folder, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        with self.trainer.whole_model() as model:
+            self.seen.append(sum(float(p.detach().double().sum()) for p in model.parameters()))
+        self.trainer.save_model(str(self.folder / f"at-{state.global_step}"))
+        self.trainer.press("between", state.global_step)
+
+
+def interrupted(folder, plan):
+    """All ranks end after the same step, with whole models, of which another run can begin."""
+    looks = Looks(folder)
+    looks.trainer = trainer = Pressed(gpt2(), arguments(folder, **plan), pad, tokens(11), callbacks=[looks])
+    before, found = signal.getsignal(signal.SIGINT), {"seen": looks.seen}
+    for where in ("step", "between"):
+        trainer.where = where
+        try:
+            trainer.train()
+            raise AssertionError("Ctrl-C was lost")
+        except KeyboardInterrupt:
+            found[where] = {"params": params(trainer), "steps": trainer.state.global_step}
+        assert signal.getsignal(signal.SIGINT) is before
+    trainer._ranks.wait()
+    saved = type(trainer.model).from_pretrained(folder / "at-2").state_dict()
+    assert all(torch.equal(p, saved[name]) for name, p in params(trainer).items())
+    return found
 
 
 def patient(folder, plan, **more):
@@ -429,6 +496,7 @@ CASES = {
     "patient": (patient, {}),
     "stopped": (stopped, {}),
     "terminated": (terminated, {}),
+    "interrupted": (interrupted, {}),
     "generated": (generated, {}),
     "manual": (manual, {}),
     "scaled": (scaled, {}),
@@ -443,6 +511,7 @@ ONCE = {  # by DDP alone
     "own loader": (own_loader, {}),
     "divided": (divided, {}),
     "batchwise": (batchwise, {}),
+    "pairs": (pairs, {}),
     "tensors": (tensors, {}),
 }
 SPLIT = {  # by FSDP alone

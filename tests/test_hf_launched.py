@@ -1,14 +1,18 @@
 """Which plan a Trainer's arguments and its launcher come to, and what can't be; scripts that launchers start."""
 
 import json
+import logging
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,13 +20,15 @@ from accelerate import ParallelismConfig
 from hf_models import bert, gpt2, tokens
 from hf_scripts import write_all
 from test_launch import adapted
-from transformers import BertForSequenceClassification
+from transformers import BatchEncoding, BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 from transformers.training_args import ParallelMode
 
 import trainfn as tfn
 from trainfn import Trainer, TrainingArguments
-from trainfn.hf import _layout, _ranks, _whole
-from trainfn.hf._dealing import Dealt, Own, dealt, is_empty
+from trainfn._interrupt import uninterrupted
+from trainfn.hf import _layout, _ranks, _train, _whole
+from trainfn.hf._data import Windows
+from trainfn.hf._dealing import Dealt, NoRows, Own, dealt, is_empty, no_rows
 from trainfn.hf._manual import _check_axes
 
 ROOT = Path(__file__).parent.parent
@@ -237,6 +243,77 @@ def test_a_rank_whose_own_loader_has_nothing():
     with pytest.raises(ValueError, match=r"this rank's loader, a list, has no batch at all.*Trainer\(train_dataset="):
         next(iter(Own(Other(plan=tfn.Plan(), rank=1, world=2), [])))
     assert sampler.num_replicas == 2
+
+
+@pytest.mark.parametrize("wrap", [dict, BatchEncoding, lambda d: tuple(d.values()), lambda d: [d, {"deep": (d,)}]])
+@pytest.mark.parametrize("leaf", [torch.ones(3, 2), np.ones((3, 2))])
+def test_batches_of_no_rows(wrap, leaf):
+    batch = wrap({"name": "x", "scale": torch.tensor(2.0), "x": leaf})
+    assert not is_empty(batch) and is_empty(no_rows(batch))
+    assert not isinstance(no_rows(batch), NoRows)
+
+
+def test_batches_whose_rows_nobody_knows():
+    words = {"text": ["one", "two"]}
+    assert not is_empty(words) and not is_empty(torch.tensor(1.0)) and not is_empty(object())
+    assert is_empty(no_rows(words)) and is_empty(no_rows(object()))
+
+
+def test_training_needs_tensors_where_a_rank_has_no_batch():
+    trainer = of_ranks(Trainer(gpt2(), arguments()))
+    windows = Windows(trainer, [NoRows()], SimpleNamespace())
+    with pytest.raises(TypeError, match=r"no batch for this one where others have, and no tensor.*Return tensors from"):
+        next(windows._micro(0, 0))
+
+
+# --- the model and Ctrl-C -----------------------------------------------------------------------------------------
+
+
+class Counts(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs): ...
+
+    def on_save(self, args, state, control, model, **kwargs): ...
+
+
+def test_callbacks_that_take_a_model_without_values_are_told(caplog):
+    trainer = of_ranks(Trainer(gpt2(), arguments(), callbacks=[Counts(), EarlyStoppingCallback()]))
+    _whole.warn_of_callbacks(trainer)
+    assert not caplog.records
+    trainer._released = True
+    with caplog.at_level(logging.WARNING, "trainfn"):
+        for _ in range(2):
+            _whole.warn_of_callbacks(trainer)
+    (record,) = caplog.records
+    match = r"callbacks=\[Counts\]\): on_step_end, on_save take `model`.*NaN there.*`with trainer.whole_model\(\) as"
+    assert re.search(match, record.message)
+
+
+def test_the_whole_model_of_one_process_is_the_model():
+    trainer = Trainer(gpt2(), arguments())
+    with trainer.whole_model() as model, trainer.whole_model():
+        assert model is trainer.model
+
+
+def test_ctrl_c_is_held_by_the_outermost_block():
+    with uninterrupted() as outer:
+        with uninterrupted() as inner:
+            assert inner is outer
+            os.kill(os.getpid(), signal.SIGINT)
+        assert outer.pressed
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+    with uninterrupted() as other:
+        assert other is not outer and not other.pressed
+
+
+def test_ctrl_c_after_the_last_step_ends_all_ranks():
+    trainer = of_ranks(Trainer(gpt2(), arguments()))
+    trainer._ranks = TWO
+    with pytest.raises(KeyboardInterrupt), _train._holding_ctrl_c(trainer):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert not trainer._held.pressed
+    with _train._holding_ctrl_c(trainer):
+        pass
 
 
 # --- launchers ----------------------------------------------------------------------------------------------------

@@ -61,10 +61,14 @@ class Requests(contextlib.ExitStack):
 
 @contextlib.contextmanager
 def uninterrupted() -> Generator[Held]:
-    """Hold back Ctrl-C until the block has ended; a second one is raised at once.
+    """Hold back Ctrl-C until the block has ended, or the one around it; a second one is raised at once.
 
     A donating step overwrites the old state as it goes: interrupted half-way, it would leave neither.
     """
+    outer = getattr(signal.getsignal(signal.SIGINT), "held", None)
+    if outer is not None and threading.current_thread() is threading.main_thread():
+        yield outer
+        return
     held = Held()
 
     def hold(number: int, frame: object) -> None:
@@ -72,6 +76,7 @@ def uninterrupted() -> Generator[Held]:
             raise KeyboardInterrupt
         held.pressed = True
 
+    hold.held = held  # type: ignore[attr-defined]
     with _handled(signal.SIGINT, hold):
         yield held
 

@@ -23,6 +23,7 @@ from transformers.utils import logging
 import trainfn as tfn
 from trainfn.hf._foreign import from_transformers, load_weights
 from trainfn.hf._optimization import control_again, metric_name
+from trainfn.hf._position import go_to, position
 from trainfn.hf._ranks import ALONE, Ranks
 from trainfn.hf._whole import plain, see, whole
 
@@ -78,7 +79,7 @@ class Saving:
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         extra = {
             "trainer_state": trainer._state_dict(),
-            "position": {"epoch": self.windows.epoch, "micro": self.windows.window and self.windows.micro_done},
+            "position": position(self.windows),
             "losses": trainer._losses.state_dict(),
         }
         if trainer._controller_state is not None:
@@ -183,11 +184,11 @@ def resume(trainer: Any, folder: str, windows: Any) -> None:
     """
     if _is_foreign(Path(folder)):
         with plain(trainer):
-            state, position = from_transformers(trainer, folder)
+            state, where = from_transformers(trainer, folder)
     else:
         saved = tfn.restore(folder, like=trainer.train_state)
         extra = tfn.manifest(folder).extra
-        state, position = extra["trainer_state"], extra["position"]
+        state, where = extra["trainer_state"], extra["position"]
         place(trainer, saved)
         trainer._restored_losses = extra["losses"]
         if "controller" in extra:
@@ -200,22 +201,7 @@ def resume(trainer: Any, folder: str, windows: Any) -> None:
     trainer.state.is_local_process_zero = fresh.is_local_process_zero
     trainer.state.is_world_process_zero = fresh.is_world_process_zero
     trainer.callback_handler.load_states(trainer.state.stateful_callbacks)  # or early stopping would start anew
-    _go_to(windows, position, skip=not trainer.args.ignore_data_skip)
-
-
-def _go_to(windows: Any, position: dict[str, int], *, skip: bool) -> None:
-    """Let the data go on after the micro-batches that were seen of the epoch."""
-    windows.epoch = position["epoch"]
-    if not skip:
-        return
-    accumulate, run = windows.run.accumulate, windows.run
-    done = run.micro_per_epoch is not None and position["micro"] >= run.micro_per_epoch
-    windows.window = run.updates_per_epoch if done else position["micro"] // accumulate
-    if not done and position["micro"] % accumulate:
-        logger.warning(
-            f"gradient_accumulation_steps={accumulate} does not divide the {position['micro']} micro-batches of this"
-            f" epoch that the checkpoint had seen: the last {position['micro'] % accumulate} of them are seen again."
-        )
+    go_to(windows, where, skip=not trainer.args.ignore_data_skip)
 
 
 def place(trainer: Any, saved: tfn.TrainState) -> None:

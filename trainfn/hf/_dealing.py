@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from accelerate.data_loader import DataLoaderStateMixin
 from torch import Tensor
 from torch.utils.data import DistributedSampler
+from transformers.trainer_pt_utils import find_batch_size
 
 import trainfn as tfn
 from trainfn.hf._ranks import Ranks
@@ -85,18 +87,22 @@ class Own(Dealt):
         return max(self.ranks.told(len(self.loader)))  # type: ignore[arg-type]
 
 
+class NoRows:
+    """In place of a batch without tensors, of which nobody knows the rows: another rank has them all."""
+
+
 def no_rows(batch: Any) -> Any:
-    """A batch like this one, of no rows."""
-    if isinstance(batch, Tensor):
-        return batch[:0] if batch.dim() else batch
-    if isinstance(batch, Mapping):
-        return {name: no_rows(value) for name, value in batch.items()}
-    return batch
+    """A batch like this one, of no rows; `NoRows` if it has no tensor to tell."""
+    cut = tfn.tree.map(_cut, batch)
+    return cut if is_empty(cut) else NoRows()
+
+
+def _cut(leaf: Any) -> Any:
+    if isinstance(leaf, Mapping):  # one that is no dict is a leaf of a tree
+        return {name: tfn.tree.map(_cut, value) for name, value in leaf.items()}
+    return leaf[:0] if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim else leaf
 
 
 def is_empty(batch: Any) -> bool:
-    """Whether a batch on its way to a model has no rows."""
-    if not isinstance(batch, Mapping):
-        return not isinstance(batch, Tensor)
-    first = next((x for x in batch.values() if isinstance(x, Tensor) and x.dim()), None)
-    return first is not None and first.shape[0] == 0
+    """Whether a batch has no rows; one of no rows that are known counts as having some."""
+    return isinstance(batch, NoRows) or find_batch_size(batch) == 0

@@ -30,9 +30,9 @@ from trainfn.hf._data import together
 from trainfn.hf._dealing import dealt, is_empty
 from trainfn.hf._found import as_found
 from trainfn.hf._merged import PADDING, check_tensors, merged
+from trainfn.hf._outputs import all_batches, one_batch
 from trainfn.hf._prediction import Nested, mean_of
 from trainfn.hf._ranks import Ranks
-from trainfn.hf._together import all_batches, one_batch
 
 logger = logging.getLogger(__name__)
 

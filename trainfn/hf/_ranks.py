@@ -30,6 +30,7 @@ class Ranks:
         loss_scale: Those of `tfn.transforms.dynamic_loss_scale` that a DeepSpeed configuration has.
         checkpointing: Whether it was configured to compute activations again instead of keeping them.
         sharded_files: Whether it was configured to save each rank's part in a file of its own.
+        timeout: Seconds that a rank waits for what another tells it.
 
     >>> Ranks().told("here"), Ranks().parts(7), Ranks().any([False, True])
     (['here'], [7], [False, True])

@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 from transformers.utils import logging
 
 import trainfn as tfn
+from trainfn._interrupt import Held, uninterrupted
 from trainfn.hf import _checkpoints, _data, _manual, _whole
 from trainfn.hf._additive import check_additive
 from trainfn.hf._callbacks import DECISIONS
@@ -51,6 +52,7 @@ def train(
     trainer._train_dataloader, trainer.is_in_train, trainer._run = loader, True, run
     trainer.callback_handler.train_dataloader = loader
     trainer._changes, trainer._controller_state, trainer._restored_losses = [], None, None
+    trainer._interrupted = False
     windows = Windows(trainer, loader, run)
     try:
         with _surroundings(trainer):
@@ -59,7 +61,8 @@ def train(
                 _checkpoints.resume(trainer, folder, windows)
             _checkpoints.set_aside(trainer)
             _announce(trainer, run, folder)
-            return _loop(trainer, run, windows, ignore_keys_for_eval)
+            with _holding_ctrl_c(trainer):
+                return _loop(trainer, run, windows, ignore_keys_for_eval)
     except BaseException as error:
         if trainer._released:
             error.add_note(
@@ -111,6 +114,22 @@ def _saving_at_sigterm(trainer: Any) -> Generator[None]:
 
 
 @contextlib.contextmanager
+def _holding_ctrl_c(trainer: Any) -> Generator[None]:
+    """On several ranks Ctrl-C waits until all have heard of it; a second one is raised at once."""
+    if trainer._ranks.plan is None:
+        yield
+        return
+    with uninterrupted() as held:
+        trainer._held = held
+        try:
+            yield
+        finally:
+            trainer._held = Held()
+    if trainer._ranks.any([held.pressed])[0]:  # after the last step
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
 def _recomputing(model: Any, options: dict[str, Any]) -> Generator[None]:
     """Blocks forget their activations and compute them again in the backward pass, for the time of a block."""
     if getattr(model, "is_activation_checkpointing", False):
@@ -142,6 +161,7 @@ def prepare(trainer: Any, run: Run) -> None:
     if plan is not None:
         trainer.train_state = tfn.shard(trainer.train_state, plan)
         _whole.see(trainer)
+        _whole.warn_of_callbacks(trainer)
     how: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
     how |= trainer._ranks.compile or {}
     trainer._step = tfn.jit(step, compile=compiled, donate=True, max_graphs=64, **how)
@@ -260,8 +280,8 @@ def agree(trainer: Any) -> None:
     if ranks.plan is None:
         return
     control = trainer.control
-    flags = [*(bool(getattr(control, name)) for name in DECISIONS), trainer._terminated]
-    *found, trainer._terminated = ranks.any(flags)
+    flags = [*(bool(getattr(control, name)) for name in DECISIONS), trainer._terminated, trainer._held.pressed]
+    *found, trainer._terminated, trainer._interrupted = ranks.any(flags)
     for name, value in zip(DECISIONS, found, strict=True):
         setattr(control, name, value)
     take_counts(trainer, ranks.sums(trainer._counted))
@@ -286,7 +306,11 @@ def _after(trainer: Any, run: Run, windows: Windows, info: tfn.StepInfo) -> None
 
 
 def maybe_log_save_evaluate(trainer: Any) -> None:
-    """Log, evaluate and save, in this order, if the callbacks decided so."""
+    """Log, evaluate and save, in this order, if the callbacks decided so; then end, if Ctrl-C was pressed on a rank.
+
+    Raises:
+        KeyboardInterrupt: On all ranks after the same step, with all values in the model.
+    """
     control = trainer.control
     acted = control.should_log or control.should_evaluate or control.should_save
     if control.should_log and trainer._losses.steps > 0:
@@ -301,6 +325,9 @@ def maybe_log_save_evaluate(trainer: Any) -> None:
         trainer._event("on_save")
     if acted:
         agree(trainer)
+    if trainer._interrupted:
+        _whole.fill(trainer)
+        raise KeyboardInterrupt
 
 
 def _finished(trainer: Any, run: Run, began: float, first: int, losses: Any) -> TrainOutput:

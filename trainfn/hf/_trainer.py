@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from transformers.utils import can_return_loss, find_labels, logging
 
 import trainfn as tfn
+from trainfn._interrupt import Held
 from trainfn.hf import (
     _callbacks,
     _checkpoints,
@@ -28,6 +30,7 @@ from trainfn.hf import (
     _search,
     _setup,
     _train,
+    _whole,
 )
 from trainfn.hf._arguments import TrainingArguments
 from trainfn.hf._fields import check_supported
@@ -42,8 +45,10 @@ class Trainer(Reporting):
     """Train, evaluate and predict with a model, as transformers' Trainer does; every method may be overridden.
 
     The step is `trainfn.train_step`: pure, the same update for every split into micro-batches, resumable to the bit.
-    The model holds the newest parameters at all times, after errors and Ctrl-C too. Constructing a Trainer draws
-    nothing and changes nothing but ``model.config.use_cache``. `train` called again starts a new run from the weights
+    The model holds the newest parameters at all times, after errors and Ctrl-C too. Those that are split over ranks, as
+    by ``fsdp="full_shard"``, it holds in evaluations, in a `whole_model` block, and after `train`, by Ctrl-C too; else
+    they are NaN there, and after an error the checkpoints have them. Constructing a Trainer draws nothing and changes
+    nothing but ``model.config.use_cache``. `train` called again starts a new run from the weights
     as they are: step, schedule, optimizer state and data order begin anew.
 
     Args:
@@ -143,7 +148,8 @@ class Trainer(Reporting):
         self._latest_metrics: tuple[int, dict[str, Any]] = (-1, {})
         self._restored_losses: dict[str, Any] | None = None
         self._trial: Any = None
-        self._terminated = False
+        self._terminated = self._interrupted = False
+        self._held = Held()  # Ctrl-C on this rank, of which the others have not heard
         self._released = False  # whether the model's values are split over ranks, and not in it
         self._counted: list[float] = [0.0, 0]  # operations and tokens that only this rank knows of
         self._began = time.time()
@@ -330,10 +336,23 @@ class Trainer(Reporting):
         _train.agree(self)
         _train.maybe_log_save_evaluate(self)
 
+    @contextlib.contextmanager
+    def whole_model(self) -> Generator[nn.Module]:
+        """The model with all its values, for the time of a block; all ranks must enter it.
+
+        In a callback, parameters that are split over ranks are NaN outside of it. It takes the memory of the whole
+        parameters; what is written to those that are split is lost. In one process it does nothing.
+        """
+        with _whole.whole(self):
+            yield self.model
+
     # --- saving -------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, the tokenizer and the arguments, so that ``from_pretrained`` reads them."""
+        """Save the model, the tokenizer and the arguments, so that ``from_pretrained`` reads them.
+
+        On several ranks all must call it, in callbacks too: parameters that are split come together. Rank 0 writes.
+        """
         self._save(output_dir or self._output_dir())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")

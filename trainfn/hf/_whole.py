@@ -7,13 +7,18 @@ values there, only NaN that takes no memory, but for the time of a `whole` block
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Generator
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 import trainfn as tfn
+from trainfn.hf._callbacks import EVENTS
+
+logger = logging.get_logger(__name__)
 
 
 def see(trainer: Any) -> None:
@@ -77,6 +82,27 @@ def check_whole(trainer: Any) -> None:
             " values. Make a new Trainer of a new model, and go on from the last checkpoint:"
             " `trainer.train(resume_from_checkpoint=True)`."
         )
+
+
+def warn_of_callbacks(trainer: Any) -> None:
+    """Say once which callbacks take a model that has no values when they are called."""
+    if not trainer._released or trainer._ranks.rank > 0:
+        return
+    for callback in trainer.callback_handler.callbacks:
+        kind = type(callback)
+        if kind.__module__.partition(".")[0] in ("transformers", "trainfn"):  # they want the model's config
+            continue
+        takes = [name for name in EVENTS if "model" in _arguments(getattr(kind, name, None))]
+        if takes:
+            logger.warning_once(
+                f"Trainer(callbacks=[{kind.__name__}]): {', '.join(takes)} take{'s' * (len(takes) == 1)} `model`, whose"
+                " parameters are split over ranks, and NaN there. To see them, write `with trainer.whole_model() as"
+                " model: ...`, on all ranks."
+            )
+
+
+def _arguments(method: Any) -> list[str]:
+    return [] if method is None else list(inspect.signature(method).parameters)
 
 
 def _pairs(trainer: Any) -> list[tuple[Tensor, Any]]:
