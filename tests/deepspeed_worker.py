@@ -226,7 +226,7 @@ def errors(case, folder):
     part = tfn.deepspeed.train_step(lambda m, b: tfn.Mean.of(m.last(torch.ones(len(b["x"]), 8))))
     note("part", lambda: part(more, local(0, rank, world)))
 
-    store = tfn.Checkpoints(folder / f"store-{rank}")
+    store = tfn.Checkpoints(folder / "store")
     note("store", lambda: tfn.fit(step, state, lambda n: local(n, rank, world), until=3, checkpoints=store))
     note("tfn.save", lambda: tfn.save(folder / "plain", state))
     calls = []
