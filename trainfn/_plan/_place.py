@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _SMALL = 2**16  # numbers: vectors below this size are whole on every rank
 
 
-@functools.lru_cache(maxsize=100_000)
 def placements(plan: Layout, name: str, shape: tuple[int, ...], what: str) -> tuple[Placement, ...]:
     """Along which dimension a parameter, or what belongs to it, is split on each axis of the mesh.
 
@@ -32,6 +31,12 @@ def placements(plan: Layout, name: str, shape: tuple[int, ...], what: str) -> tu
         shape: Its global shape.
         what: ``"params"`` or ``"opt_state"``.
     """
+    if torch.compiler.is_compiling():  # which warns of a cache
+        return _placements(plan, name, shape, what)
+    return _known(plan, name, shape, what)
+
+
+def _placements(plan: Layout, name: str, shape: tuple[int, ...], what: str) -> tuple[Placement, ...]:
     from torch.distributed.tensor import Replicate, Shard
 
     rule = plan.rule(name)
@@ -42,6 +47,9 @@ def placements(plan: Layout, name: str, shape: tuple[int, ...], what: str) -> tu
         split = None
     dims = {"tensor": tensor, "shard": split, "replicate": None}
     return tuple(Replicate() if dims[axis] is None else Shard(dims[axis]) for axis in sizes)
+
+
+_known = functools.lru_cache(maxsize=100_000)(_placements)
 
 
 def gradient_placements(plan: Layout, param: DTensor) -> tuple[Placement, ...]:
