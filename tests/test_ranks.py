@@ -1,9 +1,13 @@
 """What an error of one rank of several says; the ranks themselves are in `test_launch.py`."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 
+from trainfn import _explain
 from trainfn._explain import explain, explained
+from trainfn._together import Together
 
 SAID = {  # what torch says, and what is added
     "[pair.cc:553] Connection closed by peer [127.0.0.1]:644": "was waiting for another rank, which has ended",
@@ -45,3 +49,26 @@ def test_nothing_is_added_in_one_process_or_when_batches_end(two_ranks, monkeypa
     with pytest.raises(ValueError, match="rows") as caught, explained(""):
         raise ValueError("rows")
     assert not hasattr(caught.value, "__notes__")
+
+
+def test_who_waited_in_vain_or_was_interrupted_leaves_word(two_ranks, monkeypatch):
+    words = []
+    monkeypatch.setattr(_explain, "_tell", words.append)
+    error = RuntimeError("Timed out waiting 3000ms for recv operation to complete")
+    explain(error, ", in step 3,")
+    assert words == ["rank 0 waited for the others in vain, in step 3"]
+    assert "tfn.launch.settings(timeout=seconds)" in error.__notes__[0] and "ddp_timeout=seconds" in error.__notes__[0]
+    with pytest.raises(KeyboardInterrupt), explained(", in step 4,"):
+        raise KeyboardInterrupt
+    assert words[1].startswith("rank 0: KeyboardInterrupt")
+
+
+def test_what_ranks_tell_each_other_has_the_jobs_timeout():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77)
+    )
+    try:
+        group = Together()._group._get_backend(torch.device("cpu"))
+        assert group.options._timeout == timedelta(seconds=77)
+    finally:
+        torch.distributed.destroy_process_group()
