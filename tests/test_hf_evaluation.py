@@ -379,16 +379,86 @@ def test_metrics_must_be_a_dict(tmp_path):
         trainer.evaluate(SINGLE.rows(2))
 
 
-def test_outputs_that_are_no_tensors_are_refused(tmp_path):
-    class Odd(nn.Module):
-        def forward(self, input_ids, attention_mask):
-            return {"logits": input_ids.float(), "cache": object()}
+class OddCache:
+    """Grows with each token, as a cache of keys and values does, and is no tensor."""
 
-    trainer = ours(SINGLE, tmp_path, model=Odd(), label_names=["labels"])
-    rows = [{"input_ids": [3, 4]}]
-    with pytest.raises(TypeError, match=r"gave a object, which can't be concatenated. .*ignore_keys="):
-        trainer.predict(rows)
-    assert trainer.predict(rows, ignore_keys=["cache"]).predictions.tolist() == [[3.0, 4.0]]
+    def __init__(self, keys):
+        self.keys = keys
+
+
+class Caching(nn.Module):
+    """A classifier that hands out its caches, by whatever name and in whatever wrapping."""
+
+    def __init__(self, wrap, **config):
+        super().__init__()
+        self.table, self.wrap = nn.Embedding(20, 3), wrap
+        if config:
+            self.config = transformers.PretrainedConfig(**config)
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        mask = attention_mask[..., None]
+        logits = (self.table(input_ids) * mask).sum(1) / mask.sum(1)
+        given = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return self.wrap(given, logits, input_ids.float())
+
+
+def named(*keys):
+    return lambda loss, logits, ids: {**loss, "logits": logits, **{key: OddCache(ids) for key in keys}, "last": logits}
+
+
+WRAPPED = {
+    "a dict": named("memory_of_keys"),
+    "two of them": named("cache", "past_key_values", "states"),
+    "a tuple": lambda loss, logits, ids: (*loss.values(), logits, OddCache(ids), logits),
+    "nested": lambda loss, logits, ids: {**loss, "logits": logits, "state": (ids, {"at": 3}), "last": logits},
+    "of transformers": lambda loss, logits, ids: {
+        **loss,
+        "logits": logits,
+        "memory": transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache()),
+        "last": logits,
+    },
+}
+
+
+@pytest.mark.parametrize("config", [{}, {"use_cache": True}, {"keys_to_ignore_at_inference": ["mems"]}])
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_what_is_no_tensor_is_left_out_under_any_name(wrap, config, tmp_path):
+    plain = ours(SINGLE, tmp_path, model=Caching(named(), **config), label_names=["labels"])
+    caching = Caching(wrap, **config)
+    caching.load_state_dict(plain.model.state_dict())
+    trainer = ours(SINGLE, tmp_path, model=caching, label_names=["labels"], per_device_eval_batch_size=2)
+    for rows in (SINGLE.rows(5), [{"input_ids": row["input_ids"]} for row in SINGLE.rows(5)]):
+        expected = plain.predict(rows)
+        for ignored in (None, ["nothing"]):
+            found = trainer.predict(rows, ignore_keys=ignored)
+            assert len(found.predictions) == len(expected.predictions) == 2
+            np.testing.assert_allclose(found.predictions, expected.predictions, rtol=1e-5)
+    assert trainer.evaluate(SINGLE.rows(5))["eval_loss"] == pytest.approx(
+        plain.evaluate(SINGLE.rows(5))["eval_loss"], rel=1e-6
+    )
+
+
+def test_what_is_left_out_is_told_once(tmp_path, caplog):
+    trainer = ours(SINGLE, tmp_path, model=Caching(named("strange_cache")), label_names=["labels"])
+    with caplog.at_level("WARNING", "trainfn.hf"):
+        trainer.predict(SINGLE.rows(3))
+        trainer.predict(SINGLE.rows(3))
+    (record,) = caplog.records
+    assert "output 'strange_cache' holds a OddCache, which is no tensor: it is left out" in record.getMessage()
+
+
+def test_a_cache_of_tensors_is_known_by_its_name(tmp_path):
+    def wrap(loss, logits, ids):
+        return {**loss, "logits": logits, "past_key_values": ((ids, ids),), "cache": ids}
+
+    trainer = ours(SINGLE, tmp_path, model=Caching(wrap, use_cache=True), label_names=["labels"])
+    assert trainer.predict(SINGLE.rows(3)).predictions.shape == (3, 3)
+
+
+def test_what_a_user_makes_of_outputs_must_be_tensors(tmp_path):
+    trainer = ours(SINGLE, tmp_path, preprocess_logits_for_metrics=lambda logits, labels: object())
+    with pytest.raises(TypeError, match=r"was given a object, which can't be concatenated. .*`forward`, `predict"):
+        trainer.predict(SINGLE.rows(2))
 
 
 def test_a_missing_main_input_is_named(tmp_path):

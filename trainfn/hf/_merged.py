@@ -40,20 +40,26 @@ def _concatenated(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     return whole
 
 
+def no_tensor(tree: Nested) -> object | None:
+    """The first thing in a tree that is neither a tensor nor None; None if there is no such thing."""
+    if isinstance(tree, Mapping):
+        tree = tuple(cast("Mapping[str, Any]", tree).values())
+    if isinstance(tree, tuple | list):
+        found = (no_tensor(part) for part in cast("Sequence[Any]", tree))
+        return next((odd for odd in found if odd is not None), None)
+    return None if isinstance(tree, torch.Tensor) else tree
+
+
 def check_tensors(tree: Nested) -> None:
     """Refuse outputs that can't be kept.
 
     Raises:
         TypeError: If something in the tree is no tensor.
     """
-    if isinstance(tree, Mapping):
-        tree = tuple(cast("Mapping[str, Any]", tree).values())
-    if isinstance(tree, tuple | list):
-        for part in cast("Sequence[Any]", tree):
-            check_tensors(part)
-    elif tree is not None and not isinstance(tree, torch.Tensor):
+    odd = no_tensor(tree)
+    if odd is not None:
         raise TypeError(
-            f"`trainer.evaluation_loop(...)` can keep tensors, and tuples, lists and dicts of them, but the model "
-            f"gave a {type(tree).__name__}, which can't be concatenated. Leave it out by the name of the output: "
-            "trainer.evaluate(ignore_keys=['past_key_values'])."
+            f"`trainer.evaluation_loop(...)` can keep tensors, and tuples, lists and dicts of them, but was given "
+            f"a {type(odd).__name__}, which can't be concatenated. Return `torch.as_tensor(...)` of it, or leave it "
+            "out, in the `forward`, `prediction_step` or `preprocess_logits_for_metrics` that made it."
         )

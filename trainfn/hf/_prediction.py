@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
 import torch
+import transformers
 from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor
 from transformers.trainer_pt_utils import find_batch_size, nested_detach
 
 import trainfn as tfn
 from trainfn.hf._loss import autocast, counted, exact_loss, find_shift
+from trainfn.hf._merged import no_tensor
+
+logger = logging.getLogger(__name__)
 
 Nested: TypeAlias = Any  # a tensor, or tuples, lists and dicts of tensors
 StepOutput: TypeAlias = "tuple[Tensor | None, Nested, Nested]"
@@ -35,7 +41,7 @@ def prediction_step(
         model: What to call: the model, or what `trainer._eval_model` made of it.
         inputs: One batch.
         prediction_loss_only: Return the loss alone.
-        ignore_keys: Names of model outputs to leave out of the predictions.
+        ignore_keys: Names of model outputs to leave out of the predictions. What is no tensor is left out as well.
     """
     labelled = gives_loss(trainer, inputs)
     inputs = trainer._prepare_inputs(inputs)
@@ -113,9 +119,12 @@ def _labels(trainer: Any, inputs: Any) -> Nested:
     return labels[0] if len(labels) == 1 else labels
 
 
+_CACHES = ["past_key_values", "cache"]  # a cache of tensors is known by its name: the old one, and that of today
+
+
 def _ignored(trainer: Any) -> list[str]:
     config = getattr(trainer.model, "config", None)
-    return [] if config is None else getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+    return [] if config is None else getattr(config, "keys_to_ignore_at_inference", _CACHES)
 
 
 def _predictions(trainer: Any, outputs: Any, ignored: list[str]) -> Nested:
@@ -123,10 +132,30 @@ def _predictions(trainer: Any, outputs: Any, ignored: list[str]) -> Nested:
     if outputs is None:  # a `compute_loss` without `return_outputs`
         return None
     if isinstance(outputs, Mapping):
-        kept: Any = tuple(value for name, value in outputs.items() if name not in ignored)
-    else:  # the loss comes first in a tuple
-        kept = outputs[1:] if "loss" in ignored and isinstance(outputs, tuple | list) else outputs
+        kept: Any = _tensors((name, value) for name, value in outputs.items() if name not in ignored)
+    elif isinstance(outputs, tuple | list):
+        start = 1 if "loss" in ignored else 0  # the loss comes first
+        kept = _tensors(enumerate(cast("tuple[Any, ...]", outputs)[start:], start))
+    else:
+        kept = outputs
     kept = nested_detach(kept)
     if trainer.args.bf16 or trainer.args.fp16:  # what autocast left in 16 bits
         kept = convert_to_fp32(kept)
     return kept[0] if isinstance(kept, tuple | list) and len(kept) == 1 else kept
+
+
+def _tensors(outputs: Iterable[tuple[Any, Any]]) -> tuple[Nested, ...]:
+    """Those outputs that are tensors: a cache is none, under whatever name the model returns it."""
+    kept: list[Nested] = []
+    for name, value in outputs:
+        odd = no_tensor(value)
+        if odd is None:
+            kept.append(value)
+        elif not isinstance(odd, transformers.Cache):
+            _say_left_out(name, type(odd).__name__)
+    return tuple(kept)
+
+
+@functools.cache  # once each, not at every batch
+def _say_left_out(name: str | int, kind: str) -> None:
+    logger.warning("The model's output %r holds a %s, which is no tensor: it is left out of predictions.", name, kind)
