@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import tempfile
 import warnings
 from pathlib import Path
@@ -22,6 +23,14 @@ logging.getLogger("torch.__trace").propagate = False  # thousands of empty lines
 
 register_profiles()
 settings.load_profile("trainfn-ci" if os.environ.get("CI") else "trainfn-dev")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_is_heard():
+    """Tests press Ctrl-C, and so do the processes they start; a shell has its background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import trainfn as tfn
+from trainfn._interrupt import termination, uninterrupted
 
 OPTIMIZER = tfn.optim.sgd(0.1, momentum=0.9)
 
@@ -192,6 +193,31 @@ def test_the_interrupt_handler_is_put_back():
     before = signal.getsignal(signal.SIGINT)
     tfn.fit(STEP, fresh(), batch, until=2)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture
+def ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_background_job_goes_on_ignoring_ctrl_c(ignored):
+    def step(state, rows):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return STEP(state, rows)
+
+    state = tfn.fit(step, fresh(), batch, until=3, callbacks=[lambda info: os.kill(os.getpid(), signal.SIGINT)])
+    assert bits(state) == bits(tfn.fit(STEP, fresh(), batch, until=3))
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_handler_that_python_has_not_set_stays(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: pytest.fail("could not be put back"))
+    with uninterrupted() as ctrl_c, termination() as end:
+        assert not ctrl_c.pressed and not end.pressed
 
 
 def test_fit_runs_in_a_thread():

@@ -63,13 +63,18 @@ class Requests(contextlib.ExitStack):
 def uninterrupted() -> Generator[Held]:
     """Hold back Ctrl-C until the block has ended, or the one around it; a second one is raised at once.
 
-    A donating step overwrites the old state as it goes: interrupted half-way, it would leave neither.
+    A donating step overwrites the old state as it goes: interrupted half-way, it would leave neither. Where Ctrl-C is
+    ignored it stays so: a shell starts its background jobs like this, and the key is meant for another process.
     """
-    outer = getattr(signal.getsignal(signal.SIGINT), "held", None)
+    before = signal.getsignal(signal.SIGINT)
+    outer = getattr(before, "held", None)
     if outer is not None and threading.current_thread() is threading.main_thread():
         yield outer
         return
     held = Held()
+    if before is signal.SIG_IGN:
+        yield held
+        return
 
     def hold(number: int, frame: object) -> None:
         if held.pressed:
@@ -77,7 +82,7 @@ def uninterrupted() -> Generator[Held]:
         held.pressed = True
 
     hold.held = held  # type: ignore[attr-defined]
-    with _handled(signal.SIGINT, hold):
+    with handled(signal.SIGINT, hold):
         yield held
 
 
@@ -89,13 +94,17 @@ def termination() -> Generator[Held]:
     def note(number: int, frame: object) -> None:
         held.pressed = True
 
-    with _handled(signal.SIGTERM, note):
+    with handled(signal.SIGTERM, note):
         yield held
 
 
 @contextlib.contextmanager
-def _handled(number: signal.Signals, handler: signal._HANDLER) -> Generator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+def handled(number: signal.Signals, handler: signal._HANDLER) -> Generator[None]:
+    """Have a signal handled for a block, by the thread that receives signals.
+
+    A handler that Python has not set stays, for it could not be put back.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) is None:
         yield
         return
     before = signal.signal(number, handler)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 import time
 from collections.abc import Generator
 from typing import Any
@@ -16,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 from transformers.utils import logging
 
 import trainfn as tfn
-from trainfn._interrupt import Held, uninterrupted
+from trainfn._interrupt import Held, handled, uninterrupted
 from trainfn.hf import _checkpoints, _data, _manual, _whole
 from trainfn.hf._additive import check_additive
 from trainfn.hf._callbacks import DECISIONS
@@ -98,19 +97,13 @@ def _surroundings(trainer: Any) -> Generator[None]:
 @contextlib.contextmanager
 def _saving_at_sigterm(trainer: Any) -> Generator[None]:
     """Save and stop after the step at hand when a cluster says that the machine is about to go."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
-        yield
-        return
     trainer._terminated = False
 
     def note(number: int, frame: object) -> None:
         trainer._terminated = True
 
-    before = signal.signal(signal.SIGTERM, note)
-    try:
+    with handled(signal.SIGTERM, note):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
