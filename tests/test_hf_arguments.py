@@ -10,6 +10,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ from transformers import HfArgumentParser
 from trainfn.hf import _fields
 from trainfn.hf._arguments import Seq2SeqTrainingArguments, TrainingArguments
 from trainfn.hf._fields import IGNORED, REFUSED, USED, check_supported
+from trainfn.hf._installed import RENAMED, completed
 from trainfn.hf._legacy import RULES
 
 PAIRS = [
     (TrainingArguments, transformers.TrainingArguments),
     (Seq2SeqTrainingArguments, transformers.Seq2SeqTrainingArguments),
 ]
+BOTH_NAMES = {*RENAMED, *RENAMED.values()}
 STATED = {"log_level": "info"}  # the defaults that differ
 FIELDS = sorted({f.name for ours, _ in PAIRS for f in dataclasses.fields(ours)})
 
@@ -48,7 +51,7 @@ def test_every_field_of_transformers_with_its_default(ours, theirs):
         assert mine[field.name].default == STATED.get(field.name, field.default), field.name
         assert mine[field.name].default_factory == field.default_factory, field.name
         assert (mine[field.name].init, mine[field.name].kw_only) == (field.init, field.kw_only), field.name
-    assert set(mine) - {f.name for f in dataclasses.fields(theirs)} == {"legacy_arguments"}
+    assert set(mine) - {f.name for f in dataclasses.fields(theirs)} - BOTH_NAMES == {"legacy_arguments"}
     assert issubclass(ours, theirs)
 
 
@@ -61,7 +64,8 @@ def test_completed_like_transformers(ours, theirs):
         expected = theirs(**given).to_dict() | STATED
     made = ours(**given).to_dict()
     expected["accelerator_config"]["use_configured_state"] = False  # they take it out of the user's object
-    assert made == expected
+    twins = {name: made[name] for name in BOTH_NAMES}  # of which an older or a newer transformers has one
+    assert made == twins | expected
 
 
 def test_positional_output_dir_and_the_placeholder_of_the_documentation():
@@ -327,6 +331,36 @@ def test_both_names_of_activation_checkpointing_are_fine():
     assert args.activation_checkpointing and args.gradient_checkpointing
     assert args.activation_checkpointing_kwargs == {"use_reentrant": False}
     assert not arguments().gradient_checkpointing
+    new = arguments(activation_checkpointing=True, activation_checkpointing_kwargs={"every_n_layers": 2})
+    assert new.gradient_checkpointing and new.gradient_checkpointing_kwargs == {"every_n_layers": 2}
+    line = parse('--activation_checkpointing --activation_checkpointing_kwargs {"every_n_layers":2}')
+    assert line.activation_checkpointing and line.gradient_checkpointing_kwargs == {"every_n_layers": 2}
+    assert not parse("--activation_checkpointing false").gradient_checkpointing
+
+
+@pytest.mark.parametrize("renamed", [{"flag": "later"}, {"before": "flag"}, {"flag": "later", "texts": "jsons"}])
+def test_a_renamed_field_has_both_names_in_every_transformers(renamed):
+    @dataclass
+    class Theirs:
+        _VALID_DICT_FIELDS: ClassVar = ["texts"]
+        flag: bool = dataclasses.field(default=False, metadata={"help": "of theirs"})
+        texts: dict | str | None = None
+
+    made = completed(Theirs, renamed)
+    lacking = ({*renamed, *renamed.values()}) - {"flag", "texts"}
+    assert {f.name for f in dataclasses.fields(made)} == {"flag", "texts"} | lacking
+    assert all(getattr(made(), name) is None for name in lacking) and issubclass(made, Theirs)
+    assert ("jsons" in made._VALID_DICT_FIELDS) == ("jsons" in lacking)
+    switch = next(iter(lacking - {"jsons"}))
+    assert getattr(HfArgumentParser(made).parse_args_into_dataclasses([f"--{switch}"])[0], switch) is True
+    assert completed(made, renamed) is made
+
+
+def test_a_rule_for_a_field_that_is_not_there_is_skipped(monkeypatch):
+    rule = _fields.Refused("of_a_newer_transformers", lambda value, args: True, "it is not there", "Leave it out")
+    monkeypatch.setattr(_fields, "REFUSED", (rule,))
+    monkeypatch.setattr(_fields, "IGNORED", {"of_a_newer_transformers": "it is not there"})
+    check_supported(arguments())
     assert arguments(report_to=None).report_to == []
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -451,7 +452,9 @@ def test_a_cache_of_tensors_is_known_by_its_name(tmp_path):
     def wrap(loss, logits, ids):
         return {**loss, "logits": logits, "past_key_values": ((ids, ids),), "cache": ids}
 
-    trainer = ours(SINGLE, tmp_path, model=Caching(wrap, use_cache=True), label_names=["labels"])
+    model = Caching(wrap)
+    model.config = SimpleNamespace(use_cache=True)  # that names nothing to ignore
+    trainer = ours(SINGLE, tmp_path, model=model, label_names=["labels"])
     assert trainer.predict(SINGLE.rows(3)).predictions.shape == (3, 3)
 
 

@@ -16,6 +16,7 @@ import transformers
 from transformers.training_args import ParallelMode
 
 from trainfn.hf import _layout
+from trainfn.hf._installed import RENAMED, Arguments, same_names
 from trainfn.hf._layout import is_joined
 from trainfn.hf._legacy import RULES, Collect, options, translate, warn
 from trainfn.hf._spelling import nearest
@@ -87,7 +88,7 @@ def _old_options(names: set[str]) -> Any:
 
 
 @dataclasses.dataclass(repr=False)
-class TrainingArguments(transformers.TrainingArguments, metaclass=_Named):
+class TrainingArguments(Arguments, metaclass=_Named):
     """What a run of `Trainer` is to do: all fields of `transformers.TrainingArguments`, with their defaults.
 
     It differs in what making it needs and does:
@@ -139,10 +140,7 @@ class TrainingArguments(transformers.TrainingArguments, metaclass=_Named):
 
     def __post_init__(self) -> None:
         """Check and complete the fields."""
-        if self.activation_checkpointing is None:  # two names of one field; both are fine here
-            self.activation_checkpointing = self.gradient_checkpointing
-        if self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        same_names(self)
         if self.report_to is None:
             self.report_to = "none"
         if self.hub_token == "<HUB_TOKEN>":  # arguments that come from `to_dict`, which masks the token
@@ -226,6 +224,15 @@ class TrainingArguments(transformers.TrainingArguments, metaclass=_Named):
         finally:
             if joined and first:
                 torch.distributed.barrier()
+
+    def set_training(self, *args: Any, **kwargs: Any) -> TrainingArguments:
+        """As in transformers; what it sets has both names here, too."""
+        before = {name: getattr(self, name) for name in RENAMED.values()}
+        super().set_training(*args, **kwargs)
+        for old, new in RENAMED.items():
+            if getattr(self, new) == before[new]:  # a transformers that knows only the old name
+                setattr(self, new, getattr(self, old))
+        return self
 
     @contextlib.contextmanager
     def matmul_precision(self) -> Generator[None]:

@@ -41,6 +41,8 @@ def check_supported(args: Arguments) -> None:
     >>> check_supported(TrainingArguments(use_cpu=True))
     """
     for rule in REFUSED:
+        if rule.field not in type(args).__dataclass_fields__:  # of a newer or an older transformers
+            continue
         value = getattr(args, rule.field)
         if rule.bad(value, args):
             raise ValueError(f"`{type(args).__name__}({rule.field}={value!r})` can't work: {rule.why}. {rule.write}.")
@@ -66,7 +68,7 @@ def check_supported(args: Arguments) -> None:
 
 def _is_set(args: Arguments, name: str) -> bool:
     field = type(args).__dataclass_fields__.get(name)
-    if field is None:  # of the sequence-to-sequence arguments, or of a newer transformers
+    if field is None:  # of the sequence-to-sequence arguments, or of another transformers
         return False
     value = getattr(args, name)
     if isinstance(value, AcceleratorConfig):  # `split_batches` is used

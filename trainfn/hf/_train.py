@@ -22,6 +22,7 @@ from trainfn.hf._callbacks import DECISIONS
 from trainfn.hf._data import Ended, Run, Windows, take_counts
 from trainfn.hf._dealing import dealt, is_empty
 from trainfn.hf._found import same_modes
+from trainfn.hf._installed import attribute
 from trainfn.hf._logs import LossWindow
 from trainfn.hf._loss import find_shift, may_shift, training_loss
 from trainfn.hf._memory import Halving
@@ -125,15 +126,21 @@ def _holding_ctrl_c(trainer: Any) -> Generator[None]:
 @contextlib.contextmanager
 def _recomputing(model: Any, options: dict[str, Any]) -> Generator[None]:
     """Blocks forget their activations and compute them again in the backward pass, for the time of a block."""
-    if getattr(model, "is_activation_checkpointing", False):
+    if attribute(model, "is_activation_checkpointing", "is_gradient_checkpointing"):
         yield
         return
     whole = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-    model.activation_checkpointing_enable({"use_reentrant": False, **options}, **whole)
+    enable = attribute(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if enable is None:
+        raise ValueError(
+            f"`TrainingArguments(activation_checkpointing=True)`: {type(model).__name__} has no method"
+            " `activation_checkpointing_enable`, so its blocks can't be computed again. Leave the argument out."
+        )
+    enable({"use_reentrant": False, **options}, **whole)
     try:
         yield
     finally:
-        model.activation_checkpointing_disable()
+        attribute(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
 
 
 def prepare(trainer: Any, run: Run) -> None:

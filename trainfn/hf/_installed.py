@@ -1,0 +1,52 @@
+"""What the installed transformers has under another name: releases rename fields and methods, and both names work."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar, cast
+
+import transformers
+
+T = TypeVar("T")
+
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",  # in 5.24
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""The old and the new names of fields of `TrainingArguments`."""
+
+
+def completed(base: type[T], renamed: dict[str, str] = RENAMED) -> type[T]:
+    """A dataclass of arguments with both names of each renamed field, whichever it has of them."""
+    had = {field.name: field for field in dataclasses.fields(base)}  # type: ignore[arg-type]
+    other = renamed | {new: old for old, new in renamed.items()}
+    lacking = {name: had[twin] for name, twin in other.items() if name not in had and twin in had}
+    if not lacking:
+        return base
+    fields = [(name, cast("Any", twin.type) | None, _optional(twin)) for name, twin in lacking.items()]
+    read: list[str] = base._VALID_DICT_FIELDS  # type: ignore[attr-defined]
+    texts = [*read, *(name for name, twin in lacking.items() if twin.name in read)]  # JSON on a command line
+    namespace = {"_VALID_DICT_FIELDS": texts, "__module__": __name__}
+    return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), namespace=namespace, repr=False)
+
+
+def _optional(twin: dataclasses.Field[Any]) -> Any:
+    switch = {"nargs": "?", "const": True} if twin.type in (bool, bool | None) else {}  # `--name` means True
+    return dataclasses.field(default=None, kw_only=True, metadata={**twin.metadata, **switch})
+
+
+Arguments = completed(transformers.TrainingArguments)
+"""The `TrainingArguments` of transformers, with the fields that a newer or an older one has."""
+
+
+def same_names(args: Any) -> None:
+    """Give both names of a field the value of the new one; where nobody gave it, that of the old one."""
+    for old, new in RENAMED.items():
+        if getattr(args, new) is None:
+            setattr(args, new, getattr(args, old))
+        setattr(args, old, getattr(args, new))
+
+
+def attribute(owner: Any, *names: str) -> Any:
+    """What an object has under the first of these names that it knows; None if it knows none of them."""
+    return next((getattr(owner, name) for name in names if hasattr(owner, name)), None)
