@@ -1,7 +1,9 @@
-"""The linter, the formatter and the type checker have nothing to say."""
+"""The linter, the formatter and the type checker have nothing to say; what the tests install is pinned."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,12 @@ ROOT = Path(__file__).parents[1]
 def test_clean(command):
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_release_of_a_dependency_changes_nothing_here():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    pinned = [re.fullmatch(r"([\w-]+)==[\d.]+", requirement) for requirement in extras["test"]]
+    assert all(pinned), extras["test"]
+    wide = [*project["dependencies"], *extras["hf"], *extras["testing"], *extras["scripts"]]
+    assert {re.match(r"[\w-]+", requirement)[0] for requirement in wide} <= {pin[1] for pin in pinned}
