@@ -4,8 +4,7 @@ A tree is any nesting of dicts, lists, tuples and NamedTuples. The vector operat
 take trees of one structure and use PyTorch's multi-tensor kernels: one launch, one graph node, for all leaves.
 `map` is for everything else.
 
-optree walks the trees, except where torch traces: there, its Python twin took most of a step's compile time, and
-plain dicts, lists, tuples and NamedTuples are walked here.
+optree walks the trees of `map`; the vector operations walk plain dicts, lists, tuples and NamedTuples themselves.
 """
 
 from __future__ import annotations
@@ -27,10 +26,7 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     >>> map(lambda x: x + 1, {"a": 1, "b": (2, 3)})
     {'a': 2, 'b': (3, 4)}
     """
-    if not torch.compiler.is_compiling():
-        return optree.tree_map(fn, tree, *rest)
-    columns = [_flat(tree, other) for other in (tree, *rest)]
-    return _unflat(tree, iter([fn(*leaf) for leaf in zip(*columns, strict=True)]))
+    return optree.tree_map(fn, tree, *rest)
 
 
 def _flat(like: Tree, tree: Tree) -> list[Any]:
@@ -67,6 +63,16 @@ def _unflat(like: Tree, values: Iterator[Any]) -> Tree:
         return type(like)(*items) if hasattr(like, "_fields") else tuple(items)
     structure = optree.tree_structure(like)  # pyright: ignore[reportArgumentType]
     return optree.tree_unflatten(structure, [next(values) for _ in range(structure.num_leaves)])
+
+
+def is_traced(x: Any) -> bool:
+    """Return whether a tensor has no numbers, because a step is being captured.
+
+    >>> import torch
+    >>> is_traced(torch.ones(2))
+    False
+    """
+    return torch.compiler.is_compiling() or hasattr(getattr(x, "_local_tensor", x), "fake_mode")
 
 
 def leaves(tree: Tree) -> list[Any]:

@@ -1,18 +1,18 @@
 """Donation: the new state takes the old one's memory, and the old one says so if it is used again.
 
 Tensors in dicts and lists are overwritten in place. Those in tuples (the step count, the key, an optimizer's
-counters) are small and come back fresh. `overwrite` runs inside the compiled program, `reclaim` after it: both walk
-the state in the same order.
+counters) are small and come back fresh. `overwrite` is part of the captured graph; what empties the old state is
+`Structure.retire`, after the graph has run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor
 
-from trainfn._types import TrainState, Tree
+from trainfn._types import TrainState
 from trainfn.errors import DonatedStateError
 
 _MESSAGE = (
@@ -53,67 +53,53 @@ def check_alive(state: object) -> None:
         raise DonatedStateError(f"step(state, batch): {_MESSAGE}")
 
 
-def overwrite(old: Tree, new: Tree) -> list[Tensor]:
-    """Copy the new tensors over the old ones; return those that take no old one's place."""
-    fresh: list[Tensor] = []
-    pairs: list[tuple[Tensor, Tensor]] = []
-    _pair(old, new, pairs, fresh, replaceable=False)
-    # A new tensor that *is* another old one must be read before that one is overwritten.
-    olds = {tensor: None for tensor, _ in pairs}
-    pairs = [(a, b.clone() if b in olds and b is not a else b) for a, b in pairs]
-    fresh = [tensor.clone() if tensor in olds else tensor for tensor in fresh]
-    for a, b in pairs:
-        if b is not a:
-            a.copy_(b)
-    return fresh
+def local(x: Any) -> Any:
+    """Return the part of a tensor that this rank holds: all of it, but for a `DTensor`."""
+    return x._local_tensor if hasattr(x, "placements") else x
 
 
-def _pair(
-    old: Tree,
-    new: Tree,
-    pairs: list[tuple[Tensor, Tensor]],
-    fresh: list[Tensor],
-    *,
-    replaceable: bool,
-) -> None:
-    if isinstance(old, Tensor):
-        _same(isinstance(new, Tensor) and new.shape == old.shape and new.dtype == old.dtype)
-        if replaceable:
-            pairs.append((old, new))
-        else:
-            fresh.append(new)
-    elif isinstance(old, dict):
-        _same(isinstance(new, dict) and len(new) == len(old))
-        for name, value in old.items():
-            _same(name in new)
-            _pair(value, new[name], pairs, fresh, replaceable=True)
-    elif isinstance(old, list | tuple):
-        _same(isinstance(new, list | tuple) and len(new) == len(old))
-        for a, b in zip(old, new, strict=True):
-            _pair(a, b, pairs, fresh, replaceable=isinstance(old, list))
+def overwrite(donated: list[bool], old: list[Any], new: list[Any]) -> None:
+    """Copy the donated leaves of the new state over the old ones, which take their place in ``new``.
+
+    Args:
+        donated: For each leaf of the state, whether its memory is taken over.
+        old: The leaves of the old state, in order, and more.
+        new: The leaves of the new state, in order, and more.
+    """
+    memory = {_storage(old[i]) for i, yes in enumerate(donated) if yes and isinstance(old[i], Tensor)}
+    for i, yes in enumerate(donated):
+        kept = new[i] is old[i] if yes else not isinstance(new[i], Tensor)
+        # A new leaf that shares memory with an old one is read before that one is overwritten.
+        if not kept and _storage(new[i]) in memory:
+            new[i] = new[i].clone()
+    for i, yes in enumerate(donated):
+        if yes and new[i] is not old[i]:
+            local(old[i]).copy_(local(new[i]))
+            new[i] = old[i]
 
 
-def _same(same: bool) -> None:
-    if not same:
+def _storage(x: Any) -> int:
+    return local(x).untyped_storage()._cdata
+
+
+def check_same(donated: list[bool], old: Sequence[Any], new: Sequence[Any]) -> None:
+    """Raise if a new leaf can't take an old one's place."""
+    pairs = zip(old, new, strict=False)
+    if len(new) < len(donated) or any(_kind(a) != _kind(b) for (a, b), _ in zip(pairs, donated, strict=False)):
         raise ValueError(
             "a step with donate=True returned a state of another structure, shape or dtype than the one it got, so it"
             " can't take its place. Let `init` make the final structure, or compile with `donate=False`."
         )
 
 
-def reclaim(old: Tree, fresh: Iterator[Tensor]) -> Tree:
-    """The new state, made of the old one's overwritten tensors and the fresh ones; the old one is emptied."""
-    if isinstance(old, Tensor):
-        return next(fresh)
-    if isinstance(old, dict):
-        new = {k: v if isinstance(v, Tensor) else reclaim(v, fresh) for k, v in old.items()}
-        old.update({k: DONATED for k, v in old.items() if isinstance(v, Tensor)})
-        return new
-    if isinstance(old, list):
-        new_list = [v if isinstance(v, Tensor) else reclaim(v, fresh) for v in old]
-        old[:] = [DONATED if isinstance(v, Tensor) else v for v in old]
-        return new_list
-    if isinstance(old, tuple):
-        items = [reclaim(v, fresh) for v in old]
-        return type(old)(*items) if hasattr(old, "_fields") else tuple(items)
-    return old
+def _kind(x: Any) -> Any:
+    return (x.shape, x.dtype, getattr(x, "placements", None)) if isinstance(x, Tensor) else type(x)
+
+
+def check_result(out: Any) -> None:
+    """Raise if what a donating step returned is not a new state and metrics."""
+    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], TrainState)):
+        raise TypeError(
+            "jit(step, donate=True) needs a step that returns (state, metrics): only then can the new state take the"
+            " old one's memory. For a function that returns something else, use `donate=False`."
+        )

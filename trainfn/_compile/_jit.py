@@ -10,8 +10,10 @@ import torch
 
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._donate import check_alive
-from trainfn._compile._program import Program, Settings
+from trainfn._compile._backend import Settings
+from trainfn._compile._program import Program
 from trainfn._compile._report import Report
+from trainfn._compile._sizes import Dynamic, check_dynamic
 from trainfn._module import check_whole
 from trainfn._step import TrainStep
 
@@ -47,7 +49,8 @@ class Compiled:
 def _programs(step: Callable[..., Any], settings: Settings, donate: bool) -> tuple[list[Program], Callable[..., Any]]:
     if isinstance(step, TrainStep) and step.accumulate != 1:
         gradients = Program(step.gradients, settings, donate=False, name="gradients")
-        update = Program(step.update, settings, donate=donate, name="update")
+        exact = dataclasses.replace(settings, dynamic=None)
+        update = Program(step.update, exact, donate=donate, name="update")
         return [gradients, update], dataclasses.replace(step, gradients=gradients, update=update)
     if isinstance(step, TrainStep):
         parts = step
@@ -64,7 +67,7 @@ def jit(
     donate: bool = False,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
-    dynamic: bool | None = None,
+    dynamic: Dynamic = None,
     options: dict[str, Any] | None = None,
     max_graphs: int = 8,
     buckets: Buckets | None = None,
@@ -81,7 +84,9 @@ def jit(
             must not be used again; if it is, a `DonatedStateError` says so.
         backend: A backend of ``torch.compile``.
         mode: A mode of ``torch.compile``, such as ``"max-autotune"``.
-        dynamic: None lets torch compile for any size once a size has changed; True does so at once; False never.
+        dynamic: Dimensions of the batch whose sizes vary, compiled once for all sizes: True for every dimension,
+            ``(1,)`` for the second of every leaf, ``{"input_ids": (0, 1)}`` by leaf. By default sizes are exact, and
+            each new one is compiled for.
         options: Options of the backend.
         max_graphs: Compiled graphs allowed per program. One more is a `RecompileError` that names what changed.
         buckets: Sizes to pad batches to, one compilation each.
@@ -105,9 +110,7 @@ def jit(
         raise TypeError(f"jit(step) takes a function (state, batch) -> (state, metrics), not {type(step).__name__}.")
     if max_graphs < 1:
         raise ValueError(f"jit(step, max_graphs={max_graphs}): at least one graph is needed.")
-    if buckets is not None and dynamic is None:
-        dynamic = False  # the sizes are declared: one exact graph for each
-    plan: Any = getattr(step, "plan", None)
+    check_dynamic(dynamic)
     settings = Settings(
         compile=compile,
         backend=backend,
@@ -115,6 +118,5 @@ def jit(
         dynamic=dynamic,
         options=options,
         max_graphs=max_graphs,
-        regather=plan is not None and plan.stage == 3 and plan.reshard and plan.world > 1,
     )
     return Compiled(step, settings, donate=donate, buckets=buckets)

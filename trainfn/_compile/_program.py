@@ -1,139 +1,221 @@
-"""One pure function, compiled as one graph per shape."""
+"""A function of a state and a batch, captured and compiled at the first call with each kind of arguments."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
+from operator import call, is_, itemgetter
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._compile._capture import capture_error, capturing
-from trainfn._compile._donate import check_alive, overwrite, reclaim
+from trainfn._compile._backend import Built, Settings, build
+from trainfn._compile._capture import capture
+from trainfn._compile._donate import check_alive, local, overwrite
+from trainfn._compile._outside import Outside, environment
 from trainfn._compile._report import Report
+from trainfn._compile._sizes import dimensions
+from trainfn._compile._structure import Misfit, Row, Structure, flatten
+from trainfn._compile._trace import Trace, donation
 from trainfn._types import TrainState
 from trainfn.errors import RecompileError
 
-_Signature = tuple[Any, ...]
-_NUMBERS = itertools.count()
+_Signature = tuple[Hashable, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to compile; see `jit`."""
+class Known:
+    """The leaves of the newest state, which need no second look: tensors that a program itself returned."""
 
-    compile: bool
-    backend: str | Callable[..., Any]
-    mode: str | None
-    dynamic: bool | None
-    options: dict[str, Any] | None
-    max_graphs: int
-    regather: bool = False
+    def __init__(self, form: Structure, leaves: list[Any], signature: int) -> None:
+        self.form, self.signature = form, signature
+        self.refs: list[Any] = [weakref.ref(x) if isinstance(x, Tensor) else _constant(x) for x in leaves]
+
+    def matches(self, leaves: list[Any]) -> bool:
+        """Return whether these are the very leaves."""
+        return len(leaves) == len(self.refs) and all(map(is_, leaves, map(call, self.refs)))
+
+
+def _constant(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+class Entry:
+    """A compiled graph for one kind of arguments, with what goes in and where its outputs go."""
+
+    def __init__(self, found: Trace, built: Built, outside: Outside, form: Structure, *, donating: bool) -> None:
+        self.run, self.holds, self.outside, self.trace = built.run, built.holds, outside, found
+        self.constants = found.constants
+        self._state_form = form.children[0] if donating else None  # type: ignore[union-attr]
+        self._structure = found.structure
+        count = form.size
+        every = found.inputs == list(range(count))
+        self._inputs = None if every else found.inputs
+        self._sharded = any(output.layout is not None for output in found.outputs)
+        self._layouts = [output.layout for output in found.outputs if output.kind == "graph"]
+        self._values = [output.value for output in found.outputs if output.kind == "value"]
+        at = {"graph": count, "input": 0, "value": count + len(self._layouts)}
+        picked: list[int] = []
+        for output in found.outputs:
+            picked.append(at[output.kind] + output.index)
+            if output.kind == "value":
+                at["value"] += 1
+        self._pick = itemgetter(*picked, 0) if picked else itemgetter(0, 0)
+        self.state_size = _state_size(found.structure)
+        self.next_signature: int | None = None
+
+    def fits(self, leaves: list[Any]) -> bool:
+        """Return whether the graph is right for these sizes."""
+        return self.holds is None or self.holds([leaves[i] for i in self.trace.inputs])
+
+    def __call__(self, state: Any, leaves: list[Any]) -> tuple[Any, list[Any]]:
+        """Run; return the result and its leaves."""
+        tensors = leaves if self._inputs is None else [leaves[i] for i in self._inputs]
+        if self._sharded:
+            tensors = [local(x) for x in tensors]
+        out = self.run(*tensors, *self.constants)
+        if self._sharded:
+            out = [x if how is None else how.whole(x) for x, how in zip(out, self._layouts, strict=True)]
+        new = self._pick((*leaves, *out, *self._values))
+        result = self._structure.build(iter(new))
+        if self._state_form is not None:
+            self._state_form.retire(state)
+        return result, new
+
+
+def _state_size(result: Structure) -> int:
+    """How many leaves of a result are those of a state."""
+    if isinstance(result, Row) and result.kind is tuple and result.children:
+        first = result.children[0]
+        return first.size if isinstance(first, Row) and issubclass(first.kind, TrainState) else 0
+    return 0
 
 
 class Program:
-    """A function ``(state, batch, …) -> …``, compiled at the first call with each shape of batch.
+    """A function ``(state, batch, …) -> …``, captured and compiled at the first call with each kind of arguments.
 
-    A call with a known shape runs under torch's ``fail_on_recompile``: what else might need another graph is found
-    out, counted and named, never compiled in silence.
+    The kind is all that Python can see: structure, shapes, dtypes, devices, numbers and strings in the batch, torch's
+    settings. What the function read from elsewhere is compared before each call; if it changed, the function is
+    captured again.
     """
 
     def __init__(self, fn: Callable[..., Any], settings: Settings, *, donate: bool, name: str) -> None:
         self.fn, self.settings, self.donate, self.name = fn, settings, donate, name
         self.report = Report()
-        self._known: dict[_Signature, dict[str, str]] = {}
-        self._call = self._compiled() if settings.compile else self._traced
+        self._entries: dict[_Signature, list[Entry]] = {}
+        self._programs: dict[Hashable, tuple[Built, dict[str, str]]] = {}  # and the shapes that it was first needed for
+        self._signatures: dict[Hashable, int] = {}
+        self._known: Known | None = None
+        self._rest: Structure | None = None
 
-    def __call__(self, state: Any, batch: Any, *rest: Any) -> Any:
+    def __call__(self, state: Any, *rest: Any) -> Any:
         check_alive(state)
-        with torch.no_grad():  # one grad mode, one set of guards
-            out = self._call(state, batch, *rest) if not self.settings.compile else self._run(state, batch, *rest)
+        with torch.no_grad():
+            return self._compiled(state, rest) if self.settings.compile else self._eager(state, rest)
+
+    def _eager(self, state: Any, rest: tuple[Any, ...]) -> Any:
         if not self.donate:
-            return out
-        fresh, metrics = out
-        return reclaim(state, iter(fresh)), metrics
+            return self.fn(state, *rest)
+        old, form = flatten((state, *rest))
+        out = self.fn(state, *rest)
+        donated = self._donated(form)
+        new = donation(donated, form, old, out)
+        overwrite(donated, old, new)
+        form.children[0].retire(state)  # type: ignore[union-attr]
+        return flatten(out)[1].build(iter(new))
 
-    def _traced(self, state: Any, batch: Any, *rest: Any) -> Any:
-        out = self.fn(state, batch, *rest)
-        if not self.donate:
-            return out
-        new, metrics = _state_and_metrics(out)
-        return overwrite(state, new), metrics
+    def _compiled(self, state: Any, rest: tuple[Any, ...]) -> Any:
+        leaves, signature = self._signature(state, rest)
+        entry = next((e for e in self._entries.get(signature, ()) if e.holds is None or e.fits(leaves)), None)
+        if entry is None or not entry.outside.unchanged():
+            entry = self._enter(entry, (state, *rest), leaves, signature)
+        result, new = entry(state, leaves)
+        if entry.state_size:
+            self._remember(entry, result[0], list(new[: entry.state_size]))
+        return result
 
-    def _compiled(self) -> Callable[..., Any]:
-        s = self.settings
-        if isinstance(s.backend, str):
-            # As torch.compile does; we only need to see each graph on its way.
-            compiler: Any = torch._TorchCompileInductorWrapper(s.mode, s.options, s.dynamic) if (
-                s.backend == "inductor"
-            ) else torch._TorchCompileWrapper(s.backend, s.mode, s.options, s.dynamic)  # fmt: skip
-        else:
-            compiler = s.backend
-        # Torch keeps compiled graphs by code object, and by its name what sizes it saw: each program has its own.
-        own = types.FunctionType(
-            _entry.__code__.replace(co_name=f"{self.name}_{next(_NUMBERS)}"),
-            globals(),
-            self.name,
-            None,
-            _entry.__closure__,
-        )
-        own.__kwdefaults__ = {"traced": self._traced}
-        return torch.compile(own, fullgraph=True, dynamic=s.dynamic, backend=self.report.counting(compiler))
+    # --- what kind of arguments these are -----------------------------------------------------------------------------
 
-    def _run(self, *args: Any) -> Any:
-        signature = _signature(args[1])
-        if signature in self._known:
-            try:
-                with torch.compiler.set_stance("fail_on_recompile"):
-                    return self._call(*args)
-            except RuntimeError as error:
-                if "fail_on_recompile" not in str(error):
-                    raise
-                self._check_budget(args[1], str(error))
-        elif self.report.graphs >= self.settings.max_graphs:
-            return self._within_budget(args, signature)
-        return self._compile(args, signature)
-
-    def _compile(self, args: tuple[Any, ...], signature: _Signature) -> Any:
-        from torch._dynamo.exc import TorchDynamoException  # here, since the tracer takes seconds to import
-
-        shapes = _shapes(args[1])
-        label = f"{self.name}({', '.join(f'{k}: {v}' for k, v in shapes.items() if self.name != 'update')})"
+    def _signature(self, state: Any, rest: tuple[Any, ...]) -> tuple[list[Any], _Signature]:
+        leaves: list[Any] = []
+        known = self._known
         try:
-            with self.report.timing(label), capturing(regather=self.settings.regather):
-                out = self._call(*args)
-        except TorchDynamoException as error:
-            out = self.fn(*args)  # pure, so it can be run again: an error of the step's own is the one to show
-            if self.donate:
-                overwrite(tree.copy(args[0]), _state_and_metrics(out)[0])
-            raise capture_error(error) from error
-        self._known[signature] = shapes
-        return out
-
-    def _within_budget(self, args: tuple[Any, ...], signature: _Signature) -> Any:
-        """Run a new shape on the graphs there are, one of which may be dynamic."""
+            if known is None:
+                raise Misfit
+            known.form.flatten(state, leaves)
+            if not known.matches(leaves):
+                known = None
+        except Misfit:
+            known, leaves = None, []
+        if known is None:
+            leaves, form = flatten(state)
+            known = self._known = Known(form, leaves, self._number((form, *map(_kind, leaves))))
+        if self.settings.dynamic:
+            return self._dynamic_signature(leaves, known.signature, rest)
+        others: list[Any] = []
         try:
-            with torch.compiler.set_stance("fail_on_recompile"):
-                out = self._call(*args)
-        except RuntimeError as error:
-            if "fail_on_recompile" not in str(error):
-                raise
-            self._check_budget(args[1], str(error))
-            raise
-        self._known[signature] = _shapes(args[1])
-        return out
+            if self._rest is None:
+                raise Misfit
+            self._rest.flatten(rest, others)
+        except Misfit:
+            others, self._rest = flatten(rest)
+        kinds = self._number((self._rest, *map(_kind, others))) if len(others) > 32 else (self._rest, *map(_kind, others))
+        leaves += others
+        return leaves, (known.signature, kinds, environment())
 
-    def _check_budget(self, batch: Any, reason: str) -> None:
-        if self.report.graphs < self.settings.max_graphs:
-            return
-        new, known = _shapes(batch), list(self._known.values())
-        changed = _difference(new, known) or "not the batch:" + reason.partition("guard failure(s):")[2].rstrip()
-        raise RecompileError(
+    def _dynamic_signature(self, leaves: list[Any], state: int, rest: tuple[Any, ...]) -> tuple[list[Any], _Signature]:
+        others, form = flatten(rest)
+        dims = dimensions(self.settings.dynamic, _batch_first(form), others)
+        kinds = [_kind(x) if i not in dims else _dynamic_kind(x, dims[i]) for i, x in enumerate(others)]
+        return leaves + others, (state, (form, *kinds), environment())
+
+    def _number(self, kinds: Hashable) -> int:
+        return self._signatures.setdefault(kinds, len(self._signatures))
+
+    def _remember(self, entry: Entry, state: Any, leaves: list[Any]) -> None:
+        if entry.next_signature is None:
+            form = entry.trace.structure.children[0]  # type: ignore[union-attr]
+            entry.next_signature = self._number((form, *map(_kind, leaves)))
+        self._known = Known(entry.trace.structure.children[0], leaves, entry.next_signature)  # type: ignore[union-attr]
+
+    # --- a new kind ---------------------------------------------------------------------------------------------------
+
+    def _enter(self, entry: Entry | None, args: tuple[Any, ...], leaves: list[Any], signature: _Signature) -> Entry:
+        changes = [] if entry is None else entry.outside.changes()
+        if entry is not None and not changes:
+            return entry  # the same values in other objects
+        with self.report.timing():
+            made = self._made(args, leaves, [str(change) for change in changes])
+        others = [e for e in self._entries.get(signature, ()) if e is not entry]
+        self._entries[signature] = [*others, made]
+        return made
+
+    def _made(self, args: tuple[Any, ...], leaves: list[Any], changes: list[str]) -> Entry:
+        form = _form(args)
+        donated = self._donated(form) if self.donate else []
+        module = getattr(args[0], "module", None)
+        dynamic = dimensions(self.settings.dynamic, form, leaves)
+        found, outside = capture(self.fn, args, leaves, form, donated=donated, module=module, dynamic=dynamic)
+        self.report.traces += 1
+        shapes = _shapes(args[1:])
+        if found.key not in self._programs:
+            if len(self._programs) >= self.settings.max_graphs:
+                raise self._over_budget(shapes, changes)
+            shown = ", ".join(f"{k}: {v}" for k, v in shapes.items()) if self.name != "update" else ""
+            inputs = [local(leaves[i]) for i in found.inputs] + found.constants
+            self._programs[found.key] = build(found, inputs, self.settings, self.report), shapes
+            self.report.shapes.append(f"{self.name}({shown})")
+        built, _ = self._programs[found.key]
+        return Entry(found, built, outside, form, donating=self.donate)
+
+    def _donated(self, form: Structure) -> list[bool]:
+        return form.children[0].places(False)  # type: ignore[union-attr]
+
+    def _over_budget(self, shapes: dict[str, str], changes: list[str]) -> RecompileError:
+        known = [shapes for _, shapes in self._programs.values()]
+        changed = _difference(shapes, known) or f"not the batch: {', '.join(changes) or 'the state, or torch settings'}"
+        return RecompileError(
             f"{self.name}(state, batch) needs another compiled graph, and max_graphs={self.settings.max_graphs} of"
             f" them exist. What changed: {changed}\nIf the sizes of a dimension vary, declare them:"
             ' `tfn.jit(step, buckets=tfn.Buckets((64, 128), pad={"input_ids": 0, "labels": -100}))`; or compile for any'
@@ -141,25 +223,37 @@ class Program:
         )
 
 
-def _entry(state: Any, batch: Any, *rest: Any, traced: Callable[..., Any]) -> Any:
-    return traced(state, batch, *rest)
+def _form(args: tuple[Any, ...]) -> Structure:
+    return flatten(args)[1]
 
 
-def _state_and_metrics(out: Any) -> tuple[TrainState, Any]:
-    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], TrainState)):
+def _batch_first(form: Structure) -> Structure:
+    """The structure of ``(state, batch, ...)`` without the state, which has no leaves then."""
+    return Row(tuple, (Row(tuple, (), 0), *form.children), form.size)  # type: ignore[union-attr]
+
+
+def _dynamic_kind(x: Tensor, dims: tuple[int, ...]) -> Hashable:
+    vary = {d % x.dim() for d in dims}
+    return (tuple(None if d in vary else n for d, n in enumerate(x.shape)), x.dtype, x.device, x.requires_grad)
+
+
+def _kind(x: Any) -> Hashable:
+    """All that Python can see of a leaf."""
+    if isinstance(x, Tensor):
+        spread = (x.device_mesh, x.placements) if hasattr(x, "placements") else None
+        return (x.shape, x.dtype, x.device, x.stride(), x.requires_grad, spread)
+    try:
+        hash(x)
+    except TypeError:
         raise TypeError(
-            "jit(step, donate=True) needs a step that returns (state, metrics): only then can the new state take the"
-            " old one's memory. For a function that returns something else, use `donate=False`."
-        )
-    return out
+            f"step(state, batch) got a {type(x).__name__} in the batch, which a compiled step can't take: its values"
+            " would be fixed. Make it a tensor, `torch.as_tensor(x)`, or leave it out of the batch."
+        ) from None
+    return (type(x), repr(x) if isinstance(x, float | complex) else x)
 
 
-def _signature(batch: Any) -> _Signature:
-    leaves, treedef = optree.tree_flatten(batch)
-    return (treedef, *[(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else repr(x) for x in leaves])
-
-
-def _shapes(batch: Any) -> dict[str, str]:
+def _shapes(args: tuple[Any, ...]) -> dict[str, str]:
+    batch = args[0] if args else None
     return {
         f"batch[{name!r}]" if name else "batch": f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
         if isinstance(x, Tensor)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
-
-from trainfn._compile._capture import check_keyed, check_no_sync
 
 _CACHES = (("inductor", "fxgraph_cache"), ("aot_autograd", "autograd_cache"))
 
@@ -20,10 +19,11 @@ class Report:
     Attributes:
         graphs: Compiled graphs. One for each program and shape; more say that something besides the batch changed.
         breaks: Graph breaks: 0, since a step that can't be one graph is an error.
-        nodes: Operations in the traced graphs, before any optimization.
+        nodes: Operations in the captured graphs, before any optimization.
         seconds: Wall time of tracing and compiling.
-        cache_hits: Graphs found in the on-disk caches of this machine.
+        cache_hits: Graphs found in this process, or in the on-disk caches of this machine.
         cache_misses: Graphs that had to be generated.
+        traces: How often the step was run to capture it; equal traces share one graph.
         shapes: What each compilation was for.
     """
 
@@ -33,6 +33,7 @@ class Report:
     seconds: float = 0.0
     cache_hits: int = 0
     cache_misses: int = 0
+    traces: int = 0
     shapes: list[str] = dataclasses.field(default_factory=list[str])
 
     def __add__(self, other: Report) -> Report:
@@ -47,38 +48,36 @@ class Report:
         )
         return "\n  ".join([head, *self.shapes])
 
-    def counting(self, compiler: Callable[..., Any]) -> Callable[..., Any]:
-        """The same compiler backend, with its graphs counted here."""
-
-        def counted(graph: Any, inputs: Any, **kwargs: Any) -> Any:
-            check_no_sync(graph)
-            check_keyed(graph)
-            nodes = sum(node.op.startswith("call") for node in graph.graph.nodes)
-            compiled = compiler(graph, inputs, **kwargs)
-            self.graphs += 1  # not before: a compiler may ask torch to trace again
-            self.nodes += nodes
-            return compiled
-
-        return counted
-
     @contextmanager
-    def timing(self, shape: str) -> Generator[None]:
-        """Attribute what is compiled in this block to ``shape``."""
-        before, graphs, start = _cache_counts(), self.graphs, time.perf_counter()
+    def timing(self) -> Generator[None]:
+        """Add the time of this block."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            hits, misses = (now - then for now, then in zip(_cache_counts(), before, strict=True))
-            self.cache_hits += hits
-            self.cache_misses += misses
-            if self.graphs > graphs:
-                self.seconds += time.perf_counter() - start
-                self.shapes.append(shape)
+            self.seconds += time.perf_counter() - start
+
+    def count(self, trace: Any, *, shared: bool = False) -> None:
+        """Count one graph; ``shared`` if this process had an equal one."""
+        self.graphs += 1
+        self.nodes += sum(node.op.startswith("call") for node in trace.graph.graph.nodes)
+        self.cache_hits += shared
+
+    @contextmanager
+    def counting(self, trace: Any) -> Generator[None]:
+        """Count the graph that is compiled in this block, and where torch's caches had it."""
+        nodes = sum(node.op.startswith("call") for node in trace.graph.graph.nodes)
+        before = _cache_counts()
+        yield
+        hits, misses = (now - then for now, then in zip(_cache_counts(), before, strict=True))
+        self.graphs, self.nodes = self.graphs + 1, self.nodes + nodes
+        self.cache_hits, self.cache_misses = self.cache_hits + hits, self.cache_misses + misses
 
 
 def _cache_counts() -> tuple[int, int]:
     """Hits and misses of this process so far; a graph found in the outer cache never reaches the inner one."""
-    from torch._dynamo.utils import counters  # here, since the tracer takes seconds to import
-
-    hits = sum(counters[group][f"{name}_hit"] for group, name in _CACHES)
-    return hits, counters["inductor"]["fxgraph_cache_miss"]
+    utils: Any = sys.modules.get("torch._dynamo.utils")  # torch's compiler takes seconds to import
+    if utils is None:
+        return 0, 0
+    hits = sum(utils.counters[group][f"{name}_hit"] for group, name in _CACHES)
+    return hits, utils.counters["inductor"]["fxgraph_cache_miss"]

@@ -166,7 +166,7 @@ def _refresh(due: Tensor, grads: Params, left: Params, right: Params, align: boo
     def kept(grads: Params, left: Params, right: Params) -> tuple[Params, Params]:
         return tree.copy((left, right))  # a branch may not return what it was given
 
-    if torch.compiler.is_compiling():
+    if tree.is_traced(due):
         # What is split over ranks is whole here at every step: a branch can't gather it.
         bases = torch.cond(due, fresh, kept, tree.map(tree.whole, given))
         return tree.map(tree.split_like, bases, (left, right))

@@ -1,0 +1,118 @@
+"""What is done to, and asked of, a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_FRESH = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
+
+
+def lift_constants(graph: fx.GraphModule) -> list[Tensor]:
+    """Make inputs of the tensors that a graph holds, and return them; numbers written in the code stay in it.
+
+    A tensor that a step read from a closure is then passed by reference, so a later write to it is seen. And two
+    graphs that differ only in such tensors are the same program.
+    """
+    constants: list[Tensor] = []
+    last = next((n for n in reversed(graph.graph.nodes) if n.op == "placeholder"), None)
+    for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
+        value = _attribute(graph, node.target)
+        if not isinstance(value, Tensor):
+            continue
+        if value.numel() == 1 and all(user.target in _FRESH for user in node.users):
+            for user in list(node.users):
+                _replace_number(graph.graph, user, value)
+        else:
+            with graph.graph.inserting_after(last) if last else graph.graph.inserting_before(None):
+                made = graph.graph.placeholder(f"constant_{len(constants)}")
+            made.meta = {**node.meta, "val": node.meta.get("val", value)}
+            last = made
+            node.replace_all_uses_with(made)
+            constants.append(value)
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return constants
+
+
+def _attribute(graph: fx.GraphModule, target: Any) -> Any:
+    value: Any = graph
+    for name in str(target).split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _replace_number(graph: fx.Graph, node: fx.Node, value: Tensor) -> None:
+    with graph.inserting_before(node):
+        made = graph.call_function(
+            torch.ops.aten.full.default,
+            (list(value.shape), value.item()),
+            {"dtype": value.dtype, "device": value.device, "pin_memory": False},
+        )
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def canonical(graph: fx.GraphModule) -> Hashable:
+    """Return a value that is equal for equal graphs: the same operations on inputs of the same kind."""
+    numbers: dict[fx.Node, int] = {}
+    rows: list[Hashable] = []
+    for node in graph.graph.nodes:
+        numbers[node] = len(numbers)
+        if node.op == "placeholder":
+            rows.append(("placeholder", *_kind(node.meta.get("val"))))
+            continue
+        target: Any = node.target
+        if node.op == "get_attr":
+            inner = _attribute(graph, target)
+            target = canonical(inner) if isinstance(inner, fx.GraphModule) else ("object", id(inner))
+        rows.append((node.op, target, _plain(node.args, numbers), _plain(node.kwargs, numbers)))
+    return tuple(rows)
+
+
+def _kind(value: Any) -> tuple[Hashable, ...]:
+    if not isinstance(value, Tensor):
+        return (str(value),)
+    sizes = (tuple(str(n) for n in value.shape), tuple(str(n) for n in value.stride()), str(value.storage_offset()))
+    return (*sizes, value.dtype, value.device, value.requires_grad, value.layout)
+
+
+def _plain(value: Any, numbers: dict[fx.Node, int]) -> Hashable:
+    if isinstance(value, fx.Node):
+        return ("node", numbers[value])
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item, numbers) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, _plain(item, numbers)) for name, item in value.items())
+    if isinstance(value, slice):
+        return ("slice", *(_plain(item, numbers) for item in (value.start, value.stop, value.step)))
+    if isinstance(value, float):
+        return ("float", value.hex())
+    try:
+        hash(value)
+    except TypeError:
+        return ("object", repr(value))
+    return (type(value), value)
+
+
+def drawing(graph: fx.GraphModule) -> fx.Node | None:
+    """Return the first node that draws from torch's own generator, here or where a compiler takes it apart."""
+    parts = [part for part in graph.modules() if isinstance(part, fx.GraphModule)]
+    return next((n for part in parts for n in part.graph.nodes if n.op == "call_function" and _draws(n)), None)
+
+
+def _draws(node: fx.Node) -> bool:
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    given = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    chance = given.get("dropout_p", given.get("dropout", given.get("p")))
+    if chance is None and "attention" in target.__name__:
+        return False  # attention is marked as random, with dropout or without
+    off = (given.get("train"), given.get("training"))
+    return not (chance == 0.0 or (False in off))

@@ -1,0 +1,135 @@
+"""The user's own lines: which of them made each operation of a graph, and which one a capture stopped at."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.fx import traceback as fx_traceback
+from torch.nn.modules import module as nn_module
+from torch.overrides import TorchFunctionMode
+
+_LIBRARIES = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1]}/")
+_BACKWARD = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+
+
+class Line(NamedTuple):
+    """A place in a source file."""
+
+    file: str
+    number: int
+    function: str
+
+    @property
+    def text(self) -> str:
+        """What is written there."""
+        return linecache.getline(self.file, self.number).strip()
+
+    def __str__(self) -> str:
+        return f'  File "{self.file}", line {self.number}, in {self.function}\n    {self.text}\n'
+
+
+def is_library(file: str) -> bool:
+    """Return whether a file belongs to torch or to this package, or is no file."""
+    return file.startswith(_LIBRARIES) or file.startswith("<frozen") or "/optree/" in file
+
+
+def _has_source(file: str) -> bool:
+    """Return whether a user's file can be shown; the constructor of a NamedTuple can't."""
+    return not is_library(file) and bool(linecache.getline(file, 1))
+
+
+def lines_of(traceback: TracebackType | None) -> list[Line]:
+    """Return the user's lines of a traceback, the outermost first."""
+    found: list[Line] = []
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if not is_library(code.co_filename) and code.co_name != "<lambda>" or _has_source(code.co_filename):
+            found.append(Line(code.co_filename, traceback.tb_lineno, code.co_name))
+        traceback = traceback.tb_next
+    return found
+
+
+class Lines(TorchFunctionMode):
+    """Gives each node of a graph the user's line and module path, while it is made.
+
+    Attributes:
+        asked: The function of torch that was called last; after an error, the one that raised.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = ""
+        self._texts: dict[tuple[Any, int], str] = {}
+        self._base: FrameType | None = None
+        self._stack: list[tuple[str, type]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the line, and run the function."""
+        if torch.compiler.is_compiling():  # the branches of `torch.cond`, which torch's own tracer reads
+            return func(*args, **(kwargs or {}))
+        meta = fx_traceback.current_meta
+        meta["stack_trace"] = self._where()
+        self.asked = getattr(func, "__name__", str(func))
+        if func not in _BACKWARD:
+            return func(*args, **(kwargs or {}))
+        meta["autograd_backward"] = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            fx_traceback.current_meta.pop("autograd_backward", None)
+
+    def _where(self) -> str:
+        frame: FrameType | None = sys._getframe(2)
+        found: list[str] = []
+        while frame is not None and frame is not self._base:
+            code = frame.f_code
+            if not is_library(code.co_filename):
+                at = (code, frame.f_lineno)
+                if at not in self._texts:
+                    self._texts[at] = str(Line(code.co_filename, frame.f_lineno, code.co_name))
+                found.append(self._texts[at])
+            frame = frame.f_back
+        return "".join(reversed(found))
+
+    @contextlib.contextmanager
+    def recorded(self, modules: nn.Module | None) -> Generator[None]:
+        """Record in this block; ``modules`` says which paths there are."""
+        names = {} if modules is None else {id(m): name for name, m in modules.named_modules()}
+
+        def enter(module: nn.Module, *_: Any) -> None:
+            if id(module) in names:
+                self._stack.append((names[id(module)], type(module)))
+                self._tell()
+
+        def leave(module: nn.Module, *_: Any) -> None:
+            if id(module) in names and self._stack:
+                self._stack.pop()
+                self._tell()
+
+        self._base = sys._getframe(2)
+        hooks = [
+            nn_module.register_module_forward_pre_hook(enter),
+            nn_module.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            with fx_traceback.preserve_node_meta(), self:
+                yield
+        finally:
+            self._base = None
+            for hook in hooks:
+                hook.remove()
+
+    def _tell(self) -> None:
+        path = {name: (name, kind) for name, kind in self._stack}
+        if path:
+            fx_traceback.current_meta["nn_module_stack"] = path
+        else:
+            fx_traceback.current_meta.pop("nn_module_stack", None)

@@ -1,0 +1,195 @@
+"""A step as a graph: run once on fake tensors, and every operation written down, as jax does.
+
+The graph is flat: it takes the tensors of ``(state, batch, ...)`` one by one and returns tensors one by one. What
+Python did while it ran is fixed; see `_outside.py` for what is done about that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from trainfn._compile._donate import check_result, check_same, local, overwrite
+from trainfn._compile._graph import canonical, lift_constants
+from trainfn._compile._lines import Lines
+from trainfn._compile._structure import Structure, flatten, structure
+
+
+class Layout(NamedTuple):
+    """How a tensor is spread over ranks; the graph computes with the local part."""
+
+    mesh: Any
+    placements: Any
+    shape: Any
+    stride: Any
+
+    def whole(self, local: Tensor) -> Tensor:
+        """The `DTensor` of a local part."""
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
+
+
+def layout_of(x: Any) -> Layout | None:
+    """Return the layout of a `DTensor`, None of any other leaf."""
+    if not hasattr(x, "placements"):
+        return None
+    return Layout(x.device_mesh, x.placements, x.shape, x.stride())
+
+
+class Output(NamedTuple):
+    """Where one leaf of a step's result comes from.
+
+    Attributes:
+        kind: ``"graph"``: output ``index`` of the graph. ``"input"``: leaf ``index`` of the arguments, untouched or
+            overwritten in place. ``"value"``: the Python value itself.
+        index: See above.
+        layout: Of a tensor that is spread over ranks.
+        value: See above.
+    """
+
+    kind: str
+    index: int = 0
+    layout: Layout | None = None
+    value: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A captured function.
+
+    Attributes:
+        graph: Takes the tensors among the leaves of the arguments, then ``constants``; returns a list of tensors.
+        constants: Tensors that the function read from elsewhere, such as a closure; passed by reference.
+        inputs: The indices of the leaves that the graph takes.
+        outputs: Where each leaf of the result comes from.
+        structure: The result's structure.
+        key: Two traces with equal keys are the same program.
+        mode: The fake mode of the graph's example values.
+    """
+
+    graph: fx.GraphModule
+    constants: list[Tensor]
+    inputs: list[int]
+    outputs: list[Output]
+    structure: Structure
+    key: Hashable
+    mode: Any
+
+
+class _Run:
+    """The function as `make_fx` sees it: flat tensors in, flat tensors out."""
+
+    def __init__(self, fn: Callable[..., Any], leaves: Sequence[Any], form: Structure, donated: list[bool]) -> None:
+        self.fn, self.leaves, self.structure, self.donated = fn, leaves, form, donated
+        self.inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.layouts = {i: layout_of(leaves[i]) for i in self.inputs}
+        self.outputs: list[Output] = []
+        self.result: Structure | None = None
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        whole = dict(zip(self.inputs, tensors, strict=True))
+        for i, layout in self.layouts.items():
+            whole[i] = whole[i] if layout is None else layout.whole(whole[i])
+        leaves = [whole.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+        out = self.fn(*self.structure.build(iter(leaves)))
+        new, self.result = flatten(out)
+        if self.donated:
+            new = donation(self.donated, self.structure, leaves, out)
+            overwrite(self.donated, leaves, new)
+        return self._flat(leaves, new)
+
+    def _flat(self, old: list[Any], new: list[Any]) -> list[Tensor]:
+        places = {id(leaf): i for i, leaf in reversed(list(enumerate(old))) if isinstance(leaf, Tensor)}
+        self.outputs, tensors = [], list[Tensor]()
+        for leaf in new:
+            if not isinstance(leaf, Tensor):
+                value = int(leaf) if isinstance(leaf, torch.SymInt) else leaf
+                self.outputs.append(Output("value", value=value))
+            elif id(leaf) in places:
+                self.outputs.append(Output("input", places[id(leaf)]))
+            else:
+                self.outputs.append(Output("graph", len(tensors), layout_of(leaf)))
+                tensors.append(local(leaf))
+        return tensors
+
+
+def donation(donated: list[bool], given: Structure, old: Sequence[Any], out: Any) -> list[Any]:
+    """Return the leaves of a donating step's result.
+
+    Raises:
+        TypeError, ValueError: If the new state can't take the old one's place.
+    """
+    check_result(out)
+    new = flatten(out)[0] if structure(out[0]) == given.children[0] else []  # type: ignore[union-attr]
+    check_same(donated, old, new)
+    return new
+
+
+def trace(
+    fn: Callable[..., Any],
+    leaves: Sequence[Any],
+    form: Structure,
+    *,
+    donated: list[bool],
+    dynamic: dict[int, Sequence[int]] | None = None,
+    modules: nn.Module | None = None,
+    lines: Lines | None = None,
+) -> Trace:
+    """Run a function once on fake tensors and return what it computes as a graph.
+
+    Args:
+        fn: Any pure function.
+        leaves: The leaves of its arguments; those that are tensors become inputs of the graph.
+        form: The structure of its arguments, a tuple.
+        donated: For each leaf of the first argument, whether its new value takes the old one's memory; or empty.
+        dynamic: For leaves of any size: which of their dimensions.
+        modules: The module whose paths the nodes are given.
+        lines: Records the user's line of each operation.
+    """
+    run = _Run(fn, leaves, form, donated)
+    mode, fakes = _fakes([local(leaves[i]) for i in run.inputs], run.inputs, dynamic or {})
+    lines = lines or Lines()
+    try:
+        with _conditions(mode), lines.recorded(modules):
+            graph = make_fx(run, _allow_non_fake_inputs=True)(*fakes)
+    finally:
+        torch.clear_autocast_cache()  # autocast may have cached low-precision copies of fake parameters
+    assert run.result is not None
+    constants = lift_constants(graph)
+    return Trace(graph, constants, run.inputs, run.outputs, run.result, canonical(graph), mode)
+
+
+def _fakes(tensors: list[Tensor], places: list[int], dynamic: dict[int, Sequence[int]]) -> tuple[Any, list[Tensor]]:
+    from torch._subclasses import FakeTensorMode
+
+    if not dynamic:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        return mode, [mode.from_tensor(x) for x in tensors]
+    from trainfn._compile._sizes import symbolic
+
+    return symbolic(tensors, places, dynamic)
+
+
+@contextlib.contextmanager
+def _conditions(mode: Any) -> Generator[None]:
+    mkldnn, validated = torch._C._get_mkldnn_enabled(), Distribution._validate_args
+    try:
+        # oneDNN's recurrent kernels have no fake backward pass; the plain ones are unrolled.
+        torch._C._set_mkldnn_enabled(False)
+        Distribution.set_default_validate_args(False)  # there are no numbers to validate
+        # One thread for the backward pass, since modes are per thread.
+        with mode, torch.autograd.set_multithreading_enabled(False), torch.no_grad():
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        Distribution.set_default_validate_args(validated)
