@@ -52,7 +52,7 @@ class Entry:
         count = form.size
         every = found.inputs == list(range(count))
         self._inputs = None if every else found.inputs
-        self._sharded = any(output.layout is not None for output in found.outputs)
+        self._sharded = found.sharded
         self._layouts = [output.layout for output in found.outputs if output.kind == "graph"]
         self._values = [output.value for output in found.outputs if output.kind == "value"]
         at = {"graph": count, "input": 0, "value": count + len(self._layouts)}

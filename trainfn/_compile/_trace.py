@@ -75,6 +75,7 @@ class Trace:
         structure: The result's structure.
         key: Two traces with equal keys are the same program.
         mode: The fake mode of the graph's example values.
+        sharded: Whether a tensor that goes in or comes out is spread over ranks.
     """
 
     graph: fx.GraphModule
@@ -84,6 +85,7 @@ class Trace:
     structure: Structure
     key: Hashable
     mode: Any
+    sharded: bool
 
 
 class _Run:
@@ -166,7 +168,9 @@ def trace(
         torch.clear_autocast_cache()  # autocast may have cached low-precision copies of fake parameters
     assert run.result is not None
     constants = lift_constants(graph)
-    return Trace(graph, constants, run.inputs, run.outputs, run.result, canonical(graph), mode)
+    layouts = [*run.layouts.values(), *(output.layout for output in run.outputs)]
+    sharded = any(layout is not None for layout in layouts)
+    return Trace(graph, constants, run.inputs, run.outputs, run.result, canonical(graph), mode, sharded)
 
 
 def _fakes(tensors: list[Tensor], places: list[int], dynamic: dict[int, Sequence[int]]) -> tuple[Any, list[Tensor]]:
