@@ -127,19 +127,14 @@ def exact(output: object, rows: int) -> tuple[Mean, Metrics]:
     return mean, metrics
 
 
-def _warn_inexact() -> bool:
-    """Runs once for each compilation; Python shows it once."""
+def _warn_inexact() -> None:
+    """A compiled step warns once, while it is captured."""
     warnings.warn(
         "The loss returned a bare scalar. It is taken as the mean over the batch's rows, which is exact only if every"
         f" row weighs the same: not with masked, padded or weighted rows. {_HOW_EXACT}",
         InexactLossWarning,
         stacklevel=2,
     )
-    return True
-
-
-# What `torch.compiler.assume_constant_result` does, which would import the tracer: run while tracing, not in the graph.
-_warn_inexact._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def summed(

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._donate import check_alive
-from trainfn._compile._backend import Settings
 from trainfn._compile._program import Program
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import Dynamic, check_dynamic

@@ -51,7 +51,7 @@ def lines_of(traceback: TracebackType | None) -> list[Line]:
     found: list[Line] = []
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if not is_library(code.co_filename) and code.co_name != "<lambda>" or _has_source(code.co_filename):
+        if (not is_library(code.co_filename) and code.co_name != "<lambda>") or _has_source(code.co_filename):
             found.append(Line(code.co_filename, traceback.tb_lineno, code.co_name))
         traceback = traceback.tb_next
     return found

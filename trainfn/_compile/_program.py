@@ -160,7 +160,9 @@ class Program:
             self._rest.flatten(rest, others)
         except Misfit:
             others, self._rest = flatten(rest)
-        kinds = self._number((self._rest, *map(_kind, others))) if len(others) > 32 else (self._rest, *map(_kind, others))
+        kinds = (
+            self._number((self._rest, *map(_kind, others))) if len(others) > 32 else (self._rest, *map(_kind, others))
+        )
         leaves += others
         return leaves, (known.signature, kinds, environment())
 
