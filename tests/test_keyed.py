@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import trainfn as tfn
 from trainfn._keyed import HANDLERS
-from trainfn._keyed._functions import COMPOSITES
+from trainfn._keyed._composites import COMPOSITES
 from trainfn.errors import CaptureError, RandomnessError
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
