@@ -20,7 +20,7 @@ from trainfn import random
 from trainfn._keyed._composites import COMPOSITES
 from trainfn._keyed._functions import HANDLERS
 from trainfn._keyed._generators import check_unused, restored
-from trainfn._keyed._vmap import batched, batch_levels
+from trainfn._keyed._vmap import batch_levels, batched
 
 _REROUTED = {**HANDLERS, **COMPOSITES}
 

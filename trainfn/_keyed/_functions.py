@@ -289,3 +289,20 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     F.fractional_max_pool3d: _refuse("F.fractional_max_pool3d", "Use F.max_pool3d."),
     F.fractional_max_pool3d_with_indices: _refuse("F.fractional_max_pool3d", "Use F.max_pool3d."),
 }
+
+
+def draws(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call of a kernel, a node of a captured graph, draws from torch's own generator.
+
+    >>> draws(torch.ops.aten.bernoulli.default, (torch.ones(1),), {})
+    True
+    >>> draws(torch.ops.aten.dropout.default, (torch.ones(1), 0.5, False), {})
+    False
+    """
+    if not isinstance(kernel, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in kernel.tags:
+        return False
+    declared = kernel._schema.arguments
+    given = {argument.name: argument.default_value for argument in declared if argument.has_default_value()}
+    given |= dict(zip([argument.name for argument in declared], args, strict=False)) | kwargs
+    switches = [given.get(name) for name in ("train", "training", "dropout", "dropout_p")]  # attention always counts
+    return not any(value is False or (isinstance(value, float) and value == 0.0) for value in switches)

@@ -12,13 +12,14 @@ from trainfn.errors import RandomnessError
 
 Levels = list[tuple[int, int]]
 
+functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
 
 def batch_levels(*given: Any) -> Levels:
     """The active vmaps whose samples draw each their own: number and size, outermost first.
 
     There is none if the key itself differs by sample: then the draws do as well.
     """
-    functorch = torch._C._functorch
     if functorch.peek_interpreter_stack() is None:
         return []
     if any(isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x) for x in given):
@@ -47,5 +48,5 @@ def batched(draw: Callable[[tuple[int, ...]], Tensor], levels: Levels) -> Tensor
     with temporarily_clear_interpreter_stack():  # a plain tensor, beneath all transforms
         out = draw(tuple(size for _, size in levels))
     for level, _ in levels:
-        out = torch._C._functorch._add_batch_dim(out, 0, level)
+        out = functorch._add_batch_dim(out, 0, level)
     return out
