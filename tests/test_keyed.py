@@ -231,6 +231,15 @@ def test_a_captured_draw_fits_other_sizes():
         assert_identical(graph(KEY, x), dropped(KEY, x))
 
 
+@pytest.mark.parametrize("rows", [0, 3])
+def test_the_number_of_draws_has_no_bound(rows):
+    """The first keys are made at once, the others one by one: by the same rule."""
+    drawn = under(KEY, lambda: [torch.rand(3) for _ in range(70)], rows=rows)
+    for number, one in enumerate(drawn, start=1):
+        key = tfn.random.fold_in(KEY, number)
+        assert torch.equal(one, tfn.random.uniform(key if rows else tfn.random.fold_in(key, 0), (3,)))
+
+
 def test_random_methods_change_their_tensor_and_return_it():
     for fill in ("uniform_", "normal_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "random_"):
         x = torch.full((50,), 7.25)
@@ -770,6 +779,68 @@ def test_a_captured_step_is_keyed_even_where_eager_ones_drew_nothing(mode):
     graph = captured(dropped, STATE.key, STATE.step, X, mode=mode)
     assert drawing(graph) == []
     assert_identical(graph(STATE.key, STATE.step, X), dropped(STATE.key, STATE.step, X))
+
+
+class Device:
+    """A GPU's generator: it has a seed, and an offset that grows with each draw."""
+
+    def __init__(self):
+        self.seed, self.offset = 7, 40
+
+    def initial_seed(self):
+        return self.seed
+
+    def get_offset(self):
+        return self.offset
+
+    def manual_seed(self, seed):
+        self.seed, self.offset = seed, 0
+        return self
+
+    def set_offset(self, offset):
+        self.offset = offset
+        return self
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    made = (Device(), Device())
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "default_generators", made)
+    return made
+
+
+def test_a_draw_on_a_gpu_is_found_out(devices):
+    def drawn(n):
+        devices[1].offset += 4
+
+    with pytest.raises(RandomnessError, match="drew from torch's global generator"):
+        under(KEY, lambda: drawn(0))
+    body, run = Counted(lambda n: drawn(n) if n == 3 else X), Randomness()
+    for _ in range(4):
+        run(STATE, body)
+    assert body.modes == [True, False, False, True, False]
+    assert [(device.seed, device.offset) for device in devices] == [(7, 40), (7, 40)]
+
+
+def test_a_recorded_cuda_graph_is_asked_for_no_generator(devices, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(Device, "get_offset", lambda self: pytest.fail("asked"))
+    assert under(KEY, lambda: X) is X
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_gpu_is_watched():
+    before = torch.cuda.get_rng_state()
+    with pytest.raises(RandomnessError, match="drew from torch's global generator"):
+        under(KEY, lambda: torch.ops.aten.rand([3], device="cuda"))
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    state = tfn.init({"w": torch.ones(3, device="cuda")}, tfn.optim.sgd(0.1))
+    body, run = Counted(lambda n: F.dropout(X.cuda(), 0.5, training=n > 3)), Randomness()
+    outs = [run(state, body) for _ in range(5)]
+    assert body.modes == [True, False, False, False, True, True] and torch.equal(outs[3], outs[4])
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from trainfn._keyed._generators import check_unused, restored
 from trainfn._keyed._vmap import batch_levels, batched
 
 _REROUTED = {**HANDLERS, **COMPOSITES}
+# Keys made at once, before the first draw: one takes as many operations as all of them.
+_KEYS = 32
 
 
 @contextlib.contextmanager
@@ -70,6 +72,7 @@ class Draws(TorchFunctionMode):
         super().__init__()
         self.key, self.rows, self.first_row = key, rows, first_row
         self.drew = False
+        self._keys = random.fold_in(key, torch.arange(1, _KEYS + 1, dtype=torch.int64, device=key.device))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the random functions; run the others as they are."""
@@ -91,11 +94,12 @@ class Draws(TorchFunctionMode):
 
     def draw(self, sample: Callable[..., Tensor], shape: Sequence[int], **kwargs: Any) -> Tensor:
         """The next draw: ``sample(key, shape, first=, ...)``, a function of `trainfn.random`."""
-        levels = batch_levels(self.key, self.first_row)
+        levels = batch_levels(self._keys, self.first_row)
         return batched(lambda sizes: self._plain(sample, (*sizes, *shape), kwargs), levels)
 
     def _plain(self, sample: Callable[..., Tensor], shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:
-        key = random.fold_in(self.key, self.count())
+        number = self.count()
+        key = self._keys[number - 1] if number <= _KEYS else random.fold_in(self.key, number)
         if self.rows > 0 and shape and shape[0] % self.rows == 0:
             return sample(key, shape, first=self.first_row * (math.prod(shape) // self.rows), **kwargs)
         return sample(random.fold_in(key, self.first_row), shape, **kwargs)
