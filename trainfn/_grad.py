@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainfn import random, tree
 from trainfn._keyed import keyed
+from trainfn._marks import backward_pass
 from trainfn._module import bound, check_state
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState
 from trainfn.errors import InexactLossWarning
@@ -87,7 +88,8 @@ def _derivatives(mean: Mean, params: Params, scale: Tensor | None) -> Params:
             " a module taken from outside the loss, `torch.no_grad()` or `.detach()` cuts the connection."
         )
     seed = mean.total if scale is None else mean.total.float() * scale
-    grads = torch.autograd.grad(seed, list(params.values()), allow_unused=True, materialize_grads=True)
+    with backward_pass():
+        grads = torch.autograd.grad(seed, list(params.values()), allow_unused=True, materialize_grads=True)
     named = dict(zip(params, grads, strict=True))
     return named if scale is None else tree.div(named, scale)
 
