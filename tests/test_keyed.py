@@ -2,25 +2,29 @@
 
 import inspect
 import math
+import random
 import re
-import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, assert_identical, generator, quick, seeded
+from helpers import assert_close, assert_identical, generator, seeded
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import trainfn as tfn
-from trainfn._keyed import HANDLERS
-from trainfn._keyed._functions import COMPOSITES
-from trainfn.errors import CaptureError, RandomnessError
+from trainfn._keyed import HANDLERS, Randomness, draws
+from trainfn._keyed._composites import COMPOSITES
+from trainfn.errors import RandomnessError
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
 
 KEY = tfn.random.key(0)
 X = torch.randn(6, 4, 8, generator=generator(0))
 P = torch.full((6, 50), 0.3)
+SYMMETRIC = torch.arange(1.0, 10.0).diag()
 LOGITS = torch.log(torch.tensor([0.1, 0.2, 0.7]))
 
 
@@ -30,6 +34,7 @@ def empty(*shape, **kwargs):
 
 MHA = seeded(lambda: nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True))
 LAYER = seeded(lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True))
+LSTM = seeded(lambda: nn.LSTM(8, 8))
 DISTRIBUTIONS = torch.distributions
 
 # What it draws, as a function of nothing.
@@ -103,7 +108,14 @@ DRAWS = {
     "nn.init.orthogonal_": lambda: nn.init.orthogonal_(empty(6, 8)),
     "nn.init.sparse_": lambda: nn.init.sparse_(empty(6, 8), 0.5),
     "svd_lowrank": lambda: torch.svd_lowrank(X, q=2)[0],
+    "svd_lowrank of a parameter": lambda: torch.svd_lowrank(nn.Parameter(X), q=2)[0].detach(),
     "pca_lowrank": lambda: torch.pca_lowrank(X, q=2)[0],
+    "pca_lowrank of a parameter": lambda: torch.pca_lowrank(nn.Parameter(X), q=2)[0].detach(),
+    "lobpcg": lambda: torch.lobpcg(SYMMETRIC, k=1, niter=1)[1],
+    "lobpcg of a parameter": lambda: torch.lobpcg(nn.Parameter(SYMMETRIC), k=1, niter=1)[1].detach(),
+    "a distance of the user's": lambda: F.triplet_margin_with_distance_loss(
+        X, X, X, distance_function=lambda a, b: torch.rand(6), reduction="none"
+    ),
     "Normal": lambda: DISTRIBUTIONS.Normal(0.0, 1.0).sample((5,)),
     "Normal, reparametrized": lambda: DISTRIBUTIONS.Normal(X, 1.0).rsample(),
     "Uniform": lambda: DISTRIBUTIONS.Uniform(torch.zeros(5), 1.0).sample(),
@@ -111,11 +123,8 @@ DRAWS = {
     "Categorical": lambda: DISTRIBUTIONS.Categorical(P).sample((4,)),
     "Exponential": lambda: DISTRIBUTIONS.Exponential(torch.ones(5)).sample(),
 }
-# One of each kind: tracing all of them takes a minute.
-COMPILED = """dropout/dropout in place/dropout2d/alpha_dropout/torch.dropout_/torch.feature_dropout/rrelu/rrelu_/
-attention/MultiheadAttention without weights/TransformerEncoderLayer/gumbel_softmax hard/rand/randn_like/randint of two/
-randperm/bernoulli/normal/normal of both/multinomial/multinomial replaced/uniform_/bernoulli_/exponential_/cauchy_/
-geometric_/random_/nn.init.uniform_/nn.init.xavier_normal_/Normal, reparametrized""".replace("\n", "").split("/")
+# They look at what they drew, or torch looks at what they got: that can't be captured.
+UNCAPTURED = {"nn.init.trunc_normal_", "lobpcg", "lobpcg of a parameter"}
 EACH = pytest.mark.parametrize("draw", [pytest.param(f, id=name) for name, f in DRAWS.items()])
 
 
@@ -148,15 +157,87 @@ def test_a_draw_has_the_shape_and_dtype_of_torchs(draw):
     assert (keyed.shape, keyed.dtype, keyed.device) == (theirs.shape, theirs.dtype, theirs.device)
 
 
-def test_compiled_draws_are_the_eager_ones():
-    """The rest of torch runs its eager kernels under this backend, so: to the bit."""
-    state = tfn.init({"w": torch.ones(1)}, tfn.optim.sgd(0.1))
+def captured(function, *args, mode="fake"):
+    """The function as a graph of kernels: what `trainfn.jit` compiles."""
+    with torch.autograd.set_multithreading_enabled(False), torch.no_grad():
+        return make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)(*args)
 
-    def drawn(state, _):
-        with tfn.keyed(state.key):
-            return {name: DRAWS[name]() for name in COMPILED}
 
-    assert_identical(quick(drawn)(state, torch.zeros(1)), drawn(state, None))
+def drawing(graph):
+    """The kernels of a graph that draw from torch's own generator."""
+    return [str(n.target) for n in graph.graph.nodes if n.op == "call_function" and draws(n.target, n.args, n.kwargs)]
+
+
+@pytest.fixture
+def unvalidated():
+    """Distributions don't look at their arguments' values."""
+    torch.distributions.Distribution.set_default_validate_args(False)
+    yield
+    torch.distributions.Distribution.set_default_validate_args(True)
+
+
+@pytest.mark.parametrize("draw", [pytest.param(f, id=n) for n, f in DRAWS.items() if n not in UNCAPTURED])
+def test_captured_draws_are_the_eager_ones(draw, unvalidated):
+    def twice(key):
+        with tfn.keyed(key):
+            return draw(), draw()
+
+    graph = captured(twice, KEY)
+    assert drawing(graph) == []
+    for key in (KEY, tfn.random.key(1)):
+        assert_identical(graph(key), twice(key))
+
+
+def noisy_grads(key, x, w, reentrant):
+    """Gradients through two blocks that draw, checkpointed or not (None)."""
+
+    def block(x):
+        y = F.dropout(x @ w, 0.5).unsqueeze(1)
+        return F.scaled_dot_product_attention(y, y, y, dropout_p=0.3).sum((1, 2)).sin()
+
+    def run(x):
+        return block(x) if reentrant is None else checkpoint(block, x, use_reentrant=reentrant)
+
+    with torch.enable_grad(), tfn.keyed(key, rows=len(x)):
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        y = run(run(x))
+        if reentrant:  # torch allows no `grad` of it
+            y.sum().backward()
+            return x.grad, w.grad
+        return torch.autograd.grad(y.sum(), [x, w])
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("mode", ["eager", "fake", "symbolic"])
+def test_a_checkpointed_block_draws_again_what_it_drew(reentrant, mode):
+    w = torch.randn(8, 8, generator=generator(4))
+    run = noisy_grads
+    if mode != "eager":
+        graph = captured(lambda key, x, w: noisy_grads(key, x, w, reentrant), KEY, X, w, mode=mode)
+        assert drawing(graph) == []
+        run = lambda key, x, w, _: graph(key, x, w)  # noqa: E731
+    for key in (KEY, tfn.random.key(1)):
+        assert_identical(run(key, X, w, reentrant), noisy_grads(key, X, w, None))
+
+
+def test_a_captured_draw_fits_other_sizes():
+    def dropped(key, x):
+        with tfn.keyed(key, rows=x.shape[0]):
+            return F.dropout(x, 0.5), torch.rand(x.shape[0], 2), torch.randn_like(x)
+
+    graph = captured(dropped, KEY, X, mode="symbolic")
+    for rows in (6, 5, 9):
+        x = torch.ones(rows, 4, 8)
+        assert_identical(graph(KEY, x), dropped(KEY, x))
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_the_number_of_draws_has_no_bound(rows):
+    """The first keys are made at once, the others one by one: by the same rule."""
+    drawn = under(KEY, lambda: [torch.rand(3) for _ in range(70)], rows=rows)
+    for number, one in enumerate(drawn, start=1):
+        key = tfn.random.fold_in(KEY, number)
+        assert torch.equal(one, tfn.random.uniform(key if rows else tfn.random.fold_in(key, 0), (3,)))
 
 
 def test_random_methods_change_their_tensor_and_return_it():
@@ -458,20 +539,52 @@ def test_every_random_function_of_torch_is_keyed_or_refused():
     assert [name for name, f in found.items() if f not in HANDLERS and f not in COMPOSITES] == []
 
 
+def names_of(code):
+    """All names that a function's code uses, inner functions included."""
+    inner = [names_of(c) for c in code.co_consts if inspect.iscode(c)]
+    return set(code.co_names).union(*inner)
+
+
+def reaches_a_draw(function, drawing, seen):
+    """Whether a Python function of torch, or one that it calls, calls a random function."""
+    function = inspect.unwrap(function)
+    if function in seen or not inspect.isfunction(function) or not function.__module__.startswith("torch"):
+        return False
+    seen.add(function)
+    names = names_of(function.__code__)
+    if names & drawing:
+        return True
+    spaces = (function.__globals__, vars(torch), vars(F), vars(nn.init))
+    called = [next((space[name] for space in spaces if name in space), None) for name in names]
+    return any(reaches_a_draw(f, drawing, seen) for f in called if inspect.isfunction(f) and f is not handled_by_torch)
+
+
+handled_by_torch = torch.overrides.handle_torch_function
+
+
+def python_functions():
+    """The functions of torch in Python that torch hands to a mode as a whole: inside, the mode is off."""
+    every = {f for functions in torch.overrides.get_overridable_functions().values() for f in functions}
+    initializers = {f for name, f in vars(nn.init).items() if name.endswith("_") and inspect.isfunction(f)}
+    offered = {f for f in initializers if "handle_torch_function" in names_of(inspect.unwrap(f).__code__)}
+    return sorted((f for f in every | offered if inspect.isfunction(inspect.unwrap(f))), key=lambda f: f.__qualname__)
+
+
 def test_every_python_function_of_torch_that_draws_is_keyed_or_refused():
-    """Functions that torch hands to a mode as a whole: what they draw inside, the mode would not see."""
-    drawing = re.compile(
-        r"\b(rand|randn|randint|randperm|rand_like|randn_like|\w*dropout|bernoulli_?|uniform_|normal_?)\("
-    )
-    left = []
-    for functions in torch.overrides.get_overridable_functions().values():
-        for function in functions:
-            if not inspect.isfunction(inspect.unwrap(function)):
-                continue
-            code = inspect.getsource(function).split('"""')[-1]
-            if drawing.search(code) and function not in HANDLERS and function not in COMPOSITES:
-                left.append(function.__name__)
-    assert left == []
+    """What they, or those that they call, draw inside, the mode would not see."""
+    names = {*nondeterministic()} - {"scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu"}
+    found = {f for f in python_functions() if reaches_a_draw(f, names, set())}
+    assert {torch.svd_lowrank, torch.pca_lowrank, torch.lobpcg, F.gumbel_softmax, nn.init.kaiming_uniform_} <= found
+    assert [f.__qualname__ for f in found if f not in HANDLERS and f not in COMPOSITES] == []
+
+
+def test_every_python_function_of_torch_that_runs_the_users_is_reentered():
+    def takes_functions(f):
+        return any("Callable" in str(p.annotation) for p in inspect.signature(f).parameters.values())
+
+    found = [f for f in python_functions() if takes_functions(f)]
+    assert F.triplet_margin_with_distance_loss in found
+    assert [f.__qualname__ for f in found if f not in COMPOSITES] == []
 
 
 def test_every_initializer_is_keyed():
@@ -492,17 +605,291 @@ class Noisy(torch.autograd.Function):
         return grad
 
 
-@pytest.mark.parametrize("draw", [lambda x: Noisy.apply(x), lambda x: torch.ops.aten.dropout(x, 0.5, True)])
-def test_a_compiled_step_never_draws_from_the_global_generator(draw):
-    """Where torch traces on behalf of another function it hides what it draws: an error, not another number."""
-    optimizer = tfn.optim.sgd(0.1)
-    state = tfn.init({"w": torch.ones(3)}, optimizer)
-    step = quick(tfn.train_step(lambda p, x: tfn.Mean.of(draw(x * p["w"])), optimizer), backend="eager")
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch, of how it traces an autograd.Function itself
-        try:
-            new, _ = step(state, torch.ones(4, 3))
-        except (CaptureError, RandomnessError) as error:
-            assert re.search("global generator|rerouted to state", str(error))
-        else:
-            assert_identical(new, step.step(state, torch.ones(4, 3))[0])
+def test_a_function_of_the_users_with_its_own_gradient_is_keyed():
+    def drawn(key):
+        with tfn.keyed(key):
+            return Noisy.apply(X)
+
+    graph = captured(drawn, KEY)
+    assert drawing(graph) == []
+    assert_identical(graph(KEY), under(KEY, lambda: F.dropout(X, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("draw", "kernel"),
+    [
+        (lambda x: torch.ops.aten.dropout(x, 0.5, True), "bernoulli|dropout"),
+        (lambda x: torch.ops.aten.rand([3]), "rand"),
+        (lambda x: torch.ops.aten.scaled_dot_product_attention(x, x, x, None, 0.5), "attention|bernoulli|dropout"),
+    ],
+)
+def test_what_draws_behind_torchs_functions_is_found_in_the_graph(draw, kernel):
+    """Fake tensors move no generator, so the graph is looked at."""
+
+    def drawn(key, x):
+        with tfn.keyed(key):
+            return draw(x)
+
+    assert any(re.search(kernel, name) for name in drawing(captured(drawn, KEY, X)))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.ops.aten.dropout(x, 0.5, False),
+        lambda x: F.scaled_dot_product_attention(x, x, x),
+        lambda x: F.rrelu(x),
+        lambda x: F.dropout(x, training=False),
+        lambda x: LSTM(x)[0],
+    ],
+)
+def test_what_draws_nothing_is_none_of_those(draw):
+    assert drawing(captured(draw, X)) == []
+
+
+# --- under vmap ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: F.dropout(x, 0.5),
+        lambda x: F.dropout(torch.ones(4, 8), 0.5),
+        torch.randn_like,
+        lambda x: torch.rand(3),
+        lambda x: torch.randint(1000, (3,)),
+        lambda x: torch.randperm(20),
+        lambda x: torch.bernoulli(x.sigmoid()),
+        lambda x: x.clone().normal_(),
+        F.gumbel_softmax,
+        lambda x: torch.vmap(lambda y: F.dropout(y, 0.5), randomness="different")(x),
+        lambda x: torch.func.grad(lambda y: F.dropout(y, 0.5).sum())(x),
+    ],
+)
+@pytest.mark.parametrize("rows", [0, 6])
+def test_under_vmap_samples_draw_their_own_or_all_the_same(draw, rows):
+    for randomness, distinct in (("different", 6), ("same", 1)):
+        one = under(KEY, lambda r=randomness: torch.vmap(draw, randomness=r)(torch.ones(6, 4, 8)), rows=rows)
+        assert len({tuple(sample.flatten().tolist()) for sample in one}) == distinct
+        assert_identical(
+            under(KEY, lambda r=randomness: torch.vmap(draw, randomness=r)(torch.ones(6, 4, 8)), rows=rows), one
+        )
+
+
+def test_samples_under_vmap_draw_what_rows_draw():
+    by_sample = under(KEY, lambda: torch.vmap(lambda x: F.dropout(x, 0.5), randomness="different")(X), rows=6)
+    assert_identical(by_sample, under(KEY, lambda: F.dropout(X, 0.5), rows=6))
+    second = under(
+        KEY, lambda: torch.vmap(lambda x: F.dropout(x, 0.5), randomness="different")(X[4:]), rows=2, first_row=4
+    )
+    assert_identical(second, by_sample[4:])
+
+
+def test_vmap_asks_what_a_draw_means():
+    message = r'under `torch\.vmap\(\.\.\., randomness="error"\)`.*Write `randomness="different"` or'
+    with pytest.raises(RandomnessError, match=message):
+        under(KEY, lambda: torch.vmap(lambda x: F.dropout(x, 0.5))(X))
+
+
+def test_keys_under_vmap_draw_each_their_own():
+    keys = tfn.random.split(KEY, 5)
+    many = torch.vmap(lambda key: under(key, lambda: F.dropout(X, 0.5), rows=6))(keys)
+    assert_identical(many, torch.stack([under(key, lambda: F.dropout(X, 0.5), rows=6) for key in keys]))
+
+
+# --- a step that draws nothing ------------------------------------------------------------------------------------
+
+STATE = tfn.init({"w": torch.ones(3)}, tfn.optim.sgd(0.1))
+
+
+class Counted:
+    """A function that knows how often it ran, and whether the mode was on."""
+
+    def __init__(self, function):
+        self.function, self.modes = function, []
+
+    def __call__(self):
+        self.modes.append(torch._C._len_torch_function_stack() > 0)
+        return self.function(len(self.modes))
+
+
+def test_what_draws_runs_under_the_mode():
+    body, run = Counted(lambda n: torch.rand(3)), Randomness()
+    first = run(STATE, body)
+    assert all(torch.equal(run(STATE, body), first) for _ in range(3))
+    assert_identical(first, under(tfn.random.fold_in(STATE.key, STATE.step), lambda: torch.rand(3)))
+    assert not torch.equal(run(STATE._replace(step=STATE.step + 1), body), first)
+    assert body.modes == [True] * 5
+
+
+def test_what_draws_nothing_runs_without_the_mode():
+    body, run = Counted(lambda n: F.dropout(X, 0.5, training=False)), Randomness()
+    for _ in range(130):
+        assert torch.equal(run(STATE, body), X)
+    assert [i for i, mode in enumerate(body.modes) if mode] == [0, 64, 128]  # it is looked at again now and then
+    other = tfn.init(LSTM, tfn.optim.sgd(0.1))
+    run(other, body)
+    assert body.modes[-1]
+
+
+def test_what_begins_to_draw_is_run_again_under_the_mode():
+    body, run = Counted(lambda n: F.dropout(X, 0.5, training=n > 3)), Randomness()
+    keyed = under(tfn.random.fold_in(STATE.key, STATE.step), lambda: F.dropout(X, 0.5))
+    outs = [run(STATE, body) for _ in range(5)]
+    assert [torch.equal(out, X) for out in outs] == [True, True, True, False, False]
+    assert torch.equal(outs[3], keyed) and torch.equal(outs[4], keyed)
+    assert body.modes == [True, False, False, False, True, True]
+
+
+def test_what_begins_to_draw_where_nothing_reroutes_it_is_refused():
+    run = Randomness()
+    body = Counted(lambda n: torch.ops.aten.rand([3]) if n > 2 else X)
+    run(STATE, body), run(STATE, body)
+    for _ in range(2):
+        with pytest.raises(RandomnessError, match="drew from torch's global generator"):
+            run(STATE, body)
+    body = Counted(lambda n: torch.rand(3, generator=generator(0)) if n > 2 else X)
+    with pytest.raises(RandomnessError, match="`generator=` inside a step"):
+        for _ in range(100):
+            run(STATE, body)
+
+
+def test_an_error_leaves_torchs_generator_as_it_was():
+    def fails(n):
+        if n > 2:
+            torch.ops.aten.rand([3])
+            raise ZeroDivisionError
+        return X
+
+    body, run = Counted(fails), Randomness()
+    run(STATE, body), run(STATE, body)
+    with pytest.raises(ZeroDivisionError):
+        run(STATE, body)
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_a_captured_step_is_keyed_even_where_eager_ones_drew_nothing(mode):
+    run = Randomness()
+    for _ in range(3):
+        run(STATE, lambda: X)
+
+    def dropped(key, step, x):
+        return run(STATE._replace(key=key, step=step), lambda: F.dropout(x, 0.5))
+
+    graph = captured(dropped, STATE.key, STATE.step, X, mode=mode)
+    assert drawing(graph) == []
+    assert_identical(graph(STATE.key, STATE.step, X), dropped(STATE.key, STATE.step, X))
+
+
+class Device:
+    """A GPU's generator: it has a seed, and an offset that grows with each draw."""
+
+    def __init__(self):
+        self.seed, self.offset = 7, 40
+
+    def initial_seed(self):
+        return self.seed
+
+    def get_offset(self):
+        return self.offset
+
+    def manual_seed(self, seed):
+        self.seed, self.offset = seed, 0
+        return self
+
+    def set_offset(self, offset):
+        self.offset = offset
+        return self
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    made = (Device(), Device())
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "default_generators", made)
+    return made
+
+
+def test_a_draw_on_a_gpu_is_found_out(devices):
+    def drawn(n):
+        devices[1].offset += 4
+
+    with pytest.raises(RandomnessError, match="drew from torch's global generator"):
+        under(KEY, lambda: drawn(0))
+    body, run = Counted(lambda n: drawn(n) if n == 3 else X), Randomness()
+    for _ in range(4):
+        run(STATE, body)
+    assert body.modes == [True, False, False, True, False]
+    assert [(device.seed, device.offset) for device in devices] == [(7, 40), (7, 40)]
+
+
+def test_a_recorded_cuda_graph_is_asked_for_no_generator(devices, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(Device, "get_offset", lambda self: pytest.fail("asked"))
+    assert under(KEY, lambda: X) is X
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_gpu_is_watched():
+    before = torch.cuda.get_rng_state()
+    with pytest.raises(RandomnessError, match="drew from torch's global generator"):
+        under(KEY, lambda: torch.ops.aten.rand([3], device="cuda"))
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    state = tfn.init({"w": torch.ones(3, device="cuda")}, tfn.optim.sgd(0.1))
+    body, run = Counted(lambda n: F.dropout(X.cuda(), 0.5, training=n > 3)), Randomness()
+    outs = [run(state, body) for _ in range(5)]
+    assert body.modes == [True, False, False, False, True, True] and torch.equal(outs[3], outs[4])
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+@pytest.fixture
+def restored_generators():
+    before = np.random.get_state(), random.getstate()
+    yield
+    np.random.set_state(before[0])
+    random.setstate(before[1])
+
+
+@pytest.mark.parametrize(
+    ("draw", "name"),
+    [
+        (lambda: np.random.rand(), r"`numpy\.random`"),
+        (lambda: np.random.beta(1.0, 1.0), r"`numpy\.random`"),
+        (lambda: np.random.rand(312), r"`numpy\.random`"),  # all the words there are: the position is the same
+        (random.random, "`random`"),
+        (lambda: random.choice("abc"), "`random`"),
+        (lambda: (random.random(), np.random.rand()), r"`random` and `numpy\.random`"),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_draw_from_numpy_or_python_is_refused(draw, name, before, restored_generators):
+    body, run = Counted(lambda n: draw() if n > before else None), Randomness()
+    for _ in range(before):
+        run(STATE, body)
+    message = (
+        rf"this step drew from the global generator of {name}, which is no part of the state.*`torch\.rand\(\(\)\)`"
+    )
+    with pytest.raises(RandomnessError, match=message):
+        run(STATE, body)
+
+
+def test_a_draw_of_another_thread_is_none_of_the_steps(restored_generators):
+    body, run = Counted(lambda n: random.random() if n == 2 else X), Randomness()
+    for _ in range(3):
+        assert run(STATE, body) is X
+    assert len(body.modes) == 4
+
+
+def test_generators_without_a_known_place_in_memory_are_asked(restored_generators, monkeypatch):
+    monkeypatch.setattr("trainfn._keyed._elsewhere._PEEKS", False)
+    with pytest.raises(RandomnessError, match="`random`"):
+        Randomness()(STATE, random.random)
+    twister = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        with pytest.raises(RandomnessError, match=r"`numpy\.random`"):
+            Randomness()(STATE, np.random.rand)
+        assert Randomness()(STATE, lambda: X) is X
+    finally:
+        np.random.set_bit_generator(twister)

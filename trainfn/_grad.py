@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainfn import random, tree
 from trainfn._keyed import keyed
+from trainfn._marks import backward_pass
 from trainfn._module import bound, check_state
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState
 from trainfn.errors import InexactLossWarning
@@ -87,7 +88,8 @@ def _derivatives(mean: Mean, params: Params, scale: Tensor | None) -> Params:
             " a module taken from outside the loss, `torch.no_grad()` or `.detach()` cuts the connection."
         )
     seed = mean.total if scale is None else mean.total.float() * scale
-    grads = torch.autograd.grad(seed, list(params.values()), allow_unused=True, materialize_grads=True)
+    with backward_pass():
+        grads = torch.autograd.grad(seed, list(params.values()), allow_unused=True, materialize_grads=True)
     named = dict(zip(params, grads, strict=True))
     return named if scale is None else tree.div(named, scale)
 
@@ -127,19 +129,14 @@ def exact(output: object, rows: int) -> tuple[Mean, Metrics]:
     return mean, metrics
 
 
-def _warn_inexact() -> bool:
-    """Runs once for each compilation; Python shows it once."""
+def _warn_inexact() -> None:
+    """A compiled step warns once, while it is captured."""
     warnings.warn(
         "The loss returned a bare scalar. It is taken as the mean over the batch's rows, which is exact only if every"
         f" row weighs the same: not with masked, padded or weighted rows. {_HOW_EXACT}",
         InexactLossWarning,
         stacklevel=2,
     )
-    return True
-
-
-# What `torch.compiler.assume_constant_result` does, which would import the tracer: run while tracing, not in the graph.
-_warn_inexact._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def summed(

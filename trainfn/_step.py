@@ -141,8 +141,7 @@ def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function of a state that one process holds, and no other."""
 
     def alone(state: TrainState, *batch: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            check_whole(state)
+        check_whole(state)
         return function(state, *batch)
 
     return alone

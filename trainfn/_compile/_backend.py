@@ -19,7 +19,6 @@ from trainfn._compile._trace import Trace
 from trainfn.errors import CaptureError
 
 
-
 class Built(NamedTuple):
     """A compiled graph.
 

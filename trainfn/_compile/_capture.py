@@ -126,10 +126,14 @@ def _traced(
 def _capture_error(error: Exception, asked: str) -> CaptureError:
     """The error for a step that runs eagerly but can't be captured."""
     lines = lines_of(error.__traceback__)
-    place = f"\n\n  {lines[-1].file}:{lines[-1].number}, in {lines[-1].function}\n    {lines[-1].text}\n" if lines else "\n"
+    place = (
+        f"\n\n  {lines[-1].file}:{lines[-1].number}, in {lines[-1].function}\n    {lines[-1].text}\n" if lines else "\n"
+    )
     texts = (asked, f"{type(error).__name__}: {error}\n{lines[-1].text if lines else ''}")
     cause = next((remedy for pattern, remedy in _REMEDIES for text in texts if re.search(pattern, text)), None)
-    reason = cause or f"torch says: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+    reason = (
+        cause or f"torch says: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+    )
     return CaptureError(
         f"this step runs, but can't be compiled as one graph:{place}\n{reason[0].upper() + reason[1:]}\n{_INSTEAD}"
     )

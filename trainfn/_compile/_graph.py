@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from typing import Any
 
@@ -9,6 +10,15 @@ import torch
 from torch import Tensor, fx
 
 _FRESH = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
+
+
+def name_inputs(graph: fx.GraphModule, paths: list[str]) -> None:
+    """Call the inputs of a graph by their paths: ``params_weight``, ``batch_x``."""
+    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node, path in zip(nodes, paths, strict=True):
+        argument, _, rest = path.partition("/")
+        words = [word for word in ({"0": "", "1": "batch"}.get(argument, f"argument{argument}"), rest) if word]
+        node._rename(re.sub(r"\W", "_", "_".join(words)) or "state")
 
 
 def lift_constants(graph: fx.GraphModule) -> list[Tensor]:

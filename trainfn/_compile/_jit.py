@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._donate import check_alive
-from trainfn._compile._backend import Settings
+from trainfn._compile._launch import Launches
 from trainfn._compile._program import Program
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import Dynamic, check_dynamic
@@ -25,6 +26,8 @@ class Compiled:
         self.step, self.settings, self.buckets = step, settings, buckets
         self.plan: Any = getattr(step, "plan", None)
         self._programs, self._run = _programs(step, settings, donate)
+        if settings.compile and settings.launches and getattr(step, "accumulate", 1) != "stream":
+            self._run = Launches(self._run, self._programs, donate=donate)
 
     def __call__(self, state: Any, batch: Any) -> Any:
         """Run the step."""
@@ -37,6 +40,24 @@ class Compiled:
             batch = self.buckets.apply(batch)
         with torch.no_grad():
             return self._run(state, batch)
+
+    def graph(self, state: Any, batch: Any) -> torch.fx.GraphModule:
+        """Capture the whole step for these arguments, without running it, and return its graph.
+
+        The graph takes the tensors of the state and the batch one by one, and has the user's line and module path at
+        each operation. `print_readable()` prints it, ``graph.graph.nodes`` lists its operations.
+
+        >>> import torch, trainfn as tfn
+        >>> optimizer = tfn.optim.sgd(0.5)
+        >>> state = tfn.init({"w": torch.tensor([4.0])}, optimizer)
+        >>> step = jit(tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer))
+        >>> len(step.graph(state, torch.ones(2)).graph.find_nodes(op="placeholder"))
+        5
+        """
+        if self.buckets is not None:
+            batch = self.buckets.apply(batch)
+        with torch.no_grad():
+            return Program(self.step, self.settings, donate=False, name="step").capture(state, batch).graph
 
     def explain(self) -> Report:
         """Graphs, breaks, compile seconds and cache hits so far; print it."""
@@ -83,7 +104,8 @@ def jit(
         donate: Let the new state take the old one's memory: no second copy of parameters and moments. The old state
             must not be used again; if it is, a `DonatedStateError` says so.
         backend: A backend of ``torch.compile``.
-        mode: A mode of ``torch.compile``, such as ``"max-autotune"``.
+        mode: A mode of ``torch.compile``, such as ``"max-autotune"``. With ``"reduce-overhead"`` on CUDA, the whole
+            step is one launch of a CUDA graph from its third call on.
         dynamic: Dimensions of the batch whose sizes vary, compiled once for all sizes: True for every dimension,
             ``(1,)`` for the second of every leaf, ``{"input_ids": (0, 1)}`` by leaf. By default sizes are exact, and
             each new one is compiled for.

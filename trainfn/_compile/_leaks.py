@@ -28,7 +28,7 @@ class Leaked:
     def _message(self) -> str:
         return (
             f"{self.__dict__['_name']} was written while a step was captured, so it has no numbers: a compiled step"
-            " does not run Python again. Return it as a metric, `return mean, {\"name\": tfn.Mean.of(x)}`; or keep it"
+            ' does not run Python again. Return it as a metric, `return mean, {"name": tfn.Mean.of(x)}`; or keep it'
             " in a buffer, `module.register_buffer(...)`, which is part of the state; or run without compiling,"
             " `tfn.jit(step, compile=False)`."
         )

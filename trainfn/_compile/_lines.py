@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 import sys
 from collections.abc import Generator
@@ -10,14 +11,17 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import nn
 from torch.fx import traceback as fx_traceback
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 
-_LIBRARIES = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1]}/")
-_BACKWARD = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+_LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, optree.__file__)) + (
+    f"{Path(__file__).parents[1]}/",
+)
+_PYTHON = f"{Path(linecache.__file__).parent}/"
 
 
 class Line(NamedTuple):
@@ -36,14 +40,11 @@ class Line(NamedTuple):
         return f'  File "{self.file}", line {self.number}, in {self.function}\n    {self.text}\n'
 
 
+@functools.cache
 def is_library(file: str) -> bool:
-    """Return whether a file belongs to torch or to this package, or is no file."""
-    return file.startswith(_LIBRARIES) or file.startswith("<frozen") or "/optree/" in file
-
-
-def _has_source(file: str) -> bool:
-    """Return whether a user's file can be shown; the constructor of a NamedTuple can't."""
-    return not is_library(file) and bool(linecache.getline(file, 1))
+    """Return whether a file belongs to torch, to Python or to this package, or can't be shown."""
+    python = file.startswith(_PYTHON) and "site-packages" not in file
+    return python or file.startswith((*_LIBRARIES, "<frozen", "<string>", "<attrs", "<eval_with_key>"))
 
 
 def lines_of(traceback: TracebackType | None) -> list[Line]:
@@ -51,7 +52,7 @@ def lines_of(traceback: TracebackType | None) -> list[Line]:
     found: list[Line] = []
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if not is_library(code.co_filename) and code.co_name != "<lambda>" or _has_source(code.co_filename):
+        if (not is_library(code.co_filename) and code.co_name != "<lambda>") or _has_source(code.co_filename):
             found.append(Line(code.co_filename, traceback.tb_lineno, code.co_name))
         traceback = traceback.tb_next
     return found
@@ -78,13 +79,7 @@ class Lines(TorchFunctionMode):
         meta = fx_traceback.current_meta
         meta["stack_trace"] = self._where()
         self.asked = getattr(func, "__name__", str(func))
-        if func not in _BACKWARD:
-            return func(*args, **(kwargs or {}))
-        meta["autograd_backward"] = True
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            fx_traceback.current_meta.pop("autograd_backward", None)
+        return func(*args, **(kwargs or {}))
 
     def _where(self) -> str:
         frame: FrameType | None = sys._getframe(2)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from operator import call, is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +25,20 @@ from trainfn.errors import RecompileError
 _Signature = tuple[Hashable, ...]
 
 
-class Known:
+class Known(NamedTuple):
     """The leaves of the newest state, which need no second look: tensors that a program itself returned."""
 
-    def __init__(self, form: Structure, leaves: list[Any], signature: int) -> None:
-        self.form, self.signature = form, signature
-        self.refs: list[Any] = [weakref.ref(x) if isinstance(x, Tensor) else _constant(x) for x in leaves]
+    form: Structure
+    refs: Sequence[Callable[[], Any]]
+    signature: int
 
     def matches(self, leaves: list[Any]) -> bool:
         """Return whether these are the very leaves."""
         return len(leaves) == len(self.refs) and all(map(is_, leaves, map(call, self.refs)))
+
+
+def _reference(x: Any) -> Callable[[], Any]:
+    return weakref.ref(x) if isinstance(x, Tensor) else _constant(x)
 
 
 def _constant(value: Any) -> Callable[[], Any]:
@@ -64,12 +68,24 @@ class Entry:
         self._pick = itemgetter(*picked, 0) if picked else itemgetter(0, 0)
         self.state_size = _state_size(found.structure)
         self.next_signature: int | None = None
+        # Leaves that were overwritten in place are the objects that they were.
+        outputs = enumerate(found.outputs[: self.state_size])
+        self._fresh = [i for i, output in outputs if not donating or output.kind != "input" or output.index != i]
+
+    def references(self, known: Sequence[Callable[[], Any]], new: Sequence[Any]) -> Sequence[Callable[[], Any]]:
+        """Return references to the leaves of the new state."""
+        if len(self._fresh) == self.state_size:
+            return [_reference(x) for x in new[: self.state_size]]
+        refs = list(known)
+        for i in self._fresh:
+            refs[i] = _reference(new[i])
+        return refs
 
     def fits(self, leaves: list[Any]) -> bool:
         """Return whether the graph is right for these sizes."""
         return self.holds is None or self.holds([leaves[i] for i in self.trace.inputs])
 
-    def __call__(self, state: Any, leaves: list[Any]) -> tuple[Any, list[Any]]:
+    def __call__(self, state: Any, leaves: list[Any]) -> tuple[Any, tuple[Any, ...]]:
         """Run; return the result and its leaves."""
         tensors = leaves if self._inputs is None else [leaves[i] for i in self._inputs]
         if self._sharded:
@@ -132,7 +148,7 @@ class Program:
             entry = self._enter(entry, (state, *rest), leaves, signature)
         result, new = entry(state, leaves)
         if entry.state_size:
-            self._remember(entry, result[0], list(new[: entry.state_size]))
+            self._remember(entry, new)
         return result
 
     # --- what kind of arguments these are -----------------------------------------------------------------------------
@@ -150,7 +166,8 @@ class Program:
             known, leaves = None, []
         if known is None:
             leaves, form = flatten(state)
-            known = self._known = Known(form, leaves, self._number((form, *map(_kind, leaves))))
+            signature = self._number((form, *map(_kind, leaves)))
+            known = self._known = Known(form, [_reference(x) for x in leaves], signature)
         if self.settings.dynamic:
             return self._dynamic_signature(leaves, known.signature, rest)
         others: list[Any] = []
@@ -160,7 +177,9 @@ class Program:
             self._rest.flatten(rest, others)
         except Misfit:
             others, self._rest = flatten(rest)
-        kinds = self._number((self._rest, *map(_kind, others))) if len(others) > 32 else (self._rest, *map(_kind, others))
+        kinds = (
+            self._number((self._rest, *map(_kind, others))) if len(others) > 32 else (self._rest, *map(_kind, others))
+        )
         leaves += others
         return leaves, (known.signature, kinds, environment())
 
@@ -173,11 +192,22 @@ class Program:
     def _number(self, kinds: Hashable) -> int:
         return self._signatures.setdefault(kinds, len(self._signatures))
 
-    def _remember(self, entry: Entry, state: Any, leaves: list[Any]) -> None:
+    def _remember(self, entry: Entry, new: Sequence[Any]) -> None:
+        assert self._known is not None
+        form = entry.trace.structure.children[0]  # type: ignore[union-attr]
         if entry.next_signature is None:
-            form = entry.trace.structure.children[0]  # type: ignore[union-attr]
-            entry.next_signature = self._number((form, *map(_kind, leaves)))
-        self._known = Known(entry.trace.structure.children[0], leaves, entry.next_signature)  # type: ignore[union-attr]
+            entry.next_signature = self._number((form, *map(_kind, new[: entry.state_size])))
+        self._known = Known(form, entry.references(self._known.refs, new), entry.next_signature)
+
+    def capture(self, state: Any, *rest: Any) -> Trace:
+        """Return what the function computes for these arguments, without computing it."""
+        args = (state, *rest)
+        leaves, form = flatten(args)
+        return self._captured(args, leaves, form)[0]
+
+    def entries(self) -> list[Entry]:
+        """Everything that was compiled so far."""
+        return [entry for entries in self._entries.values() for entry in entries]
 
     # --- a new kind ---------------------------------------------------------------------------------------------------
 
@@ -193,10 +223,7 @@ class Program:
 
     def _made(self, args: tuple[Any, ...], leaves: list[Any], changes: list[str]) -> Entry:
         form = _form(args)
-        donated = self._donated(form) if self.donate else []
-        module = getattr(args[0], "module", None)
-        dynamic = dimensions(self.settings.dynamic, form, leaves)
-        found, outside = capture(self.fn, args, leaves, form, donated=donated, module=module, dynamic=dynamic)
+        found, outside = self._captured(args, leaves, form)
         self.report.traces += 1
         shapes = _shapes(args[1:])
         if found.key not in self._programs:
@@ -208,6 +235,12 @@ class Program:
             self.report.shapes.append(f"{self.name}({shown})")
         built, _ = self._programs[found.key]
         return Entry(found, built, outside, form, donating=self.donate)
+
+    def _captured(self, args: tuple[Any, ...], leaves: list[Any], form: Structure) -> tuple[Trace, Outside]:
+        donated = self._donated(form) if self.donate else []
+        module = getattr(args[0], "module", None)
+        dynamic = dimensions(self.settings.dynamic, form, leaves)
+        return capture(self.fn, args, leaves, form, donated=donated, module=module, dynamic=dynamic)
 
     def _donated(self, form: Structure) -> list[bool]:
         return form.children[0].places(False)  # type: ignore[union-attr]

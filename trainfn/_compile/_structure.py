@@ -178,7 +178,9 @@ def leaf_names(found: Structure, prefix: str = "") -> list[str]:
         return [prefix]
     if isinstance(found, Other):
         return [f"{prefix}/{i}" if prefix else str(i) for i in range(found.size)]
-    keys: Sequence[Any] = getattr(found.kind, "_fields", range(len(found.children))) if isinstance(found, Row) else found.names
+    keys: Sequence[Any] = (
+        getattr(found.kind, "_fields", range(len(found.children))) if isinstance(found, Row) else found.names
+    )
     children = found.children or (Leaf(),) * len(keys)
     pairs = zip(keys, children, strict=True)
     return [name for key, child in pairs for name in leaf_names(child, f"{prefix}/{key}" if prefix else str(key))]

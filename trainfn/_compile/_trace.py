@@ -17,9 +17,9 @@ from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from trainfn._compile._donate import check_result, check_same, local, overwrite
-from trainfn._compile._graph import canonical, lift_constants
+from trainfn._compile._graph import canonical, lift_constants, name_inputs
 from trainfn._compile._lines import Lines
-from trainfn._compile._structure import Structure, flatten, structure
+from trainfn._compile._structure import Structure, flatten, leaf_names, structure
 
 
 class Layout(NamedTuple):
@@ -167,6 +167,8 @@ def trace(
     finally:
         torch.clear_autocast_cache()  # autocast may have cached low-precision copies of fake parameters
     assert run.result is not None
+    names = leaf_names(form)
+    name_inputs(graph, [names[i] for i in run.inputs])
     constants = lift_constants(graph)
     layouts = [*run.layouts.values(), *(output.layout for output in run.outputs)]
     sharded = any(layout is not None for layout in layouts)

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.overrides import TorchFunctionMode
 
 from trainfn import random
-from trainfn._keyed._functions import COMPOSITES, DERIVATIVES, HANDLERS
-from trainfn.errors import RandomnessError
+from trainfn._keyed._composites import COMPOSITES
+from trainfn._keyed._functions import HANDLERS
+from trainfn._keyed._generators import check_unused, restored
+from trainfn._keyed._vmap import batch_levels, batched
+
+_REROUTED = {**HANDLERS, **COMPOSITES}
+# Keys made at once, before the first draw: one takes as many operations as all of them.
+_KEYS = 32
 
 
 @contextlib.contextmanager
@@ -42,112 +47,95 @@ def keyed(key: Tensor, *, rows: int = 0, first_row: Tensor | int = 0) -> Generat
     >>> torch.equal(a, b)
     True
     """
-    with _borrowed_generator(), Draws(key, rows, first_row):
+    with rerouted(Draws(key, rows, first_row)):
         yield
 
 
 @contextlib.contextmanager
-def _borrowed_generator() -> Generator[None]:
-    """Give torch's generator back as it was found; meanwhile its seed counts the draws (see `Draws.count`)."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    generator = torch.default_generator
-    saved = generator.get_state()
-    generator.manual_seed(0)
-    try:
-        yield
-        if not torch.equal(generator.get_state(), torch.Generator().manual_seed(generator.initial_seed()).get_state()):
-            raise RandomnessError(
-                "something in this step drew from torch's global generator by a way that can't be rerouted to"
-                " state.key, such as `torch.ops.aten.rand` or another library's kernel. Draw it before the step and"
-                " pass it in the batch."
-            )
-    finally:
-        generator.set_state(saved)
+def rerouted(draws: Draws) -> Generator[None]:
+    """See `keyed`. Torch's generators are given back as they were found; meanwhile one counts the draws."""
+    with restored() as found:
+        torch.default_generator.manual_seed(0)
+        with draws:
+            yield
+        check_unused(found)
 
 
 class Draws(TorchFunctionMode):
-    """The draws of one block of code, as a function of a key."""
+    """The draws of one block of code, as a function of a key.
+
+    Attributes:
+        drew: Whether there were any.
+    """
 
     def __init__(self, key: Tensor, rows: int, first_row: Tensor | int) -> None:
         super().__init__()
         self.key, self.rows, self.first_row = key, rows, first_row
-        self.traced = 0
+        self.drew = False
+        self._keys = random.fold_in(key, torch.arange(1, _KEYS + 1, dtype=torch.int64, device=key.device))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the random functions; run the others as they are."""
-        handler = HANDLERS.get(func)
+        handler = _REROUTED.get(func)
         if handler is not None:
             return handler(self, *args, **(kwargs or {}))
-        composite = COMPOSITES.get(func)
-        if composite is not None and not (func in DERIVATIVES and torch.compiler.is_compiling()):
-            with self:
-                return composite(*args, **(kwargs or {}))
-        if func is tag_activation_checkpoint:  # what torch.compile makes of torch.utils.checkpoint
-            return self._checkpoint(*args, **(kwargs or {}))
-        if func is Tensor.unflatten:  # a Python method that calls super(), which torch.compile can't trace under a mode
-            func = torch.unflatten
-        return func(*args, **(kwargs or {}))
-
-    def _checkpoint(self, body: Any, *args: Any, **kwargs: Any) -> Any:
-        """Trace a checkpointed body with draws of its own: torch turns a mode off for what the mode calls.
-
-        The body may not change this object, so the count goes in and comes out by value.
-        """
-        key, rows, first_row, start = self.key, self.rows, self.first_row, self.traced
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            draws = Draws(key, rows, first_row)
-            draws.traced = start
-            with draws:
-                return body(*args, **kwargs), draws.traced
-
-        out, self.traced = tag_activation_checkpoint(run, *args, **kwargs)
-        return out
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def count(self) -> int:
         """Number this draw.
 
-        An eager step counts in the seed of torch's own generator: a checkpointed module rewinds that generator
-        before it computes its forward again in the backward pass, and so draws the same numbers again. A compiled
-        step recomputes the very same operations and needs no such help.
+        The count is the seed of torch's own generator: a checkpointed module rewinds that generator before it
+        computes its forward again in the backward pass, and so draws the same numbers again.
         """
-        if torch.compiler.is_compiling():
-            self.traced += 1
-            return self.traced
+        self.drew = True
         number = torch.default_generator.initial_seed() + 1
         torch.default_generator.manual_seed(number)
         return number
 
-    def next(self, shape: Sequence[int]) -> tuple[Tensor, tuple[int, ...], Tensor | int]:
-        """Key, shape and first counter of the next draw: what the functions of `trainfn.random` take."""
-        shape = tuple(shape)
-        key = random.fold_in(self.key, self.count())
+    def draw(self, sample: Callable[..., Tensor], shape: Sequence[int], **kwargs: Any) -> Tensor:
+        """The next draw: ``sample(key, shape, first=, ...)``, a function of `trainfn.random`."""
+        levels = batch_levels(self._keys, self.first_row)
+        return batched(lambda sizes: self._plain(sample, (*sizes, *shape), kwargs), levels)
+
+    def _plain(self, sample: Callable[..., Tensor], shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:
+        number = self.count()
+        key = self._keys[number - 1] if number <= _KEYS else random.fold_in(self.key, number)
         if self.rows > 0 and shape and shape[0] % self.rows == 0:
-            return key, shape, self.first_row * (math.prod(shape) // self.rows)
-        return random.fold_in(key, self.first_row), shape, 0
+            return sample(key, shape, first=self.first_row * (math.prod(shape) // self.rows), **kwargs)
+        return sample(random.fold_in(key, self.first_row), shape, **kwargs)
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype | None, device: Any, **bounds: float) -> Tensor:
-        """Uniform numbers for the next draw."""
-        key, shape, first = self.next(shape)
-        out = random.uniform(key, shape, dtype=dtype or torch.get_default_dtype(), first=first, **bounds)
-        return _moved(out, device)
+        """Uniform numbers."""
+        return _moved(self.draw(random.uniform, shape, dtype=dtype or torch.get_default_dtype(), **bounds), device)
 
     def keep(self, p: float | Tensor, shape: Sequence[int], device: Any) -> Tensor:
-        """A mask, true with probability ``p``, for the next draw."""
-        key, shape, first = self.next(shape)
-        return _moved(random.uniform(key, shape, first=first), device) < p
+        """A mask, true with probability ``p``."""
+        return _moved(self.draw(random.uniform, shape), device) < p
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype | None, device: Any) -> Tensor:
-        """Standard normal numbers for the next draw."""
-        key, shape, first = self.next(shape)
-        return _moved(random.normal(key, shape, dtype=dtype or torch.get_default_dtype(), first=first), device)
+        """Standard normal numbers."""
+        return _moved(self.draw(random.normal, shape, dtype=dtype or torch.get_default_dtype()), device)
 
     def exponential(self, shape: Sequence[int], dtype: torch.dtype, device: Any) -> Tensor:
-        """Standard exponential numbers for the next draw."""
-        key, shape, first = self.next(shape)
-        return _moved(random.exponential(key, shape, dtype=dtype, first=first), device)
+        """Standard exponential numbers."""
+        return _moved(self.draw(random.exponential, shape, dtype=dtype), device)
+
+    def integers(self, low: int, high: int, shape: Sequence[int], dtype: torch.dtype, device: Any) -> Tensor:
+        """Integers in ``[low, high)``."""
+        drawn = self.draw(lambda key, shape, first=0: random.randint(key, low, high, shape, first=first), shape)
+        return drawn.to(dtype=dtype, device=device)
+
+    def permutation(self, n: int) -> Tensor:
+        """A random order; one that has no rows."""
+        rows, self.rows = self.rows, 0
+        try:
+            return self.draw(_permutations, (n,))
+        finally:
+            self.rows = rows
+
+
+def _permutations(key: Tensor, shape: tuple[int, ...], first: int = 0) -> Tensor:
+    return torch.argsort(random.bits(key, shape, first=first), stable=True)
 
 
 def _moved(x: Tensor, device: Any) -> Tensor:

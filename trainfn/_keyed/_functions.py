@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainfn import random
 from trainfn._keyed._dropout import alpha, attention, channels, dropout_of, in_place, kernel, plain_dropout
 from trainfn.errors import RandomnessError
 
@@ -32,7 +30,7 @@ def _size(size: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def _place(device: Any) -> Any:
-    return torch.empty(0).device if device is None else device  # torch's default device, in a way that compiles
+    return torch.get_default_device() if device is None else device
 
 
 # --- new tensors ------------------------------------------------------------------------------------------------
@@ -63,11 +61,6 @@ def _rand_like(kind: str) -> Callable[..., Tensor]:
     return rand_like
 
 
-def _integers(d: Draws, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> Tensor:
-    key, shape, first = d.next(shape)
-    return random.randint(key, low, high, shape, first=first).to(dtype=dtype, device=device)
-
-
 def _randint(
     d: Draws,
     *args: Any,
@@ -80,19 +73,18 @@ def _randint(
     named = [kw[name] for name in ("low", "high", "size") if name in kw]
     *bounds, size = [*args, *named]
     low, high = bounds if len(bounds) == 2 else (0, bounds[0])
-    return _integers(d, low, high, tuple(size), dtype or torch.int64, _place(device))
+    return d.integers(low, high, tuple(size), dtype or torch.int64, _place(device))
 
 
 def _randint_like(d: Draws, input: Tensor, *args: Any, dtype: torch.dtype | None = None, **kw: Any) -> Tensor:
     bounds = [*args, *(kw[name] for name in ("low", "high") if name in kw)]
     low, high = bounds if len(bounds) == 2 else (0, bounds[0])
-    return _integers(d, low, high, tuple(input.shape), dtype or input.dtype, input.device)
+    return d.integers(low, high, tuple(input.shape), dtype or input.dtype, input.device)
 
 
 def _randperm(d: Draws, n: int, *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
     _no_generator(generator)
-    out = random.permutation(random.fold_in(random.fold_in(d.key, d.count()), d.first_row), n)
-    return out.to(dtype=dtype or torch.int64, device=_place(device))
+    return d.permutation(n).to(dtype=dtype or torch.int64, device=_place(device))
 
 
 # --- samples from given parameters ------------------------------------------------------------------------------
@@ -155,9 +147,9 @@ def _rrelu(
     generator: Any = None,
 ) -> Tensor:
     _no_generator(generator)
-    slope: Tensor | float = (lower + upper) / 2
-    if training:
-        slope = d.uniform(input.shape, input.dtype, input.device, low=lower, high=upper)
+    if not training:
+        return F.rrelu(input, lower, upper, False, inplace)
+    slope = d.uniform(input.shape, input.dtype, input.device, low=lower, high=upper)
     out = torch.where(input >= 0, input, input * slope)
     return input.copy_(out) if inplace else out
 
@@ -180,7 +172,7 @@ def _random_(d: Draws, x: Tensor, low: int = 0, to: int | None = None, **kw: int
     elif to is None:  # all integers that the dtype holds without gaps
         to = int(2 / torch.finfo(x.dtype).eps) if x.is_floating_point() else torch.iinfo(x.dtype).max + 1
         to = min(to, 2**63 - 1)
-    return _integers(d, low, to, tuple(x.shape), torch.int64, x.device)
+    return d.integers(low, to, tuple(x.shape), torch.int64, x.device)
 
 
 _FILLS: dict[Any, Callable[..., Tensor]] = {
@@ -299,26 +291,18 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
 }
 
 
-# --- Python functions of torch that draw further down -----------------------------------------------------------
+def draws(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call of a kernel, a node of a captured graph, draws from torch's own generator.
 
-
-def _reentrant(func: Any) -> Callable[..., Any]:
-    """A twin of a function of torch that does not hand itself over to the active mode again.
-
-    Torch runs such a function outside the mode, and so would what it calls. The twin shares its code, and only the
-    test for modes at its top is answered with no; its inner calls meet the mode.
+    >>> draws(torch.ops.aten.bernoulli.default, (torch.ones(1),), {})
+    True
+    >>> draws(torch.ops.aten.dropout.default, (torch.ones(1), 0.5, False), {})
+    False
     """
-    no = {name: lambda *_: False for name in func.__globals__ if name.startswith("has_torch_function")}
-    twin = types.FunctionType(func.__code__, {**func.__globals__, **no}, func.__name__, func.__defaults__)
-    twin.__kwdefaults__ = func.__kwdefaults__
-    return twin
-
-
-DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
-COMPOSITES: dict[Any, Callable[..., Any]] = {
-    func: _reentrant(func)
-    for func in (
-        F.multi_head_attention_forward,
-        *DERIVATIVES,  # which run a checkpointed module's forward pass again
-    )
-}
+    if not isinstance(kernel, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in kernel.tags:
+        return False
+    declared = kernel._schema.arguments
+    given = {argument.name: argument.default_value for argument in declared if argument.has_default_value()}
+    given |= dict(zip([argument.name for argument in declared], args, strict=False)) | kwargs
+    switches = [given.get(name) for name in ("train", "training", "dropout", "dropout_p")]  # attention always counts
+    return not any(value is False or (isinstance(value, float) and value == 0.0) for value in switches)

@@ -54,8 +54,7 @@ def gradients_on(plan: Layout, gradients: Callable[..., Gradients]) -> Callable[
                 return gradients(state, batch, 0 if first_row is None else first_row)
         from trainfn._plan._gathering import gathering
 
-        if not torch.compiler.is_compiling():
-            check_laid_out(plan, state)
+        check_laid_out(plan, state)
         if first_row is None:
             first_row, _ = first_rows(plan, state, batch)
         with gathering(plan, training=True), _computing(plan, state):
@@ -96,8 +95,7 @@ def update_on(plan: Layout, update: Callable[..., Any]) -> Callable[..., Any]:
     def of_all_ranks(state: TrainState, sums: Gradients) -> tuple[TrainState, Metrics]:
         if plan.world == 1:
             return update(state, sums)
-        if not torch.compiler.is_compiling():
-            check_laid_out(plan, state)
+        check_laid_out(plan, state)
         reduced = reduce_means(plan, state, {"loss": sums.loss, **sums.metrics})
         total = sums._replace(loss=reduced.pop("loss"), metrics=reduced, buffers={})
         total = total._replace(buffers=_agreed(plan, state, sums, total))
@@ -272,8 +270,7 @@ def metrics_on(plan: Layout, evaluate: Callable[..., Metrics]) -> Callable[[Trai
                 return evaluate(state, batch)
         from trainfn._plan._gathering import gathering
 
-        if not torch.compiler.is_compiling():
-            check_laid_out(plan, state)
+        check_laid_out(plan, state)
         first, _ = first_rows(plan, state, batch)
         with gathering(plan, training=False), _computing(plan, state):
             means = evaluate(state, batch, first)

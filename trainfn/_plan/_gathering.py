@@ -2,7 +2,7 @@
 
 A module runs on `DTensor` parameters. Whatever function is called on one of them gets its whole local value, which
 exists for that call; what autograd would keep of it is gathered again in the backward pass. There, the gradient is
-reduced as soon as it is known. In a compiled step the same is done to the graph: see `_compile/_regather.py`.
+reduced as soon as it is known. A captured step has all of it as operations of its graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -96,8 +95,6 @@ class Gathering(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Gather what the function is called on."""
-        if func is tag_activation_checkpoint:  # torch turns a mode off for what the mode calls: see `keyed`
-            return self._checkpoint(*args, **(kwargs or {}))
         if func in _QUESTIONS:
             return func(*args, **(kwargs or {}))
         if func is F.linear:
@@ -120,19 +117,9 @@ class Gathering(TorchFunctionMode):
         if not torch.is_grad_enabled():
             return gathered(param, self.plan, how)
         value = Use.apply(param, self.plan, how)
-        if not torch.compiler.is_compiling():
-            storage = StorageWeakRef(value.untyped_storage())
-            self.live[storage.cdata] = storage, param, how
+        storage = StorageWeakRef(value.untyped_storage())
+        self.live[storage.cdata] = storage, param, how
         return value
-
-    def _checkpoint(self, body: Any, *args: Any, **kwargs: Any) -> Any:
-        plan, training = self.plan, self.training
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with Gathering(plan, training):
-                return body(*args, **kwargs)
-
-        return tag_activation_checkpoint(run, *args, **kwargs)
 
     # --- what autograd keeps --------------------------------------------------------------------------------------
 
@@ -162,7 +149,7 @@ def gathering(plan: Layout, *, training: bool) -> Generator[None]:
     """Run modules on `DTensor` parameters in this block."""
     mode = Gathering(plan, training)
     with contextlib.ExitStack() as stack:
-        if training and plan.stage == 3 and plan.reshard and not torch.compiler.is_compiling():
+        if training and plan.stage == 3 and plan.reshard:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(mode.pack, mode.unpack))
         stack.enter_context(mode)
         yield

@@ -31,11 +31,10 @@ def placements(plan: Layout, name: str, shape: tuple[int, ...], what: str) -> tu
         shape: Its global shape.
         what: ``"params"`` or ``"opt_state"``.
     """
-    if torch.compiler.is_compiling():  # which warns of a cache
-        return _placements(plan, name, shape, what)
-    return _known(plan, name, shape, what)
+    return _placements(plan, name, shape, what)
 
 
+@functools.lru_cache(maxsize=100_000)
 def _placements(plan: Layout, name: str, shape: tuple[int, ...], what: str) -> tuple[Placement, ...]:
     from torch.distributed.tensor import Replicate, Shard
 
@@ -47,9 +46,6 @@ def _placements(plan: Layout, name: str, shape: tuple[int, ...], what: str) -> t
         split = None
     dims = {"tensor": tensor, "shard": split, "replicate": None}
     return tuple(Replicate() if dims[axis] is None else Shard(dims[axis]) for axis in sizes)
-
-
-_known = functools.lru_cache(maxsize=100_000)(_placements)
 
 
 def gradient_placements(plan: Layout, param: DTensor) -> tuple[Placement, ...]:

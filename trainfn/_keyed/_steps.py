@@ -1,0 +1,100 @@
+"""The keyed mode around a step: on while it is needed, off where nothing is drawn.
+
+Under the mode every function of torch takes a microsecond or more longer. A loss that drew nothing under the mode runs
+without it from then on. Should it draw after all, torch's generators have moved: they are put back, and the loss, which
+is pure, runs again under the mode.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from trainfn import random
+from trainfn._keyed import _elsewhere, _generators
+from trainfn._keyed._draws import Draws, rerouted
+from trainfn._keyed._vmap import functorch
+from trainfn._types import TrainState
+
+T = TypeVar("T")
+
+# Every so many runs without the mode there is one with it. It finds what torch's generators don't show: `generator=`.
+_AGAIN = 64
+
+
+class Randomness:
+    """Runs one function of states, keyed by ``fold_in(state.key, state.step)``.
+
+    >>> import torch, trainfn as tfn
+    >>> state = tfn.init({"w": torch.ones(1)}, tfn.optim.sgd(0.1))
+    >>> run = Randomness()
+    >>> run(state, lambda: torch.rand(3)).equal(run(state, lambda: torch.rand(3)))
+    True
+    """
+
+    def __init__(self) -> None:
+        # How often it ran since it drew last, by the type of the state, which stands for the module.
+        self._quiet: weakref.WeakKeyDictionary[type, int] = weakref.WeakKeyDictionary()
+
+    def __call__(self, state: TrainState, body: Callable[[], T], *, rows: int = 0, first_row: Tensor | int = 0) -> T:
+        """Run ``body``, perhaps twice: it must not change what it finds.
+
+        Args:
+            state: What draws nothing for one is expected to draw nothing for others of its type.
+            body: A function of nothing.
+            rows: See `keyed`.
+            first_row: See `keyed`.
+
+        Raises:
+            RandomnessError: If it draws in a way that can't be rerouted, or from NumPy's or Python's generator.
+        """
+        before = _elsewhere.positions()
+        out = self._run(state, body, rows, first_row)
+        if _elsewhere.positions() == before:
+            return out
+        del out
+        before = _elsewhere.positions()  # once more: it may have been another thread
+        out = self._run(state, body, rows, first_row)
+        _elsewhere.check_unmoved(before)
+        return out
+
+    def _run(self, state: TrainState, body: Callable[[], T], rows: int, first_row: Tensor | int) -> T:
+        runs = self._quiet.get(type(state), 0)
+        if runs % _AGAIN and _shows_draws(state.step):
+            out, drew = _without_mode(body)
+            if not drew:
+                self._quiet[type(state)] = runs + 1
+                return out
+            del out
+        draws = Draws(random.fold_in(state.key, state.step), rows, first_row)
+        with rerouted(draws):
+            out = body()
+        self._quiet[type(state)] = 0 if draws.drew else runs + 1
+        return out
+
+
+def _without_mode(body: Callable[[], T]) -> tuple[T, bool]:
+    """What ``body`` returns, and whether it drew from torch's generators, which are put back if so."""
+    before = _generators.found()
+    drew = True
+    try:
+        out = body()
+        drew = _generators.moved(before)
+    finally:
+        if drew:
+            _generators.restore(before)
+    return out, drew
+
+
+def _shows_draws(like: Tensor) -> bool:
+    """Whether a draw would move a generator that we can see: not on other devices, nor where torch only traces."""
+    return (
+        like.device.type in ("cpu", "cuda")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and functorch.peek_interpreter_stack() is None
+        and not (like.is_cuda and torch.cuda.is_current_stream_capturing())
+    )

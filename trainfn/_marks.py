@@ -1,0 +1,21 @@
+"""Marks on the operations of a step that is being captured; without a capture they cost a look at a flag."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+
+from torch.fx import traceback
+
+
+@contextlib.contextmanager
+def backward_pass() -> Generator[None]:
+    """Mark the operations of this block as those of the backward pass."""
+    if not traceback.has_preserved_node_meta():
+        yield
+        return
+    traceback.current_meta["autograd_backward"] = True
+    try:
+        yield
+    finally:
+        traceback.current_meta.pop("autograd_backward", None)
