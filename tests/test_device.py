@@ -225,9 +225,7 @@ def test_one_launch_equals_many(net, accumulate, donate):
 @EACH_DONATION
 @TIMES
 def test_metrics_and_states_outlive_the_next_launches(accumulate, donate):
-    step = jit(
-        tfn.train_step(MLP_NET.loss, adamw(), accumulate=accumulate), mode="reduce-overhead", donate=donate
-    )
+    step = jit(tfn.train_step(MLP_NET.loss, adamw(), accumulate=accumulate), mode="reduce-overhead", donate=donate)
     state, kept, copies = state_of(), [], []
     for batch in batches(8):
         state, metrics = step(state, batch)
@@ -249,7 +247,9 @@ def test_launches_go_on_from_a_state_of_elsewhere():
 
 @on_cuda
 def test_launches_of_two_shapes():
-    step, other = (jit(tfn.train_step(MLP_NET.loss, adamw()), mode=mode, donate=True) for mode in ("reduce-overhead", None))
+    step, other = (
+        jit(tfn.train_step(MLP_NET.loss, adamw()), mode=mode, donate=True) for mode in ("reduce-overhead", None)
+    )
     given = [batch for rows in (16, 8, 16, 8, 16) for batch in batches(2, rows=rows)]
     assert_close(run(state_of(), step, given)[0], run(state_of(), other, given)[0], 1e-6)
 
