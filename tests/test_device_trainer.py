@@ -59,7 +59,9 @@ def way(compile):
 
 
 @EACH_WAY
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    "head", [head for head in HEADS if head != "gpt2"]
+)  # theirs counts labels that GPT-2 shifts away
 def test_losses_equal_those_of_transformers(head, compile, tmp_path):
     make, rows = HEADS[head]
     ours = trained(tmp_path / "ours", make(), rows(8), **WHOLE, **way(compile))
@@ -180,10 +182,9 @@ def test_optimizers_by_name(name, compile, tmp_path):
 def test_batches_of_many_lengths(tmp_path):
     """By default: each length is a graph of its own."""
     ragged = [{k: v[: int(row["attention_mask"].sum())] for k, v in row.items()} for row in tokens(24)]
-    trainer = trained(
-        tmp_path, bert(BertForSequenceClassification, num_labels=3), [{**r, "labels": i % 3} for i, r in enumerate(ragged)],
-        per_device_train_batch_size=1, max_steps=12,
-    )  # fmt: skip
+    rows = [{**row, "labels": i % 3} for i, row in enumerate(ragged)]
+    model = bert(BertForSequenceClassification, num_labels=3)
+    trainer = trained(tmp_path, model, rows, per_device_train_batch_size=1, max_steps=12)
     assert all(np.isfinite(losses(trainer)))
     assert 1 < trainer._step.explain().graphs <= 6
 

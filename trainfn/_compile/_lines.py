@@ -18,9 +18,7 @@ from torch.fx import traceback as fx_traceback
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 
-_LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, optree.__file__)) + (
-    f"{Path(__file__).parents[1]}/",
-)
+_LIBRARIES = (f"{Path(torch.__file__).parent}/", f"{Path(optree.__file__).parent}/", f"{Path(__file__).parents[1]}/")
 _PYTHON = f"{Path(linecache.__file__).parent}/"
 
 
@@ -52,7 +50,7 @@ def lines_of(traceback: TracebackType | None) -> list[Line]:
     found: list[Line] = []
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if (not is_library(code.co_filename) and code.co_name != "<lambda>") or _has_source(code.co_filename):
+        if not is_library(code.co_filename) and (code.co_name != "<lambda>" or linecache.getline(code.co_filename, 1)):
             found.append(Line(code.co_filename, traceback.tb_lineno, code.co_name))
         traceback = traceback.tb_next
     return found
