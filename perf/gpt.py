@@ -46,10 +46,12 @@ class GPT(nn.Module):
 
 
 def model(work: Work) -> GPT:
-    """The GPT with the workload's weights."""
+    """The GPT with the workload's weights, on its device."""
+    if work.device != "cpu":
+        torch.set_float32_matmul_precision("high")  # what is left in float32 in TF32, as jax has it
     gpt = GPT(work.size)
     gpt.load_state_dict({name: torch.from_numpy(w) for name, w in work.weights().items()})
-    return gpt
+    return gpt.to(work.device)
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -58,4 +60,4 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def autocast(work: Work) -> contextlib.AbstractContextManager:
     """Mixed precision for the torch competitors: bf16 matrix products, float32 parameters and moments."""
-    return torch.autocast("cpu", torch.bfloat16) if work.bf16 else contextlib.nullcontext()
+    return torch.autocast(work.device, torch.bfloat16) if work.bf16 else contextlib.nullcontext()

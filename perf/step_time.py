@@ -7,6 +7,7 @@ falls on all of them alike, and ratios are taken within a round.
     python perf/step_time.py                                   # everything: about an hour
     python perf/step_time.py --sizes tiny --dtypes fp32        # a few minutes
     python perf/step_time.py --sizes small --only trainfn,jax  # competitors whose name contains one of these
+    python perf/step_time.py --device cuda --sizes gpt2 --dtypes bf16 --together 3   # on a GPU: 5 minutes
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 from peers import PEERS
-from workloads import DTYPES, SIZES
+from workloads import DTYPES, SIZES, USUAL, Work
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "accelerate", "lightning", "jax", "optax", "numpy")
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # on the loss after equally many steps
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 operations a second
 
 
 class Absent(Exception):
@@ -46,19 +49,20 @@ class Absent(Exception):
 class Competitor:
     """A worker process."""
 
-    def __init__(self, name: str, size: str, dtype: str, caches: Path, threads: int, patience: float) -> None:
-        self.name, self.patience = name, patience
+    def __init__(self, name: str, size: str, dtype: str, caches: Path, options: argparse.Namespace) -> None:
+        self.name, self.patience = name, options.patience
         self._log = tempfile.TemporaryFile("w+")
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(options.threads),
             "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
             "PERF_CACHE": str(caches / "jax"),
             "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
             "HF_HUB_OFFLINE": "1",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), name, size, dtype],
+            [sys.executable, str(HERE / "worker.py"), name, size, dtype, options.device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -126,6 +130,7 @@ class Row:
     cold: float = 0.0
     warm: float = 0.0
     rss_mb: float = 0.0
+    device_mb: float = 0.0
     rounds: list[list[float]] = dataclasses.field(default_factory=list)  # seconds per step; a burst's first is left out
     losses: list[float] = dataclasses.field(default_factory=list)  # every step's, from the first on
 
@@ -153,9 +158,7 @@ def measure(names: list[str], size: str, dtype: str, options: argparse.Namespace
         caches = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="step_time_")))
         field: dict[str, Competitor] = {}
         for name in names:
-            begin = lambda name=name: Competitor(  # noqa: E731
-                name, size, dtype, caches / name, options.threads, options.patience
-            )
+            begin = lambda name=name: Competitor(name, size, dtype, caches / name, options)  # noqa: E731
             try:
                 row = Row(name)
                 competitor = stack.enter_context(begin())
@@ -172,19 +175,84 @@ def measure(names: list[str], size: str, dtype: str, options: argparse.Namespace
                 continue
             rows[name], field[name] = row, competitor
             progress(f"{size} {dtype} {name}: first step {row.cold:.1f} s cold, {row.warm:.1f} s warm")
-        for turn in range(rounds):
-            order = list(field)
-            order = order[turn % len(order) :] + order[: turn % len(order)]  # no one always follows the same
-            for name in order:
+        take_turns(field, rows, absent, rounds, plan.burst)
+    return list(rows.values()), absent
+
+
+def take_turns(
+    field: dict[str, Competitor], rows: dict[str, Row], absent: dict[str, str], rounds: int, steps: int
+) -> None:
+    """Time bursts of steps, round after round."""
+    for turn in range(rounds):
+        order = list(field)
+        if not order:
+            return
+        order = order[turn % len(order) :] + order[: turn % len(order)]  # no one always follows the same
+        for name in order:
+            try:
+                burst = field[name].steps(steps)
+            except Absent as reason:
+                absent[name] = str(reason)
+                del field[name], rows[name]
+                continue
+            rows[name].rounds.append(burst["seconds"][1:])  # the first finds the caches full of others' data
+            rows[name].losses += burst["losses"]
+            rows[name].device_mb = burst["device_mb"]
+
+
+def measure_together(
+    names: list[str], size: str, dtype: str, options: argparse.Namespace
+) -> tuple[list[Row], dict[str, str]]:
+    """The same by groups: those of a group compile at once, so that little of a rented machine's time is lost."""
+    plan, rows, absent = SIZES[size], dict[str, Row](), dict[str, str]()
+    for at in range(0, len(names), options.together):
+        group = names[at : at + options.together]
+        with contextlib.ExitStack() as stack:
+            caches = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="step_time_")))
+            field: dict[str, Competitor] = {}
+
+            def enter(name: str) -> None:
                 try:
-                    burst = field[name].steps(plan.burst)
+                    competitor = stack.enter_context(Competitor(name, size, dtype, caches / name, options))  # noqa: B023
+                    first, warm = competitor.steps(1), competitor.steps(plan.warmup)
                 except Absent as reason:
                     absent[name] = str(reason)
-                    del field[name], rows[name]
-                    continue
-                rows[name].rounds.append(burst["seconds"][1:])  # the first finds the caches full of others' data
-                rows[name].losses += burst["losses"]
-    return list(rows.values()), absent
+                    progress(f"{size} {dtype} {name}: absent, {reason}")
+                    return
+                rows[name] = Row(name, competitor.imports, first["seconds"][0], rss_mb=warm["rss_mb"])
+                rows[name].losses += first["losses"] + warm["losses"]
+                field[name] = competitor  # noqa: B023
+                progress(f"{size} {dtype} {name}: first step {first['seconds'][0]:.1f} s")
+
+            with ThreadPoolExecutor(len(group)) as pool:
+                list(pool.map(enter, group))
+            take_turns(field, rows, absent, options.rounds or plan.rounds, plan.burst)
+            for name in field:
+                progress(f"{size} {dtype} {name}: {rows[name].minimum * 1e3:.2f} to {rows[name].median * 1e3:.2f} ms")
+    return [rows[name] for name in names if name in rows], absent
+
+
+def gpu(device: str) -> str:
+    """The accelerator in words."""
+    if device != "cuda":
+        return ""
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(asked, capture_output=True, text=True).stdout.strip().splitlines()[0]
+    return ""
+
+
+def speeds(rows: list[Row], size: str, dtype: str, device: str) -> Iterator[str]:
+    """What the rows are in tokens a second, and of what the hardware can do."""
+    work, card = Work(SIZES[size], dtype, True), gpu(device)
+    peak = next((peak for name, peak in PEAKS.items() if name in card), None)
+    yield "| competitor | tokens/s | share of peak | peak memory GiB | first step s |"
+    yield "|---|---:|---:|---:|---:|"
+    for row in sorted(rows, key=lambda row: row.median):
+        share = "" if peak is None else f"{work.flops / row.median / peak:.1%}"
+        memory = f"{row.device_mb / 1024:.2f}"
+        yield f"| {row.name} | {work.tokens / row.median:,.0f} | {share} | {memory} | {row.cold:.1f} |"
+    yield ""
 
 
 def progress(line: str) -> None:
@@ -232,14 +300,15 @@ def slug(text: str) -> str:
     return "-".join(words)
 
 
-def report(tables: list[str], threads: int, load: float) -> str:
+def report(tables: list[str], options: argparse.Namespace, load: float) -> str:
     """What is written to ``perf/results``."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    hardware = ", ".join(filter(None, (gpu(options.device), machine())))
     return "\n".join(
         [
-            f"# Step times, {datetime.date.today():%Y-%m-%d}, {machine()}",
+            f"# Step times, {datetime.date.today():%Y-%m-%d}, {hardware}",
             "",
-            f"`{shlex.join(['python', 'perf/step_time.py', *sys.argv[1:]])}`, {threads} threads each,"
+            f"`{shlex.join(['python', 'perf/step_time.py', *sys.argv[1:]])}`, {options.threads} threads each,"
             f" load average before the run {load:.1f}.",
             "",
             f"Python {platform.python_version()}, {versions}. How to read this: [README](../README.md).",
@@ -275,20 +344,23 @@ def arguments() -> argparse.Namespace:
         epilog="competitors:\n" + "\n".join(f"  {name:22} {peer.about}" for name, peer in PEERS.items()),
     )
     add = functools.partial(parser.add_argument, metavar="A,B")
-    add("--sizes", type=listed(SIZES), default=list(SIZES), help=f"of {', '.join(SIZES)}; default all")
+    add("--sizes", type=listed(SIZES), default=USUAL, help=f"of {', '.join(SIZES)}; default {', '.join(USUAL)}")
     add("--dtypes", type=listed(DTYPES), default=list(DTYPES), help=f"of {', '.join(DTYPES)}; default both")
     add("--only", type=lambda s: s.split(","), default=[""], help="those whose name contains one of these; default all")
     add = functools.partial(parser.add_argument, metavar="N")
     add("--rounds", type=int, help="bursts of each competitor; default by size, 8 to 15")
     add("--threads", type=int, default=os.cpu_count(), help="of each competitor (OMP_NUM_THREADS); default all cores")
     add("--patience", type=float, default=900, help="seconds after which a silent competitor is given up; default 900")
+    add("--together", type=int, help="compile in groups of so many, without the columns `warm`; by default one by one")
+    parser.add_argument("--device", default="cpu", help="of all competitors, such as cuda; default cpu")
     parser.add_argument("--out", type=Path, help="page to add to; default perf/results/<date>-<hardware>.md")
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
-    names = [name for name in PEERS if any(part in name for part in options.only)]
+    names = [name for name, peer in PEERS.items() if any(part in name for part in options.only)]
+    names = [name for name in names if options.device != "cpu" or PEERS[name].mode is None]
     if not names:
         sys.exit(f"--only {','.join(options.only)}: no such competitor; there are {', '.join(PEERS)}.")
     out = options.out or HERE / "results" / f"{datetime.date.today():%Y%m%d}-{slug(machine())}.md"
@@ -298,13 +370,15 @@ def main() -> None:
     tables: list[str] = []
     for size in options.sizes:
         for dtype in options.dtypes:
-            rows, absent = measure(names, size, dtype, options)
+            rows, absent = (measure_together if options.together else measure)(names, size, dtype, options)
             lines = [f"## {size}, {dtype}", "", *(table(rows, dtype) if rows else ())]
+            if rows and options.device != "cpu":
+                lines += ["", *speeds(rows, size, dtype, options.device)]
             lines += [f"Absent: {name}, {reason}" for name, reason in absent.items()]
             tables.append("\n".join(lines) + "\n")
             print(tables[-1], flush=True)
             # After each table, so that an interrupted run leaves what it has; below what was measured earlier that day.
-            out.write_text(earlier + report(tables, options.threads, load))
+            out.write_text(earlier + report(tables, options, load))
     progress(f"written: {out}")
 
 

@@ -29,10 +29,13 @@ class Size:
 
 
 SIZES = {
+    "micro": Size(128, 32, 2, 1, 16, 4, warmup=2, burst=3, rounds=2),  # to try the script
     "tiny": Size(256, 64, 2, 2, 64, 8, warmup=20, burst=20, rounds=15),  # 0.14 M parameters: overhead
     "small": Size(2048, 256, 8, 6, 256, 8, warmup=3, burst=3, rounds=8),  # 5.8 M: memory and compute
     "compute": Size(256, 512, 8, 4, 128, 4, warmup=3, burst=4, rounds=8),  # 12.9 M: matrix products
+    "gpt2": Size(50304, 768, 12, 12, 1024, 16, warmup=4, burst=11, rounds=4),  # 163 M, its head untied: for GPUs
 }
+USUAL = ("tiny", "small", "compute")
 DTYPES = ("fp32", "bf16")
 
 # AdamW on every parameter, after clipping the gradient to norm 1.
@@ -48,10 +51,23 @@ class Work:
     size: Size
     dtype: str
     compile: bool
+    device: str = "cpu"
+    mode: str | None = None
 
     @property
     def bf16(self) -> bool:
         return self.dtype == "bf16"
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.size.rows * self.size.length
+
+    @property
+    def flops(self) -> float:
+        """Of a step's matrix products, forward and backward; of attention the half below the diagonal."""
+        s = self.size
+        return self.tokens * (6 * (12 * s.layers * s.width**2 + s.vocab * s.width) + 6 * s.layers * s.width * s.length)
 
     def weights(self) -> dict[str, np.ndarray]:
         """The first weights by name, float32."""
@@ -84,4 +100,5 @@ class Work:
         """The batches as tensors, for ever."""
         import torch
 
-        return itertools.cycle([(torch.from_numpy(x), torch.from_numpy(y)) for x, y in self.batches()])
+        put = lambda x: torch.from_numpy(x).to(self.device)  # noqa: E731
+        return itertools.cycle([(put(x), put(y)) for x, y in self.batches()])

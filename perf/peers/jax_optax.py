@@ -25,7 +25,7 @@ def norm(p, name, x):
     return centered * scale * p[f"{name}.weight"] + p[f"{name}.bias"]
 
 
-def logits_of(p, tokens, size, dtype):
+def logits_of(p, tokens, size, dtype, attention):
     def linear(name, x):
         return x.astype(dtype) @ p[f"{name}.weight"].astype(dtype).T
 
@@ -35,7 +35,9 @@ def logits_of(p, tokens, size, dtype):
         b = f"blocks.{i}"
         qkv = linear(f"{b}.qkv", norm(p, f"{b}.norm1", x))
         q, k, v = jnp.moveaxis(qkv.reshape(rows, length, 3, size.heads, size.width // size.heads), 2, 0)
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(rows, length, size.width)
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=attention).reshape(
+            rows, length, size.width
+        )
         x = x + linear(f"{b}.out", attended)
         hidden = jax.nn.gelu(linear(f"{b}.up", norm(p, f"{b}.norm2", x)), approximate=False)
         x = x + linear(f"{b}.down", hidden)
@@ -44,9 +46,10 @@ def logits_of(p, tokens, size, dtype):
 
 def train(work, tick):
     dtype = jnp.bfloat16 if work.bf16 else jnp.float32
+    attention = "cudnn" if work.device == "cuda" and work.bf16 else None
 
     def loss_of(params, x, y):
-        logits = logits_of(params, x, work.size, dtype)
+        logits = logits_of(params, x, work.size, dtype, attention)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     optimizer = optax.chain(
@@ -64,5 +67,7 @@ def train(work, tick):
     moments = optimizer.init(params)
     batches = [(jnp.array(x), jnp.array(y)) for x, y in work.batches()]
     for x, y in itertools.cycle(batches):
-        params, moments, loss = jax.block_until_ready(step(params, moments, x, y))
+        params, moments, loss = step(params, moments, x, y)
+        if work.device == "cpu":
+            jax.block_until_ready((params, moments, loss))
         tick(loss)

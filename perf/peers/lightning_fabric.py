@@ -5,7 +5,7 @@ from lightning.fabric import Fabric
 
 
 def train(work, tick):
-    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if work.bf16 else "32-true")
+    fabric = Fabric(accelerator=work.device, devices=1, precision="bf16-mixed" if work.bf16 else "32-true")
     gpt = model(work)
     optimizer = torch.optim.AdamW(
         gpt.parameters(), w.LEARNING_RATE, w.BETAS, w.EPS, weight_decay=w.WEIGHT_DECAY, fused=True
@@ -17,4 +17,4 @@ def train(work, tick):
         fabric.clip_gradients(gpt, optimizer, max_norm=w.MAX_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tick(loss)
+        tick(loss.detach())

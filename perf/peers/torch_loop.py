@@ -14,11 +14,11 @@ def train(work, tick):
             return mean_loss(gpt(x), y)
 
     if work.compile:
-        loss_of = torch.compile(loss_of, fullgraph=True)
+        loss_of = torch.compile(loss_of, fullgraph=True, mode=work.mode)
     for x, y in work.torch_batches():
         loss = loss_of(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), w.MAX_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tick(loss)
+        tick(loss.detach())

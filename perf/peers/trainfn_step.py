@@ -15,7 +15,7 @@ def train(work, tick):
         tfn.optim.adamw(w.LEARNING_RATE, *w.BETAS, w.EPS, weight_decay=w.WEIGHT_DECAY),
     )
     state = tfn.init(model(work), optimizer, storage="adopt")
-    step = tfn.jit(tfn.train_step(loss, optimizer), donate=True, compile=work.compile)
+    step = tfn.jit(tfn.train_step(loss, optimizer), donate=True, compile=work.compile, mode=work.mode)
     for batch in work.torch_batches():
         state, metrics = step(state, batch)
         tick(metrics["loss"].value)

@@ -60,7 +60,7 @@ def train(work, tick):
             learning_rate=w.LEARNING_RATE,
             bf16=work.bf16,  # torch.autocast, as in the other torch loops
             torch_compile=work.compile,
-            use_cpu=True,
+            use_cpu=work.device == "cpu",
             logging_strategy="no",
             save_strategy="no",
             report_to="none",
