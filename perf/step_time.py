@@ -133,6 +133,7 @@ class Row:
     device_mb: float = 0.0
     rounds: list[list[float]] = dataclasses.field(default_factory=list)  # seconds per step; a burst's first is left out
     losses: list[float] = dataclasses.field(default_factory=list)  # every step's, from the first on
+    alone: bool = False  # whether rounds of other rows were at other times
 
     @property
     def median(self) -> float:
@@ -144,6 +145,8 @@ class Row:
 
     def ratio(self, other: Row) -> float:
         """How many times as long as ``other``: the median over the rounds, each compared within itself."""
+        if self.alone:
+            return self.median / other.median
         pairs = zip(self.rounds, other.rounds, strict=True)
         return statistics.median(statistics.median(a) / statistics.median(b) for a, b in pairs)
 
@@ -219,7 +222,7 @@ def measure_together(
                     absent[name] = str(reason)
                     progress(f"{size} {dtype} {name}: absent, {reason}")
                     return
-                rows[name] = Row(name, competitor.imports, first["seconds"][0], rss_mb=warm["rss_mb"])
+                rows[name] = Row(name, competitor.imports, first["seconds"][0], rss_mb=warm["rss_mb"], alone=True)
                 rows[name].losses += first["losses"] + warm["losses"]
                 field[name] = competitor  # noqa: B023
                 progress(f"{size} {dtype} {name}: first step {first['seconds'][0]:.1f} s")
@@ -272,7 +275,7 @@ def table(rows: list[Row], dtype: str) -> Iterator[str]:
         yield (
             f"| {row.name} | {row.median * 1e3:.2f} | {row.ratio(best):.2f}"
             f" | {row.minimum * 1e3:.2f} | {row.minimum / best.minimum:.2f}"
-            f" | {row.cold:.1f} | {row.warm:.1f} | {row.imports:.1f} | {row.rss_mb:.0f} | {row.losses[-1]:.5f} |"
+            f" | {row.cold:.1f} | {'' if row.alone else f'{row.warm:.1f}'} | {row.imports:.1f} | {row.rss_mb:.0f} | {row.losses[-1]:.5f} |"
         )
     yield ""
     reference = next((row for row in rows if row.name == "torch-eager"), best)
