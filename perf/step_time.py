@@ -272,6 +272,7 @@ def table(rows: list[Row], dtype: str) -> Iterator[str]:
     yield f"| {' | '.join(columns)} |"
     yield "|---" + "|---:" * (len(columns) - 1) + "|"
     for row in rows:
+        warm = "" if row.alone else f"{row.warm:.1f}"
         yield (
             f"| {row.name} | {row.median * 1e3:.2f} | {row.ratio(best):.2f}"
             f" | {row.minimum * 1e3:.2f} | {row.minimum / best.minimum:.2f}"
