@@ -276,7 +276,7 @@ def table(rows: list[Row], dtype: str) -> Iterator[str]:
         yield (
             f"| {row.name} | {row.median * 1e3:.2f} | {row.ratio(best):.2f}"
             f" | {row.minimum * 1e3:.2f} | {row.minimum / best.minimum:.2f}"
-            f" | {row.cold:.1f} | {'' if row.alone else f'{row.warm:.1f}'} | {row.imports:.1f} | {row.rss_mb:.0f} | {row.losses[-1]:.5f} |"
+            f" | {row.cold:.1f} | {warm} | {row.imports:.1f} | {row.rss_mb:.0f} | {row.losses[-1]:.5f} |"
         )
     yield ""
     reference = next((row for row in rows if row.name == "torch-eager"), best)
