@@ -226,14 +226,15 @@ class Program:
         found, outside = self._captured(args, leaves, form)
         self.report.traces += 1
         shapes = _shapes(args[1:])
-        if found.key not in self._programs:
+        key = (found.key, environment())  # an operation may mean something else under another default dtype
+        if key not in self._programs:
             if len(self._programs) >= self.settings.max_graphs:
                 raise self._over_budget(shapes, changes)
             shown = ", ".join(f"{k}: {v}" for k, v in shapes.items()) if self.name != "update" else ""
             inputs = [local(leaves[i]) for i in found.inputs] + found.constants
-            self._programs[found.key] = build(found, inputs, self.settings, self.report), shapes
+            self._programs[key] = build(found, inputs, self.settings, self.report), shapes
             self.report.shapes.append(f"{self.name}({shown})")
-        built, _ = self._programs[found.key]
+        built, _ = self._programs[key]
         return Entry(found, built, outside, form, donating=self.donate)
 
     def _captured(self, args: tuple[Any, ...], leaves: list[Any], form: Structure) -> tuple[Trace, Outside]:

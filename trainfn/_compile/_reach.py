@@ -60,7 +60,7 @@ class Reach:
             if (len(self._seen), len(self.names)) == before:
                 break
 
-    def _visit(self, value: Any, name: str, depth: int) -> None:
+    def _visit(self, value: Any, name: str, depth: int, *, ours: bool = False) -> None:
         if isinstance(value, _CLOSED) or id(value) in self._seen or depth > _DEPTH:
             return
         self._seen[id(value)] = value
@@ -74,17 +74,18 @@ class Reach:
         elif isinstance(value, functools.partial):
             self._items((value.func, *value.args, *value.keywords.values()), name, depth)
         elif isinstance(value, tuple | frozenset):
-            self._items(value, name, depth)
+            self._items(value, name, depth, ours=ours)
         elif isinstance(value, list | dict | set):
             if len(value) <= _LARGEST:
-                self.rows[id(value)] = value, name
-                self._items(value.values() if isinstance(value, dict) else value, name, depth)
+                if not ours:
+                    self.rows[id(value)] = value, name
+                self._items(value.values() if isinstance(value, dict) else value, name, depth, ours=ours)
         elif isinstance(getattr(value, "__dict__", None), dict):
             self._objects[id(value)] = value, name
 
-    def _items(self, items: Iterable[Any], name: str, depth: int) -> None:
+    def _items(self, items: Iterable[Any], name: str, depth: int, *, ours: bool = False) -> None:
         for item in list(items):
-            self._visit(item, name, depth + 1)
+            self._visit(item, name, depth + 1, ours=ours)
 
     def _module(self, module: nn.Module, name: str) -> None:
         for path, part in module.named_modules():
@@ -106,7 +107,7 @@ class Reach:
         library = is_library(_file_of(type(value)))
         for key in list(held):
             if key not in OWN and (key in self.names or library):
-                self._visit(held[key], f"{name}.{key}", 1)
+                self._visit(held[key], f"{name}.{key}", 1, ours=library)
         if isinstance(value, nn.Module) or library:
             return
         for kind in type(value).__mro__:

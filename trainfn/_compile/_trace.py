@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -194,8 +195,14 @@ def _conditions(mode: Any) -> Generator[None]:
         torch._C._set_mkldnn_enabled(False)
         Distribution.set_default_validate_args(False)  # there are no numbers to validate
         # One thread for the backward pass, since modes are per thread.
-        with mode, torch.autograd.set_multithreading_enabled(False), torch.no_grad():
+        with mode, _uncompiled(), torch.autograd.set_multithreading_enabled(False), torch.no_grad():
             yield
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)
         Distribution.set_default_validate_args(validated)
+
+
+def _uncompiled() -> Any:
+    """What a user compiled with `torch.compile` runs as it is: it becomes a part of this graph."""
+    compiling = "torch._dynamo" in sys.modules  # it takes a second to import, and nothing is compiled without it
+    return torch._dynamo.config.patch(error_on_nested_fx_trace=False) if compiling else contextlib.nullcontext()
