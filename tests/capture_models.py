@@ -197,6 +197,6 @@ ROWS = [
     Row("distribution", lambda: nn.Linear(4, 6), numbers(4), sampled),
     Row("batch norm", lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(16, 3)),
         numbers(2, 6), classified),
-    Row("compiled before", lambda: nn.Sequential(torch.compile(nn.Linear(4, 6), backend="eager"), nn.Linear(6, 3)), numbers(4),
-        classified),
+    Row("compiled before", lambda: nn.Sequential(torch.compile(nn.Linear(4, 6), backend="eager"), nn.Linear(6, 3)),
+        numbers(4), classified),
 ]  # fmt: skip

@@ -18,9 +18,8 @@ from torch.fx import traceback as fx_traceback
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 
-_LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, optree.__file__)) + (
-    f"{Path(__file__).parents[1]}/",
-)
+_FILES = (torch.__file__, optree.__file__, str(Path(__file__).parent))
+_LIBRARIES = tuple(f"{Path(file).parent}/" for file in _FILES)
 _PYTHON = f"{Path(linecache.__file__).parent}/"
 
 

@@ -51,15 +51,15 @@ class Output(NamedTuple):
     """Where one leaf of a step's result comes from.
 
     Attributes:
-        kind: ``"graph"``: output ``index`` of the graph. ``"input"``: leaf ``index`` of the arguments, untouched or
+        kind: ``"graph"``: output ``place`` of the graph. ``"input"``: leaf ``place`` of the arguments, untouched or
             overwritten in place. ``"value"``: the Python value itself.
-        index: See above.
+        place: See above.
         layout: Of a tensor that is spread over ranks.
         value: See above.
     """
 
     kind: str
-    index: int = 0
+    place: int = 0
     layout: Layout | None = None
     value: Any = None
 
