@@ -105,8 +105,9 @@ class Reach:
         if isinstance(value, nn.Module) or not is_library(_file_of(type(value))):
             self.dicts[id(held)] = held, name
         library = is_library(_file_of(type(value)))
+        read: frozenset[str] | None = getattr(type(value), "_steps_read", None)  # a class of ours may say what
         for key in list(held):
-            if key not in OWN and (key in self.names or library):
+            if key not in OWN and (key in self.names or library if read is None or not library else key in read):
                 self._visit(held[key], f"{name}.{key}", 1, ours=library)
         if isinstance(value, nn.Module) or library:
             return

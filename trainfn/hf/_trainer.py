@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -87,6 +87,9 @@ class Trainer(Reporting):
         """Report an override whose name is nearly that of a method."""
         super().__init_subclass__(**options)
         _setup.report_misspelt(cls, Trainer)
+
+    # What a step looks at: the rest, such as the newest state and the logs, changes while it trains.
+    _steps_read: ClassVar = frozenset(("args", "model", "compute_loss_func", "label_smoother", "label_names", "_ranks"))
 
     def __init__(
         self,
