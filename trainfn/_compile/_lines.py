@@ -18,12 +18,8 @@ from torch.fx import traceback as fx_traceback
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 
-<<<<<<< HEAD
 _FILES = (torch.__file__, optree.__file__, str(Path(__file__).parent))
 _LIBRARIES = tuple(f"{Path(file).parent}/" for file in _FILES)
-=======
-_LIBRARIES = (f"{Path(torch.__file__).parent}/", f"{Path(optree.__file__).parent}/", f"{Path(__file__).parents[1]}/")
->>>>>>> device
 _PYTHON = f"{Path(linecache.__file__).parent}/"
 
 
@@ -55,11 +51,7 @@ def lines_of(traceback: TracebackType | None) -> list[Line]:
     found: list[Line] = []
     while traceback is not None:
         code = traceback.tb_frame.f_code
-<<<<<<< HEAD
         if not is_library(code.co_filename):
-=======
-        if not is_library(code.co_filename) and (code.co_name != "<lambda>" or linecache.getline(code.co_filename, 1)):
->>>>>>> device
             found.append(Line(code.co_filename, traceback.tb_lineno, code.co_name))
         traceback = traceback.tb_next
     return found

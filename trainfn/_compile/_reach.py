@@ -123,7 +123,7 @@ class Reach:
         for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if not ours:  # ours never bind a variable again
                 self.cells.setdefault(id(cell), (cell, f"`{variable}` in {function.__qualname__}"))
-            self._visit(content(cell), variable, depth + 1)
+            self._visit(content(cell), variable, depth + 1, ours=ours)
         self._items((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()), name, depth)
         if ours or "site-packages" in code.co_filename:
             return
