@@ -61,7 +61,7 @@ def _is_view(target: Any) -> bool:
 
 
 @functools.cache
-def _written(target: Any) -> list[int]:
+def written_positions(target: Any) -> list[int]:
     """The positions of the arguments that an operation writes to; it may return only the first of them, or nothing."""
     if not isinstance(target, OpOverload):
         return []
@@ -83,12 +83,12 @@ def looks_through(node: fx.Node) -> bool:
     """Whether a node is another one's memory: a view of it, an element of a list of views, or it, written to."""
     if node.target is operator.getitem:
         return _is_view(node.args[0].target)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-    return node.op == "call_function" and (_is_view(node.target) or bool(_written(node.target)))
+    return node.op == "call_function" and (_is_view(node.target) or bool(written_positions(node.target)))
 
 
 def is_same(node: fx.Node) -> bool:
     """Whether a node is just another name: of a tensor detached, or of one written to."""
-    return node.target in _SAME or (node.op == "call_function" and bool(_written(node.target)))
+    return node.target in _SAME or (node.op == "call_function" and bool(written_positions(node.target)))
 
 
 def check(module: fx.GraphModule) -> None:
@@ -118,12 +118,12 @@ def atoms(graph: fx.Graph) -> list[Atom]:
     """The atoms of a graph in its order, without those that nobody needs."""
     found: dict[fx.Node, Atom] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or (looks_through(node) and not _written(node.target)):
+        if node.op != "call_function" or (looks_through(node) and not written_positions(node.target)):
             continue
         if node.target is operator.getitem:
             found[node.args[0]].parts[node.args[1]] = node
             continue
-        written = [node.args[n] for n in _written(node.target)]
+        written = [node.args[n] for n in written_positions(node.target)]
         writes = [owner(n) for arg in written for n in (arg if isinstance(arg, list | tuple) else [arg])]
         parts = {} if isinstance(node.meta.get("val"), list | tuple) else {None: node}
         found[node] = Atom(node, parts, [owner(n) for n in inputs(node)], writes)

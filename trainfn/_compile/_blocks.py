@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from trainfn._compile._atoms import Atom, Uncuttable, atoms, check, in_order, inputs, is_same, looks_through, owner
 from trainfn._compile._leafwise import leafwise
 from trainfn._compile._repeats import repeats
+from trainfn._compile._twins import merge_twins
 
 Run = Callable[[list[Tensor]], Sequence[Any]]
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Run]
@@ -57,6 +58,7 @@ class _Cutter:
     def __init__(self, module: fx.GraphModule) -> None:
         self._module = module
         self._graph = leafwise(module)
+        merge_twins(self._graph)
         self._line = in_order(atoms(self._graph))
         self._names = _Names()
         self._tokens = [self._names.token(atom) for atom in self._line]

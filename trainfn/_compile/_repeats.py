@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 _Ints = NDArray[np.int64]
 _CALL = 6  # tokens: what each window costs, as a call at run time
+_SHORT = 8  # tokens: shorter windows may be taken several at once
 _BASE = np.uint64(6364136223846793005)
 
 
@@ -36,11 +37,18 @@ def _best(line: _Ints, heavy: Sequence[bool], least: int) -> list[range] | None:
         if key in seen or len(line) - length <= most:
             continue
         seen.add(key)
+        if _periodic(line[start : start + length]):
+            continue  # several of a shorter window
         windows = hashes.occurrences(start, length)
         saved = (len(windows) - 1) * length - _CALL * len(windows)
         if saved > most:
             best, most = windows, saved
     return best
+
+
+def _periodic(window: _Ints) -> bool:
+    parts = (p for p in range(_SHORT, len(window) // 2 + 1) if window[p] == window[0])
+    return any(np.array_equal(window[p:], window[:-p]) for p in parts)
 
 
 def _candidates(line: _Ints, heavy: Sequence[bool]) -> Iterator[tuple[int, int]]:
