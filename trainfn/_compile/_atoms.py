@@ -111,7 +111,9 @@ def check(module: fx.GraphModule) -> None:
 
 def _tensors(value: Any) -> Iterable[Any]:
     """The tensors a node stands for. Of several results some may be missing."""
-    return [v for v in value if v is not None] if isinstance(value, list | tuple) else [value] if value is not None else []
+    return (
+        [v for v in value if v is not None] if isinstance(value, list | tuple) else [value] if value is not None else []
+    )
 
 
 def atoms(graph: fx.Graph) -> list[Atom]:
@@ -125,7 +127,7 @@ def atoms(graph: fx.Graph) -> list[Atom]:
             continue
         written = [node.args[n] for n in written_positions(node.target)]
         writes = [owner(n) for arg in written for n in (arg if isinstance(arg, list | tuple) else [arg])]
-        parts = {} if isinstance(node.meta.get("val"), list | tuple) else {None: node}
+        parts: dict[int | None, fx.Node] = {} if isinstance(node.meta.get("val"), list | tuple) else {None: node}
         found[node] = Atom(node, parts, [owner(n) for n in inputs(node)], writes)
     return _alive(list(found.values()), graph)
 

@@ -10,8 +10,17 @@ import torch
 from torch import Tensor, fx
 
 from trainfn._compile._atoms import inputs, owner
+from trainfn._compile._blocks import compile_pieces
+from trainfn._compile._onefile import few_files
+from trainfn._compile._twins import merge_twins
 
-_COPY = torch.ops.aten.copy_.default
+_COPY: Any = torch.ops.aten.copy_.default
+
+
+def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
+    """Compile a flat graph (see `cut`) with inductor, equal parts once and all C++ in a few files."""
+    with few_files():
+        return compile_pieces(graph, inductor)
 
 
 def inductor(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Any]]:
@@ -25,7 +34,7 @@ def inductor(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[list[T
                 return _past_autograd(module, examples)
         from torch._inductor.compile_fx import compile_fx
 
-        whole = compile_fx(module, examples)
+        whole: Any = compile_fx(module, examples)
         return lambda args: whole(*args)
 
 
@@ -67,6 +76,7 @@ def _decomposed(module: fx.GraphModule, examples: list[Tensor]) -> fx.GraphModul
     from torch.fx.experimental.proxy_tensor import make_fx
 
     graph = make_fx(fx.Interpreter(module).run, select_decomp_table(), _allow_non_fake_inputs=True)(*examples)
+    merge_twins(graph.graph)
     out = next(iter(reversed(graph.graph.nodes)))
     for node in list(graph.graph.nodes):
         if node.target is _COPY and node.args[0].op == "placeholder":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 
@@ -17,7 +18,8 @@ _OVERLOADS: dict[str, dict[str, str]] = {
     **dict.fromkeys(("add", "sub", "mul", "div", "lerp"), _ELEMENTWISE),
     **dict.fromkeys(("addcmul", "addcdiv"), _BY_VALUE),
     **dict.fromkeys(("clamp_min", "clamp_max"), _BOUNDS),
-    **dict.fromkeys(("maximum", "minimum"), {"List": "default"}),
+    "maximum": {"List": "default"},
+    "minimum": {"List": "default"},
     "pow": _POWERS,
     "norm": {"Scalar": "default"},
 }
@@ -27,43 +29,43 @@ _KEYWORDS = {"addcmul": {3: "value"}, "addcdiv": {3: "value"}, "norm": {2: "dtyp
 
 
 def leafwise(module: fx.GraphModule) -> fx.Graph:
-    """A copy of the graph with one node per leaf for each node of lists; ``meta["lane"]`` numbers the leaves' chains."""
-    graph, env, lanes = fx.Graph(), dict[fx.Node, Any](), _Lanes()
+    """A copy of the graph with a node per leaf for each node of lists; ``meta["lane"]`` numbers the leaves' chains."""
+    graph, env, leaves = fx.Graph(), dict[fx.Node, Any](), set[fx.Node]()
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is operator.getitem and isinstance(env[node.args[0]], list):
             env[node] = env[node.args[0]][node.args[1]]
         elif (leaf := _of_one_leaf(node)) is not None:
-            env[node] = _split(graph, node, leaf, env, lanes)
+            env[node] = _split(graph, node, leaf, env)
+            leaves.update(env[node])
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
-            lanes.inherit(env[node])
+    _number(graph, leaves)
     return graph
 
 
-class _Lanes:
-    """Which chain of operations a node belongs to: that of the one leaf its inputs come from."""
+def _number(graph: fx.Graph, leaves: set[fx.Node]) -> None:
+    """Number the leaves' chains: operations of one leaf, and what uses those of just one leaf."""
+    joined: dict[int, int] = {}  # to the chain that another one has met
+    lanes: dict[fx.Node, int] = {}
 
-    def __init__(self) -> None:
-        self._count = 0
+    def root(lane: int) -> int:
+        while lane in joined:
+            lane = joined[lane]
+        return lane
 
-    def inherit(self, node: fx.Node) -> None:
-        found = {lane for lane in map(_lane, node.all_input_nodes) if lane is not None}
-        node.meta["lane"] = found.pop() if len(found) == 1 else None
-
-    def enter(self, node: fx.Node) -> None:
-        found = (lane for lane in map(_lane, node.all_input_nodes) if lane is not None)
-        node.meta["lane"] = next(found, self._count)
-        self._count = max(self._count, node.meta["lane"] + 1)
-
-
-def _lane(node: fx.Node) -> int | None:
-    return node.meta.get("lane")
+    for at, node in enumerate(graph.nodes):
+        met = sorted({root(lanes[used]) for used in node.all_input_nodes if used in lanes})
+        if node in leaves:
+            lanes[node] = met[0] if met else at
+            joined |= dict.fromkeys(met[1:], lanes[node])
+        elif len(met) == 1:
+            lanes[node] = met[0]
+    for node in graph.nodes:
+        node.meta["lane"] = root(lanes[node]) if node in lanes else None
 
 
 def _of_one_leaf(node: fx.Node) -> OpOverload | None:
     """The operation that does for one leaf what the node does for a list, if there is one."""
-    import torch
-
     target = node.target
     if not isinstance(target, OpOverload) or not target.__name__.startswith("_foreach_"):
         return None
@@ -77,8 +79,8 @@ def _of_one_leaf(node: fx.Node) -> OpOverload | None:
     return getattr(single, overload, None) if single is not None and overload is not None else None
 
 
-def _split(graph: fx.Graph, node: fx.Node, leaf: OpOverload, env: dict[fx.Node, Any], lanes: _Lanes) -> list[fx.Node]:
-    args = fx.map_arg(node.args, env.__getitem__)
+def _split(graph: fx.Graph, node: fx.Node, leaf: OpOverload, env: dict[fx.Node, Any]) -> list[fx.Node]:
+    args: Any = fx.map_arg(node.args, env.__getitem__)
     kwargs = fx.map_arg(node.kwargs, env.__getitem__)
     base = str(node.target).split(".")[1].removeprefix("_foreach_").removesuffix("_")
     named = _KEYWORDS.get(base, {})
@@ -90,6 +92,5 @@ def _split(graph: fx.Graph, node: fx.Node, leaf: OpOverload, env: dict[fx.Node, 
         extra |= {k: arg[i] if isinstance(arg, list | tuple) else arg for k, arg in kwargs.items()}
         new = graph.call_function(leaf, tuple(arg for n, arg in enumerate(mine) if n not in named), extra)
         new.meta["val"] = node.meta["val"][i] if lists else first.meta["val"]
-        lanes.enter(new)
         out.append(new)
     return out

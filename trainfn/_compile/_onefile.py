@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -128,10 +127,9 @@ def _library(kernels: list[_Kernel]) -> str:
     for n, kernel in enumerate(kernels):
         lines = kernel.source.splitlines()
         includes |= dict.fromkeys(line for line in lines if line.startswith("#include"))
-        source = "\n".join(line for line in lines if not line.startswith("#include"))
-        args = (f"argument<{t.replace('const ', '')}>(args, {i})" for i, t in enumerate(kernel.argtypes))
-        body = {"n": n, "source": re.sub(r'extern "C"', "", source), "count": len(kernel.argtypes), "args": ", ".join(args)}
-        bodies.append(_KERNEL % body)
+        source = "\n".join(line for line in lines if not line.startswith("#include")).replace('extern "C"', "")
+        args = ", ".join(f"argument<{t.replace('const ', '')}>(args, {i})" for i, t in enumerate(kernel.argtypes))
+        bodies.append(_KERNEL % {"n": n, "source": source, "count": len(kernel.argtypes), "args": args})
     methods = "\n".join(f'    {{"k{n}", k{n}::call, METH_VARARGS, ""}},' for n in range(len(kernels)))
     return "\n".join([_HEADER, *includes, *bodies, _FOOTER % {"methods": methods}])
 
@@ -177,7 +175,7 @@ def _patched(owner: Any, name: str, value: Any) -> Generator[None]:
 
 @contextlib.contextmanager
 def _known_instructions() -> Generator[None]:
-    """Ask the compiler whether it knows a processor's instructions; inductor compiles and loads a program for each set."""
+    """Ask the compiler whether it knows a set of instructions; inductor compiles and loads a program for each set."""
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.cpu_vec_isa import VecISA

@@ -61,7 +61,7 @@ def _candidates(line: _Ints, heavy: Sequence[bool]) -> Iterator[tuple[int, int]]
             if length < shift:
                 yield start, length
                 continue
-            # One after the other: the first may begin anywhere in the slack. It begins with a heavy token if one is there.
+            # One after the other: the first may begin anywhere in the slack, at a heavy token if there is one.
             slack = (length + shift) % shift
             yield next((s for s in range(start, start + slack + 1) if heavy[s]), start), shift
 
@@ -88,7 +88,8 @@ class _Hashes:
         with np.errstate(over="ignore"):
             all_of = (self._sums[length:] - self._sums[:count]) * self._powers[len(self._line) - np.arange(count)]
         out: list[range] = []
+        window = self._line[start : start + length]
         for at in np.flatnonzero(all_of == np.uint64(self.of(start, length))).tolist():
-            if (not out or at >= out[-1].stop) and np.array_equal(self._line[at : at + length], self._line[start : start + length]):
+            if (not out or at >= out[-1].stop) and np.array_equal(self._line[at : at + length], window):
                 out.append(range(at, at + length))
         return out

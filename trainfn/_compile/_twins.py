@@ -36,14 +36,10 @@ def _first_writes(graph: fx.Graph) -> dict[fx.Node, int]:
     out: dict[fx.Node, int] = {}
     for at, node in enumerate(graph.nodes):
         for n in written_positions(node.target) if node.op == "call_function" else ():
-            for arg in inputs_of(node.args[n]):
-                out.setdefault(owner(arg), at)
+            arg: Any = node.args[n]
+            for written in arg if isinstance(arg, list | tuple) else [arg]:
+                out.setdefault(owner(written), at)
     return out
-
-
-def inputs_of(arg: Any) -> list[fx.Node]:
-    """The nodes of one argument."""
-    return list(arg) if isinstance(arg, list | tuple) else [arg]
 
 
 def _is_pure(node: fx.Node) -> bool:
