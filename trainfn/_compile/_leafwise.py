@@ -37,6 +37,10 @@ def leafwise(module: fx.GraphModule) -> fx.Graph:
         elif (leaf := _of_one_leaf(node)) is not None:
             env[node] = _split(graph, node, leaf, env)
             leaves.update(env[node])
+        elif node.target is operator.getitem:  # one node per part of a result, or it would have two names
+            source, part = env[node.args[0]], node.args[1]
+            known = (user for user in source.users if user.target is operator.getitem and user.args[1] == part)
+            env[node] = next(known, None) or graph.node_copy(node, env.__getitem__)
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
     _number(graph, leaves)

@@ -20,16 +20,22 @@ def merge_twins(graph: fx.Graph) -> None:
     shown = {owner(n) for n in inputs(next(iter(reversed(graph.nodes))))}
     kept: dict[Any, fx.Node] = {}
     for at, node in enumerate(list(graph.nodes)):
-        if not _is_pure(node) or owner(node) in first_write:
+        if not _is_pure(node) or _values(node) & first_write.keys():
             continue
         if any(first_write.get(owner(used), at) < at for used in inputs(node)):
             continue
         twin = kept.setdefault(_key(node), node)
-        # Two outputs of the graph stay two tensors.
-        if twin is not node and not (owner(node) in shown and owner(twin) in shown):
-            shown |= {owner(twin)} if owner(node) in shown else set()
+        two_outputs = _values(node) & shown and _values(twin) & shown  # they stay two tensors
+        if twin is not node and (node.target is operator.getitem or not two_outputs):
+            seen = bool(_values(node) & shown)
             node.replace_all_uses_with(twin)
             graph.erase_node(node)
+            shown |= _values(twin) if seen else set()
+
+
+def _values(node: fx.Node) -> set[fx.Node]:
+    """The tensors that an operation makes, or whose views it makes."""
+    return {owner(value) for value in (node, *(user for user in node.users if user.target is operator.getitem))}
 
 
 def _first_writes(graph: fx.Graph) -> dict[fx.Node, int]:
