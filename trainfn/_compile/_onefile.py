@@ -87,7 +87,7 @@ class _Files:
     def __init__(self) -> None:
         self._pending: dict[tuple[tuple[str, ...], str], _Kernel] = {}
         self._libraries: list[tuple[list[_Kernel], Callable[[], Any]]] = []
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(2)
 
     def add(self, argtypes: list[str], source: str) -> _Kernel:
         return self._pending.setdefault((tuple(argtypes), source), _Kernel(tuple(argtypes), source))
@@ -106,7 +106,7 @@ class _Files:
         kernels, self._pending = list(self._pending.values()), {}
         if kernels:
             source = _library(kernels)
-            load = CppPythonBindingsCodeCache.load_async(source, submit_fn=self._pool.submit)
+            load = CppPythonBindingsCodeCache.load_async(source, submit_fn=self._pool.submit, extra_flags=("-g0",))
             self._libraries.append((kernels, load))
 
     def finish(self) -> None:
