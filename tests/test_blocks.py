@@ -103,6 +103,16 @@ def test_every_layer_is_one_piece_and_every_bit_stays(graph, eager):
     assert same(run(compile_pieces(graph, interpreted), leaves()), expected)
 
 
+def test_lists_elsewhere_stay_whole(eager):
+    """For a GPU inductor makes one kernel of a list; "meta" stands for it."""
+    graph = capture(step, *[leaf.to("meta") for leaf in leaves()])
+    outer = cut(graph)
+    assert len([n for n in calls(outer).values() if n >= DEPTH - 1]) == 2, calls(outer)
+    pieces = {getattr(outer, name) for name in calls(outer)}
+    lists = [str(n.target) for piece in pieces for n in piece.graph.nodes if "_foreach_" in str(n.target)]
+    assert "aten._foreach_lerp.Scalar" in lists and len(lists) == 11
+
+
 def test_pieces_are_compiled_once(graph):
     compiled, called = [], []
 

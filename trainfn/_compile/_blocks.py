@@ -24,6 +24,7 @@ Compiler = Callable[[fx.GraphModule, list[Tensor]], Run]
 _LEAST_SAVED = 16  # atoms: what repeats must save so many to be cut out
 _LEAST_SHARE = 0.25  # of all atoms: a graph that repeats less stays whole
 _LOOSE = 2  # atoms: so few between two pieces run as they are, one by one
+_COPY = torch.ops.aten.copy_.default
 _HEAVY = ("mm", "bmm", "addmm", "baddbmm", "convolution", "scaled_dot_product", "dot")
 
 # Which value of a piece: the position of its atom and, of an atom with several tensors, the number of the tensor.
@@ -82,6 +83,8 @@ class _Cutter:
         heavy = [any(h in str(atom.node.target) for h in _HEAVY) for atom in self._line]
         out: list[list[_Piece]] = []
         for windows in repeats(self._tokens, heavy, _LEAST_SAVED):
+            if 2 * sum(self._line[i].node.target is _COPY for i in windows[0]) > len(windows[0]):
+                continue  # mere copies of what is computed elsewhere, into which they are to be fused
             same: defaultdict[Any, list[_Piece]] = defaultdict(list)
             for span in windows:
                 piece = self._piece(span)

@@ -73,7 +73,7 @@ def _of_one_leaf(node: fx.Node) -> OpOverload | None:
     target = node.target
     if not isinstance(target, OpOverload) or not target.__name__.startswith("_foreach_"):
         return None
-    if any(user.target is not operator.getitem for user in node.users):
+    if any(user.target is not operator.getitem for user in node.users) or not _on_cpu(node.args[0]):
         return None
     packet = target.__name__.split(".")[0].removeprefix("_foreach_")
     name, suffix = packet.removesuffix("_"), packet[len(packet.removesuffix("_")) :]
@@ -81,6 +81,11 @@ def _of_one_leaf(node: fx.Node) -> OpOverload | None:
     overload = overloads.get(target._overloadname)
     single = getattr(torch.ops.aten, _NAMES.get(name, name) + suffix, None)
     return getattr(single, overload, None) if single is not None and overload is not None else None
+
+
+def _on_cpu(tensors: Any) -> bool:
+    """Whether a list is of the processor's tensors. For a GPU inductor makes one kernel of a list: it stays whole."""
+    return isinstance(tensors, list | tuple) and all(t.meta["val"].device.type == "cpu" for t in tensors)
 
 
 def _split(graph: fx.Graph, node: fx.Node, leaf: OpOverload, env: dict[fx.Node, Any]) -> list[fx.Node]:
