@@ -205,14 +205,33 @@ def twins(x, y):
         a, b = x.sin(), x.sin()
         x.add_(a @ b * 0.1)
         c = x.sin()
-        y = y + c * a - b
+        g, h = x.tanh(), x.tanh()
+        g.mul_(2)
+        y = y + c * a - b + h - g
     d, e = y.cos(), y.cos()
     d.add_(1)
     return [d, e, y.exp(), y.exp()]
 
 
+def waits(x, y):
+    """What is computed from the state alone waits for whoever needs it, who waits for a number of its own."""
+    xs, z = list(x.unbind(0)), y
+    early = torch._foreach_sin(xs)
+    for _ in range(4):
+        z = torch.tanh(z @ y)
+    decayed = torch._foreach_mul(xs, z.sum())
+    torch._foreach_copy_(xs, torch._foreach_add(decayed, early))
+    return [z, *decayed[:1]]
+
+
 @pytest.mark.parametrize(
-    ("f", "shapes"), [(views, [(3, 4), (4, 3, 3), (3, 3)]), (order, [(5, 3), (5, 3)]), (twins, [(3, 3), (3, 3)])]
+    ("f", "shapes"),
+    [
+        (views, [(3, 4), (4, 3, 3), (3, 3)]),
+        (order, [(5, 3), (5, 3)]),
+        (twins, [(3, 3), (3, 3)]),
+        (waits, [(6, 3), (3, 3)]),
+    ],
 )
 def test_views_and_writes(f, shapes, eager):
     torch.manual_seed(0)
