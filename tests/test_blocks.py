@@ -205,7 +205,7 @@ def twins(x, y):
         a, b = x.sin(), x.sin()
         x.add_(a @ b * 0.1)
         c = x.sin()
-        g, h = x.tanh(), x.tanh()
+        g, h = y.tanh(), y.tanh()
         g.mul_(2)
         y = y + c * a - b + h - g
     d, e = y.cos(), y.cos()
