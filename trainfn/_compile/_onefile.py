@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_FULL = 100_000  # characters of kernels: so many are handed to the C++ compiler while Python generates more
+_FULL = 250_000  # characters of kernels: so many are handed to the C++ compiler while Python generates more
 
 _HEADER = """
 #include <Python.h>
