@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def name_inputs(graph: fx.GraphModule, paths: list[str]) -> None:
         node._rename(re.sub(r"\W", "_", "_".join(words)) or "state")
 
 
-def lift_constants(graph: fx.GraphModule) -> list[Tensor]:
+def lift_constants(graph: fx.GraphModule, fake: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Make inputs of the tensors that a graph holds, and return them; numbers written in the code stay in it.
 
     A tensor that a step read from a closure is then passed by reference, so a later write to it is seen. And two
@@ -41,7 +41,7 @@ def lift_constants(graph: fx.GraphModule) -> list[Tensor]:
         else:
             with graph.graph.inserting_after(last) if last else graph.graph.inserting_before(None):
                 made = graph.graph.placeholder(f"constant_{len(constants)}")
-            made.meta = {**node.meta, "val": node.meta.get("val", value)}
+            made.meta = {**node.meta, "val": fake(value)}
             last = made
             node.replace_all_uses_with(made)
             constants.append(value)

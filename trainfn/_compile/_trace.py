@@ -170,7 +170,7 @@ def trace(
     assert run.result is not None
     names = leaf_names(form)
     name_inputs(graph, [names[i] for i in run.inputs])
-    constants = lift_constants(graph)
+    constants = lift_constants(graph, mode.from_tensor)
     layouts = [*run.layouts.values(), *(output.layout for output in run.outputs)]
     sharded = any(layout is not None for layout in layouts)
     return Trace(graph, constants, run.inputs, run.outputs, run.result, canonical(graph), mode, sharded)
