@@ -124,7 +124,7 @@ def test_a_counterexample_is_minimal_and_says_all():
         r"split +row 0 \| row 1\n",
         r"whole +loss [\d.]+ \(total [\d.]+ over weight 1\)",
         r"in pieces +loss [\d.]+ \(total [\d.]+ over weight 2\)",
-        r"differs +the loss by 0.5 of its size; it is 0.5 times as large",
+        r"differs +(the loss|the gradient of .*) by 0.5 of its size; it is 0.5 times as large",  # both are: a tie
         r"probable cause +the total is a mean",
         r"fix +return the sum and what it counts",
     ):

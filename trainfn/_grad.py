@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trainfn import random, tree
-from trainfn._keyed import keyed
+from trainfn import tree
+from trainfn._keyed import Randomness
 from trainfn._marks import backward_pass
 from trainfn._module import bound, check_state
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState
@@ -55,20 +55,20 @@ def value_and_grad(loss: Loss) -> GradientFunction:
 
 def gradient_function(loss: Loss, common: Callable[[TrainState, Tensor], Tensor]) -> GradientFunction:
     """See `value_and_grad`; ``common`` makes of a weight one that all ranks have in common."""
+    randomness = Randomness()
 
     def gradients(state: TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> Gradients:
         check_state(state)
-        key = random.fold_in(state.key, state.step)
         rows = tree.row_count(batch)
-        with torch.enable_grad():
+
+        def sums() -> Gradients:
             params = {name: p.detach().requires_grad_() for name, p in state.params.items()}
-            with (
-                keyed(key, rows=rows, first_row=first_row),
-                bound(state, params, training=True) as (model, buffers),
-            ):
+            with torch.enable_grad(), bound(state, params, training=True) as (model, buffers):
                 mean, metrics = exact(loss(model, batch), rows)
                 grads = _derivatives(mean, params, _scale(state, mean, common))
-        return Gradients(detached(mean), grads, {k: detached(m) for k, m in metrics.items()}, buffers)
+            return Gradients(detached(mean), grads, {k: detached(m) for k, m in metrics.items()}, buffers)
+
+        return randomness(state, sums, rows=rows, first_row=first_row)
 
     return gradients
 

@@ -199,7 +199,7 @@ def bound(state: TrainState, params: Params, *, training: bool) -> Generator[tup
     if module is None:
         yield params, buffers
         return
-    own = {site.name for site in state.sites if not site.is_parameter}
+    own = {site.name for site in state.sites if not site.is_parameter} if state.buffers else ()
     # A forward pass may write into its buffers: it gets copies. Frozen parameters are only read.
     tensors = {name: tensor.clone() if name in own else tensor for name, tensor in state.buffers.items()}
     tensors.update(params)
@@ -209,24 +209,27 @@ def bound(state: TrainState, params: Params, *, training: bool) -> Generator[tup
             f"step(state, batch): the module's {missing[0]!r} is in neither state.params nor state.buffers"
             f" ({len(missing)} missing). Replace values, not names: `{{**state.params, name: value}}`."
         )
-    held = [(site.owner._parameters if site.is_parameter else site.owner._buffers) for site in state.sites]
-    saved = [place[site.attribute] for place, site in zip(held, state.sites, strict=True)]
+    held = [(s.owner._parameters if s.is_parameter else s.owner._buffers, s.attribute, s.name) for s in state.sites]
+    saved = [(place, attribute, place[attribute]) for place, attribute, _ in held]
     modes = [(m, m.training) for m, _ in state.modes]
     try:
-        for place, site in zip(held, state.sites, strict=True):
-            place[site.attribute] = tensors[site.name]
-        for submodule, mode in state.modes:
-            submodule.training = training and mode
+        for place, attribute, name in held:
+            place[attribute] = tensors[name]
+        _set_modes([(m, training and mode) for m, mode in state.modes])
         yield module, buffers
-        for place, site in zip(held, state.sites, strict=True):
-            if site.name in state.buffers:
-                now = place[site.attribute]
-                buffers[site.name] = state.buffers[site.name] if site.is_parameter else now.detach()
+        for (place, attribute, name), site in zip(held, state.sites, strict=True) if state.buffers else ():
+            if name in state.buffers:
+                buffers[name] = state.buffers[name] if site.is_parameter else place[attribute].detach()
     finally:
-        for place, site, old in zip(held, state.sites, saved, strict=True):
-            place[site.attribute] = old
-        for submodule, mode in modes:
-            submodule.training = mode
+        for place, attribute, old in saved:
+            place[attribute] = old
+        _set_modes(modes)
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        if module.training != mode:  # to set it takes a microsecond
+            module.training = mode
 
 
 def export(state: TrainState, model: nn.Module | None = None) -> nn.Module:

@@ -17,9 +17,9 @@ import optree
 import torch
 from torch import Tensor
 
-from trainfn import random, tree
+from trainfn import tree
 from trainfn._grad import GradientFunction, detached, exact, gradient_function, summed, value_and_grad
-from trainfn._keyed import keyed
+from trainfn._keyed import Randomness
 from trainfn._module import bound, check_state, check_whole
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState, Transform, Tree
 
@@ -213,17 +213,17 @@ def eval_step(loss: Loss, *, plan: Distribution | None = None) -> Callable[[Trai
     {'loss': Mean(4.5 over weight 2)}
     """
     one = loss if plan is None else plan.loss(loss)
+    randomness = Randomness()
 
     def evaluate_batch(state: TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> Metrics:
         check_state(state)
-        key = random.fold_in(state.key, state.step)
         rows = tree.row_count(batch)
-        with (
-            torch.no_grad(),
-            keyed(key, rows=rows, first_row=first_row),
-            bound(state, state.params, training=False) as (model, _),
-        ):
-            mean, metrics = exact(one(model, batch), rows)
-        return {"loss": detached(mean), **{name: detached(metric) for name, metric in metrics.items()}}
+
+        def means() -> Metrics:
+            with torch.no_grad(), bound(state, state.params, training=False) as (model, _):
+                mean, metrics = exact(one(model, batch), rows)
+            return {"loss": detached(mean), **{name: detached(metric) for name, metric in metrics.items()}}
+
+        return randomness(state, means, rows=rows, first_row=first_row)
 
     return _alone(evaluate_batch) if plan is None else plan.metrics(evaluate_batch)

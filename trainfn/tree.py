@@ -9,6 +9,7 @@ optree walks the trees of `map`; the vector operations walk plain dicts, lists, 
 
 from __future__ import annotations
 
+import builtins
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -36,6 +37,8 @@ def _flat(like: Tree, tree: Tree) -> list[Any]:
     if type(like) is dict:
         if like is not tree and like.keys() != tree.keys():
             raise ValueError(f"two trees differ: one has {_differing(like, tree)}, the other has not.")
+        if _flat_dict(like):
+            return list(tree.values()) if like is tree else [tree[name] for name in like]
         return [
             x for name, v in like.items() for x in ((tree[name],) if isinstance(v, Tensor) else _flat(v, tree[name]))
         ]
@@ -46,6 +49,11 @@ def _flat(like: Tree, tree: Tree) -> list[Any]:
     return optree.tree_structure(like).flatten_up_to(tree)  # pyright: ignore[reportArgumentType]
 
 
+def _flat_dict(tree: dict[Any, Any]) -> bool:
+    """Whether all values are tensors; most trees are of this kind, and their leaves many."""
+    return all([issubclass(kind, Tensor) for kind in set(builtins.map(type, tree.values()))])
+
+
 def _differing(a: dict[Any, Any], b: dict[Any, Any]) -> str:
     return ", ".join(sorted(repr(name) for name in a.keys() ^ b.keys())[:4])
 
@@ -54,6 +62,8 @@ def _unflat(like: Tree, values: Iterator[Any]) -> Tree:
     """A tree with the structure of ``like``, of leaves in the order of `_flat`."""
     if isinstance(like, Tensor):
         return next(values)
+    if type(like) is dict and _flat_dict(like):
+        return dict(zip(like, values, strict=False))  # of an iterator that goes on
     if type(like) is dict:
         return {name: next(values) if isinstance(v, Tensor) else _unflat(v, values) for name, v in like.items()}
     if type(like) is list:
@@ -227,7 +237,10 @@ def cast_like(tree: Tree, like: Tree) -> Tree:
     >>> cast_like([torch.ones(1)], [torch.tensor(3)])
     [tensor([1])]
     """
-    return map(lambda x, y: x if x.dtype == y.dtype else x.to(y.dtype), tree, like)
+    flat, others = _flat(tree, tree), _flat(tree, like)
+    if all([x.dtype == y.dtype for x, y in zip(flat, others, strict=True)]):
+        return tree
+    return _unflat(tree, iter([x.to(y.dtype) for x, y in zip(flat, others, strict=True)]))
 
 
 def copy(tree: Tree) -> Tree:

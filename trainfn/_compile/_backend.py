@@ -71,8 +71,9 @@ def build(trace: Trace, inputs: list[Tensor], settings: Settings, report: Report
         report.count(trace, shared=True)
         return _PROGRAMS[key]
     with report.counting(trace):
+        exact = trace.mode.shape_env is None
         run = _compiled(trace, inputs, settings)
-        built = Built(run, conditions(trace.mode, trace.graph))  # compiling adds conditions
+        built = Built(run, None if exact else conditions(trace.mode, trace.graph))  # compiling adds conditions
     _PROGRAMS[key] = built
     while len(_PROGRAMS) > _MOST_PROGRAMS:
         _PROGRAMS.popitem(last=False)
@@ -83,7 +84,9 @@ def _compiled(trace: Trace, inputs: list[Tensor], settings: Settings) -> Callabl
     if settings.backend == "eager":
         return trace.graph.forward
     try:
-        compiler = _compiler(settings)
+        if settings.backend == "inductor":
+            return _by_inductor(trace, settings)
+        compiler: Any = torch._TorchCompileWrapper(settings.backend, settings.mode, settings.options, None)
         with _tracing(trace, inputs) as example:
             return compiler(trace.graph, example)
     except Exception as error:
@@ -92,13 +95,20 @@ def _compiled(trace: Trace, inputs: list[Tensor], settings: Settings) -> Callabl
         raise compiler_error(error) from error
 
 
-def _compiler(settings: Settings) -> Callable[..., Any]:
-    """What torch.compile would call: it takes the same names, modes and options, and refuses the same ones."""
-    if settings.backend != "inductor":
-        return torch._TorchCompileWrapper(settings.backend, settings.mode, settings.options, None)
-    compiler = torch._TorchCompileInductorWrapper(settings.mode, settings.options, None)
-    compiler.config.pop("triton.cudagraphs", None)  # see `_launch.py`: one launch for the whole step
-    return compiler
+def _by_inductor(trace: Trace, settings: Settings) -> Callable[..., Sequence[Tensor]]:
+    """What `torch.compile` does by default, with equal parts of the graph compiled once; see `_blocks.py`."""
+    from torch._inductor import config  # the compiler takes a second to import
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from trainfn._compile._inductor import compile_graph
+
+    # It takes the modes and options of torch.compile, and refuses the same ones.
+    patches = torch._TorchCompileInductorWrapper(settings.mode, settings.options, None).config
+    patches.pop("triton.cudagraphs", None)  # see `_launch.py`: one launch for the whole step
+    if trace.mode.shape_env is None:
+        trace.mode.shape_env, trace.mode.static_shapes = ShapeEnv(), True  # torch's caches ask for one
+    with config.patch(patches):
+        return compile_graph(trace.graph)
 
 
 @contextlib.contextmanager
@@ -109,9 +119,8 @@ def _tracing(trace: Trace, inputs: list[Tensor]) -> Generator[list[Any]]:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     if trace.mode.shape_env is None:
-        with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):  # torch's caches ask for one
+        with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
             yield inputs
         return
     with tracing(TracingContext(trace.mode)):
-        values = [node.meta["val"] for node in trace.graph.graph.nodes if node.op == "placeholder"]
-        yield [x if not isinstance(x, Tensor) or hasattr(x, "fake_mode") else trace.mode.from_tensor(x) for x in values]
+        yield [node.meta["val"] for node in trace.graph.graph.nodes if node.op == "placeholder"]

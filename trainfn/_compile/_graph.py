@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from trainfn._keyed import draws
 
 _FRESH = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
 
@@ -21,7 +23,7 @@ def name_inputs(graph: fx.GraphModule, paths: list[str]) -> None:
         node._rename(re.sub(r"\W", "_", "_".join(words)) or "state")
 
 
-def lift_constants(graph: fx.GraphModule) -> list[Tensor]:
+def lift_constants(graph: fx.GraphModule, fake: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Make inputs of the tensors that a graph holds, and return them; numbers written in the code stay in it.
 
     A tensor that a step read from a closure is then passed by reference, so a later write to it is seen. And two
@@ -39,7 +41,7 @@ def lift_constants(graph: fx.GraphModule) -> list[Tensor]:
         else:
             with graph.graph.inserting_after(last) if last else graph.graph.inserting_before(None):
                 made = graph.graph.placeholder(f"constant_{len(constants)}")
-            made.meta = {**node.meta, "val": node.meta.get("val", value)}
+            made.meta = {**node.meta, "val": fake(value)}
             last = made
             node.replace_all_uses_with(made)
             constants.append(value)
@@ -113,16 +115,5 @@ def _plain(value: Any, numbers: dict[fx.Node, int]) -> Hashable:
 def drawing(graph: fx.GraphModule) -> fx.Node | None:
     """Return the first node that draws from torch's own generator, here or where a compiler takes it apart."""
     parts = [part for part in graph.modules() if isinstance(part, fx.GraphModule)]
-    return next((n for part in parts for n in part.graph.nodes if n.op == "call_function" and _draws(n)), None)
-
-
-def _draws(node: fx.Node) -> bool:
-    target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    given = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    chance = given.get("dropout_p", given.get("dropout", given.get("p")))
-    if chance is None and "attention" in target.__name__:
-        return False  # attention is marked as random, with dropout or without
-    off = (given.get("train"), given.get("training"))
-    return not (chance == 0.0 or (False in off))
+    nodes = (node for part in parts for node in part.graph.nodes if node.op == "call_function")
+    return next((node for node in nodes if draws(node.target, node.args, node.kwargs)), None)

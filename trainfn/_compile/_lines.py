@@ -18,7 +18,8 @@ from torch.fx import traceback as fx_traceback
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 
-_LIBRARIES = (f"{Path(torch.__file__).parent}/", f"{Path(optree.__file__).parent}/", f"{Path(__file__).parents[1]}/")
+_FILES = (torch.__file__, optree.__file__, str(Path(__file__).parent))
+_LIBRARIES = tuple(f"{Path(file).parent}/" for file in _FILES)
 _PYTHON = f"{Path(linecache.__file__).parent}/"
 
 
@@ -50,7 +51,7 @@ def lines_of(traceback: TracebackType | None) -> list[Line]:
     found: list[Line] = []
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if not is_library(code.co_filename) and (code.co_name != "<lambda>" or linecache.getline(code.co_filename, 1)):
+        if not is_library(code.co_filename):
             found.append(Line(code.co_filename, traceback.tb_lineno, code.co_name))
         traceback = traceback.tb_next
     return found
@@ -95,7 +96,8 @@ class Lines(TorchFunctionMode):
     @contextlib.contextmanager
     def recorded(self, modules: nn.Module | None) -> Generator[None]:
         """Record in this block; ``modules`` says which paths there are."""
-        names = {} if modules is None else {id(m): name for name, m in modules.named_modules()}
+        named = {} if modules is None else dict(modules.named_modules())
+        names = {id(module): name for name, module in named.items()}
 
         def enter(module: nn.Module, *_: Any) -> None:
             if id(module) in names:
@@ -108,10 +110,15 @@ class Lines(TorchFunctionMode):
                 self._tell()
 
         self._base = sys._getframe(2)
-        hooks = [
-            nn_module.register_module_forward_pre_hook(enter),
-            nn_module.register_module_forward_hook(leave, always_call=True),
-        ]
+        # A module that was compiled before warns of hooks.
+        hooks = (
+            []
+            if any(type(module).__name__ == "OptimizedModule" for module in named.values())
+            else [
+                nn_module.register_module_forward_pre_hook(enter),
+                nn_module.register_module_forward_hook(leave, always_call=True),
+            ]
+        )
         try:
             with fx_traceback.preserve_node_meta(), self:
                 yield

@@ -18,7 +18,7 @@ from trainfn._compile._outside import Outside, environment
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import dimensions
 from trainfn._compile._structure import Misfit, Row, Structure, flatten
-from trainfn._compile._trace import Trace, donation
+from trainfn._compile._trace import Trace, donation, layout_of
 from trainfn._types import TrainState
 from trainfn.errors import RecompileError
 
@@ -62,7 +62,7 @@ class Entry:
         at = {"graph": count, "input": 0, "value": count + len(self._layouts)}
         picked: list[int] = []
         for output in found.outputs:
-            picked.append(at[output.kind] + output.index)
+            picked.append(at[output.kind] + output.place)
             if output.kind == "value":
                 at["value"] += 1
         self._pick = itemgetter(*picked, 0) if picked else itemgetter(0, 0)
@@ -70,7 +70,7 @@ class Entry:
         self.next_signature: int | None = None
         # Leaves that were overwritten in place are the objects that they were.
         outputs = enumerate(found.outputs[: self.state_size])
-        self._fresh = [i for i, output in outputs if not donating or output.kind != "input" or output.index != i]
+        self._fresh = [i for i, output in outputs if not donating or output.kind != "input" or output.place != i]
 
     def references(self, known: Sequence[Callable[[], Any]], new: Sequence[Any]) -> Sequence[Callable[[], Any]]:
         """Return references to the leaves of the new state."""
@@ -226,14 +226,15 @@ class Program:
         found, outside = self._captured(args, leaves, form)
         self.report.traces += 1
         shapes = _shapes(args[1:])
-        if found.key not in self._programs:
+        key = (found.key, environment())  # an operation may mean something else under another default dtype
+        if key not in self._programs:
             if len(self._programs) >= self.settings.max_graphs:
                 raise self._over_budget(shapes, changes)
             shown = ", ".join(f"{k}: {v}" for k, v in shapes.items()) if self.name != "update" else ""
             inputs = [local(leaves[i]) for i in found.inputs] + found.constants
-            self._programs[found.key] = build(found, inputs, self.settings, self.report), shapes
+            self._programs[key] = build(found, inputs, self.settings, self.report), shapes
             self.report.shapes.append(f"{self.name}({shown})")
-        built, _ = self._programs[found.key]
+        built, _ = self._programs[key]
         return Entry(found, built, outside, form, donating=self.donate)
 
     def _captured(self, args: tuple[Any, ...], leaves: list[Any], form: Structure) -> tuple[Trace, Outside]:
@@ -273,7 +274,7 @@ def _dynamic_kind(x: Tensor, dims: tuple[int, ...]) -> Hashable:
 def _kind(x: Any) -> Hashable:
     """All that Python can see of a leaf."""
     if isinstance(x, Tensor):
-        spread = (x.device_mesh, x.placements) if hasattr(x, "placements") else None
+        spread = layout_of(x)
         return (x.shape, x.dtype, x.device, x.stride(), x.requires_grad, spread)
     try:
         hash(x)

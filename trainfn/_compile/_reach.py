@@ -60,7 +60,7 @@ class Reach:
             if (len(self._seen), len(self.names)) == before:
                 break
 
-    def _visit(self, value: Any, name: str, depth: int) -> None:
+    def _visit(self, value: Any, name: str, depth: int, *, ours: bool = False) -> None:
         if isinstance(value, _CLOSED) or id(value) in self._seen or depth > _DEPTH:
             return
         self._seen[id(value)] = value
@@ -74,17 +74,18 @@ class Reach:
         elif isinstance(value, functools.partial):
             self._items((value.func, *value.args, *value.keywords.values()), name, depth)
         elif isinstance(value, tuple | frozenset):
-            self._items(value, name, depth)
+            self._items(value, name, depth, ours=ours)
         elif isinstance(value, list | dict | set):
             if len(value) <= _LARGEST:
-                self.rows[id(value)] = value, name
-                self._items(value.values() if isinstance(value, dict) else value, name, depth)
+                if not ours:
+                    self.rows[id(value)] = value, name
+                self._items(value.values() if isinstance(value, dict) else value, name, depth, ours=ours)
         elif isinstance(getattr(value, "__dict__", None), dict):
             self._objects[id(value)] = value, name
 
-    def _items(self, items: Iterable[Any], name: str, depth: int) -> None:
+    def _items(self, items: Iterable[Any], name: str, depth: int, *, ours: bool = False) -> None:
         for item in list(items):
-            self._visit(item, name, depth + 1)
+            self._visit(item, name, depth + 1, ours=ours)
 
     def _module(self, module: nn.Module, name: str) -> None:
         for path, part in module.named_modules():
@@ -107,7 +108,7 @@ class Reach:
         read: frozenset[str] | None = getattr(type(value), "_steps_read", None)  # a class of ours may say what
         for key in list(held):
             if key not in OWN and (key in self.names or library if read is None or not library else key in read):
-                self._visit(held[key], f"{name}.{key}", 1)
+                self._visit(held[key], f"{name}.{key}", 1, ours=library)
         if isinstance(value, nn.Module) or library:
             return
         for kind in type(value).__mro__:
@@ -122,7 +123,7 @@ class Reach:
         for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if not ours:  # ours never bind a variable again
                 self.cells.setdefault(id(cell), (cell, f"`{variable}` in {function.__qualname__}"))
-            self._visit(content(cell), variable, depth + 1)
+            self._visit(content(cell), variable, depth + 1, ours=ours)
         self._items((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()), name, depth)
         if ours or "site-packages" in code.co_filename:
             return

@@ -73,10 +73,8 @@ def symbolic(
     return mode, fakes
 
 
-def conditions(mode: Any, graph: torch.fx.GraphModule) -> Callable[[Sequence[Tensor]], bool] | None:
-    """Return a test of whether the graph holds for given inputs; None if it holds for all that look alike to Python."""
-    if mode.shape_env is None:
-        return None
+def conditions(mode: Any, graph: torch.fx.GraphModule) -> Callable[[Sequence[Tensor]], bool]:
+    """Return a test of whether a graph of symbolic sizes holds for given inputs."""
     from torch.utils._sympy.printers import PythonPrinter
 
     where: dict[str, tuple[int, int]] = {}

@@ -160,7 +160,7 @@ def structure(tree: Any) -> Structure:
     if kind is list or kind is tuple or (isinstance(tree, tuple) and hasattr(kind, "_fields")):
         children = tuple(structure(value) for value in tree)
         return Row(kind, children, sum(child.size for child in children))
-    spec = optree.tree_structure(tree)
+    spec = optree.tree_structure(tree)  # pyright: ignore[reportArgumentType]
     return Leaf() if spec.is_leaf() else Other(spec, spec.num_leaves)
 
 

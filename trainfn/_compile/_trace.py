@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,15 +51,15 @@ class Output(NamedTuple):
     """Where one leaf of a step's result comes from.
 
     Attributes:
-        kind: ``"graph"``: output ``index`` of the graph. ``"input"``: leaf ``index`` of the arguments, untouched or
+        kind: ``"graph"``: output ``place`` of the graph. ``"input"``: leaf ``place`` of the arguments, untouched or
             overwritten in place. ``"value"``: the Python value itself.
-        index: See above.
+        place: See above.
         layout: Of a tensor that is spread over ranks.
         value: See above.
     """
 
     kind: str
-    index: int = 0
+    place: int = 0
     layout: Layout | None = None
     value: Any = None
 
@@ -169,7 +170,7 @@ def trace(
     assert run.result is not None
     names = leaf_names(form)
     name_inputs(graph, [names[i] for i in run.inputs])
-    constants = lift_constants(graph)
+    constants = lift_constants(graph, mode.from_tensor)
     layouts = [*run.layouts.values(), *(output.layout for output in run.outputs)]
     sharded = any(layout is not None for layout in layouts)
     return Trace(graph, constants, run.inputs, run.outputs, run.result, canonical(graph), mode, sharded)
@@ -194,8 +195,14 @@ def _conditions(mode: Any) -> Generator[None]:
         torch._C._set_mkldnn_enabled(False)
         Distribution.set_default_validate_args(False)  # there are no numbers to validate
         # One thread for the backward pass, since modes are per thread.
-        with mode, torch.autograd.set_multithreading_enabled(False), torch.no_grad():
+        with mode, _uncompiled(), torch.autograd.set_multithreading_enabled(False), torch.no_grad():
             yield
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)
         Distribution.set_default_validate_args(validated)
+
+
+def _uncompiled() -> Any:
+    """What a user compiled with `torch.compile` runs as it is: it becomes a part of this graph."""
+    compiling = "torch._dynamo" in sys.modules  # it takes a second to import, and nothing is compiled without it
+    return torch._dynamo.config.patch(error_on_nested_fx_trace=False) if compiling else contextlib.nullcontext()

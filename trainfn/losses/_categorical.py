@@ -195,4 +195,5 @@ def _check_cross_entropy(
         check_class_indices(call, logits, targets)
     if class_weights is not None:
         check_class_weights(call, class_weights, logits)
-    check_weights(call, weights, logits[..., 0], "the rows")
+    if weights is not None:
+        check_weights(call, weights, logits[..., 0], "the rows")

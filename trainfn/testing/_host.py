@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _METHODS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
 _KERNELS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
 _KEYED = "/trainfn/_keyed/"
-_OWN = "_borrowed_generator"  # compares generators' states on the host, after an eager step: they live there
+_OWN = "check_unused"  # compares generators' states on the host, after an eager step: they live there
 
 
 class _Methods(TorchFunctionMode):
