@@ -1,4 +1,4 @@
-"""The tests under other versions than those that `pyproject.toml` pins: `nox -s newest`."""
+"""The tests under other versions than those that `pyproject.toml` pins: `nox -s newest`, `nox -s versions`."""
 
 import nox
 
@@ -9,7 +9,8 @@ TOOLS = ("pytest", "pytest-xdist")
 VERSIONS = "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
 # Where a new release of torch or transformers shows first: few of the tests compile, and none starts processes.
 QUICK = (
-    *("tests/test_step.py", "tests/test_module.py", "tests/test_losses.py", "tests/test_optim.py"),
+    *("tests/test_jit.py", "tests/test_step.py", "tests/test_grad.py", "tests/test_module.py", "tests/test_random.py"),
+    *("tests/test_losses.py", "tests/test_optim.py", "tests/test_device.py", "tests/test_device_trainer.py"),
     *("tests/test_hf_arguments.py", "tests/test_hf_evaluation.py", "tests/test_hf_seq2seq.py"),
     "tests/test_hf_trainer.py",
 )
@@ -28,5 +29,19 @@ def newest(session: nox.Session) -> None:
     quick(session)
 
 
-# A session `versions` belongs here: `quick(session, "torch==...", "transformers==...")` for each row of a table, by
-# `@nox.parametrize`, so that the lower bounds of pyproject.toml are tried as well.
+TABLE = [
+    nox.param("3.11", "2.11.0", "5.17.0", id="python 3.11, torch 2.11, transformers 5.17"),  # the lower bounds
+    *(
+        nox.param("3.11", torch, None, id=f"python 3.11, torch {torch}")
+        for torch in ("2.12.1", "2.13.0", "2.14.1", "2.15.0")
+    ),
+    *(nox.param(python, "2.13.0", None, id=f"python {python}, torch 2.13.0") for python in ("3.12", "3.13")),
+]
+
+
+@nox.session
+@nox.parametrize(("python", "torch", "transformers"), TABLE)
+def versions(session: nox.Session, torch: str, transformers: str | None) -> None:
+    """The table of versions; transformers is the newest where none is named."""
+    named = [f"transformers=={transformers}"] if transformers else []
+    quick(session, f"torch=={torch}", *named)
