@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._donate import check_alive
+from trainfn._compile._file_save import check_can_be_saved, save_programs
 from trainfn._compile._backend import Settings
 from trainfn._compile._program import Program
 from trainfn._compile._report import Report
@@ -37,6 +40,41 @@ class Compiled:
             batch = self.buckets.apply(batch)
         with torch.no_grad():
             return self._run(state, batch)
+
+    def save(self, path: str | os.PathLike[str], state: Any, batch: Any, *more: Any) -> None:
+        """Compile the step ahead of time into a file, which `trainfn.load_step` runs at once in another process.
+
+        Nothing is run, and the state stays as it is. The file holds for arguments like these, for this version of
+        torch and this kind of machine; what the step read from outside them is fixed in it.
+
+        Args:
+            path: The file to write. On several ranks, each calls this with a file of its own.
+            state: A state.
+            batch: A batch.
+            more: Further batches, for steps of other sizes.
+
+        Raises:
+            CaptureError: If the step can't be one graph, or can't be compiled.
+            ValueError: If the step's settings, or what it takes and returns, can't be in a file.
+        """
+        call = f"step.save({str(path)!r}, state, batch)"
+        check_can_be_saved(self.settings, call)
+        check_alive(state)
+        if self.plan is not None:
+            self.plan.check(state)
+        batches = [b if self.buckets is None else self.buckets.apply(b) for b in (batch, *more)]
+        step = self.step
+        accumulated = len(self._programs) == 2
+        save_programs(
+            Path(path),
+            self._programs,
+            (lambda g, u: dataclasses.replace(step, gradients=g, update=u)) if accumulated else (lambda whole: whole),
+            [(state, b) for b in batches],
+            plan=self.plan,
+            accumulate=getattr(step, "accumulate", 1),
+            buckets=self.buckets,
+            name=type(step).__name__ if isinstance(step, TrainStep) else getattr(step, "__name__", "step"),
+        )
 
     def explain(self) -> Report:
         """Graphs, breaks, compile seconds and cache hits so far; print it."""
