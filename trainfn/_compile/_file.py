@@ -50,7 +50,7 @@ def load_step(path: str | os.PathLike[str], *, plan: Any = None) -> LoadedStep:
     >>> import trainfn as tfn
     >>> tfn.load_step("absent.step")
     Traceback (most recent call last):
-    FileNotFoundError: tfn.load_step('absent.step'): there is no such file. `tfn.jit(step).save(path, state, batch)` writes one.
+    FileNotFoundError: tfn.load_step('absent.step'): there is no such file. `tfn.jit(step).save(...)` writes one.
     """
     began = time.perf_counter()
     header, members = _file_format.read_file(Path(path))
@@ -209,7 +209,7 @@ def _no_function(*_: Any) -> Any:
 
 
 def _serves(saved: Mapping[str, Any], kinds: Mapping[str, Any], overwritten: Sequence[bool]) -> bool:
-    """Whether a saved graph is for such leaves. What it only reads may be laid out otherwise in memory: it is copied."""
+    """Whether a saved graph is for such leaves. What it only reads may have other strides: it is copied."""
     known = saved["leaves"]
     if list(known) != list(kinds):
         return False

@@ -34,7 +34,7 @@ def containers(found: Structure, call: str) -> Any:
         if found.spec == _NONE:
             return "none"
         raise ValueError(
-            f"{call}: a file can't name the container {found.spec}. Give and return dicts, lists, tuples and NamedTuples."
+            f"{call}: a file can't name the container {found.spec}. Use dicts, lists, tuples and NamedTuples."
         )
     children = found.children or (Leaf(),) * found.size
     items = [containers(child, call) for child in children]
@@ -156,7 +156,11 @@ def _layout_of(found: Mapping[str, Any], leaves: Sequence[Any]) -> Layout:
     import torch
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    made = {"Shard": lambda dim, _: Shard(dim), "Replicate": lambda *_: Replicate(), "Partial": lambda _, op: Partial(op)}
+    made = {
+        "Shard": lambda dim, _: Shard(dim),
+        "Replicate": lambda *_: Replicate(),
+        "Partial": lambda _, op: Partial(op),
+    }
     placements = tuple(made[kind](dim, op) for kind, dim, op in found["placements"])
     mesh = leaves[found["mesh"]].device_mesh
     return Layout(mesh, placements, torch.Size(found["shape"]), tuple(found["stride"]))

@@ -71,7 +71,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
                     raise zipfile.BadZipFile("its bytes are not those that were written (SHA-256)")
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"tfn.load_step({str(path)!r}): there is no such file. `tfn.jit(step).save(path, state, batch)` writes one."
+            f"tfn.load_step({str(path)!r}): there is no such file. `tfn.jit(step).save(...)` writes one."
         ) from None
     except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, KeyError, EOFError, NotImplementedError) as e:
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import re
@@ -19,64 +20,38 @@ from trainfn._compile import _file_format
 from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._capture import capture, compiler_error
-from trainfn._compile._donate import local
+from trainfn._compile._donate import check_alive, local
 from trainfn._compile._outside import ENVIRONMENT
 from trainfn._compile._program import Program
 from trainfn._compile._structure import Structure, flatten
 from trainfn._compile._trace import Trace
+from trainfn._step import TrainStep
 
 ARGUMENTS = {"gradients": ("state", "batch", "first_row"), "update": ("state", "gradients")}
 _DEVICES = ("cpu", "cuda")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def check_can_be_saved(settings: Settings, call: str) -> None:
-    """Raise if a step's settings are not those of a file."""
-    if not settings.compile:
-        raise ValueError(f"{call}: a file holds compiled code, and this step has compile=False. Leave that out.")
-    if settings.backend != "inductor":
-        raise ValueError(
-            f'{call}: a file is made by torch\'s "inductor", and this step has backend={settings.backend!r}. Leave that'
-            " out: `tfn.jit(step)`."
-        )
-    if settings.dynamic:
-        raise ValueError(
-            f"{call}: a file holds exact sizes, and this step has dynamic={settings.dynamic!r}. Save `tfn.jit(step)`"
-            " with a batch of each size: `step.save(path, state, small, large)`; or pad, `tfn.jit(step, buckets=...)`."
-        )
-
-
-def save_programs(
-    path: Path,
-    programs: Sequence[Program],
-    run: Callable[..., Callable[..., Any]],
-    states: Sequence[tuple[Any, Any]],
-    *,
-    plan: Any,
-    accumulate: Any,
-    buckets: Buckets | None,
-    name: str,
+def save_step(
+    path: Path, step: Any, programs: Sequence[Program], state: Any, batches: Sequence[Any], *, buckets: Buckets | None
 ) -> None:
-    """Capture and compile programs for given arguments, and write them to a file.
-
-    Args:
-        path: Of the file.
-        programs: The parts of the step.
-        run: Makes the step of other parts.
-        states: The pairs of a state and a batch to capture for.
-        plan: The step's, or None.
-        accumulate: The step's.
-        buckets: The step's, or None.
-        name: What the step is called.
-    """
-    call = f"step.save({str(path)!r}, state, batch)"
+    """Capture a step for given arguments, compile it, and write it to a file; see `Compiled.save`."""
+    call, plan = f"step.save({str(path)!r}, state, batch)", getattr(step, "plan", None)
+    settings = programs[0].settings
+    _check_settings(settings, call)
+    check_alive(state)
+    if plan is not None:
+        plan.check(state)
     contents = _Contents(call)
     recorders = [_Recorder(program, contents) for program in programs]
-    step = run(*recorders)
+    run: Callable[..., Any] = recorders[0]
+    if len(recorders) == 2:  # the gradients of a micro-batch, and the update
+        run = dataclasses.replace(step, gradients=recorders[0], update=recorders[1])
     with torch.no_grad():
-        for state, batch in states:
-            step(state, batch)
-        described = [recorder.described() for recorder in recorders]
+        for batch in batches:
+            run(state, batch if buckets is None else buckets.apply(batch))
+    name = type(step).__name__ if isinstance(step, TrainStep) else getattr(step, "__name__", "step")
+    accumulate = getattr(step, "accumulate", 1)
     header = {
         "versions": _file_format.versions(),
         "machine": _file_format.machine(contents.devices),
@@ -85,13 +60,29 @@ def save_programs(
         "environment": {name: repr(read()) for name, read in ENVIRONMENT.items()},
         "step": {"name": name, "accumulate": accumulate, **plan_described(plan)},
         "buckets": None if buckets is None else _buckets_described(buckets),
-        "options": {name: repr(value) for name, value in sorted((programs[0].settings.options or {}).items())},
-        "mode": programs[0].settings.mode,
-        "programs": described,
+        "mode": settings.mode,
+        "options": {name: repr(value) for name, value in sorted((settings.options or {}).items())},
+        "programs": [recorder.described() for recorder in recorders],
         "constants": contents.constants_described(),
         "libraries": contents.libraries,
     }
     _file_format.write_file(path, header, contents.members())
+
+
+def _check_settings(settings: Settings, call: str) -> None:
+    """Raise if a step's settings are not those of a file."""
+    if not settings.compile:
+        raise ValueError(f"{call}: a file holds compiled code, and this step has compile=False. Leave that out.")
+    if settings.backend != "inductor":
+        raise ValueError(
+            f'{call}: torch\'s "inductor" makes the file, and this step has backend={settings.backend!r}. Leave that'
+            " out: `tfn.jit(step)`."
+        )
+    if settings.dynamic:
+        raise ValueError(
+            f"{call}: a file holds exact sizes, and this step has dynamic={settings.dynamic!r}. Save `tfn.jit(step)`"
+            " with a batch of each size, `step.save(path, state, small, large)`; or pad, `tfn.jit(step, buckets=...)`."
+        )
 
 
 def plan_described(plan: Any) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._donate import check_alive
-from trainfn._compile._file_save import check_can_be_saved, save_programs
-from trainfn._compile._backend import Settings
+from trainfn._compile._file_save import save_step
 from trainfn._compile._program import Program
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import Dynamic, check_dynamic
@@ -57,24 +57,7 @@ class Compiled:
             CaptureError: If the step can't be one graph, or can't be compiled.
             ValueError: If the step's settings, or what it takes and returns, can't be in a file.
         """
-        call = f"step.save({str(path)!r}, state, batch)"
-        check_can_be_saved(self.settings, call)
-        check_alive(state)
-        if self.plan is not None:
-            self.plan.check(state)
-        batches = [b if self.buckets is None else self.buckets.apply(b) for b in (batch, *more)]
-        step = self.step
-        accumulated = len(self._programs) == 2
-        save_programs(
-            Path(path),
-            self._programs,
-            (lambda g, u: dataclasses.replace(step, gradients=g, update=u)) if accumulated else (lambda whole: whole),
-            [(state, b) for b in batches],
-            plan=self.plan,
-            accumulate=getattr(step, "accumulate", 1),
-            buckets=self.buckets,
-            name=type(step).__name__ if isinstance(step, TrainStep) else getattr(step, "__name__", "step"),
-        )
+        save_step(Path(path), self.step, self._programs, state, [batch, *more], buckets=self.buckets)
 
     def explain(self) -> Report:
         """Graphs, breaks, compile seconds and cache hits so far; print it."""
