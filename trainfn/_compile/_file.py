@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -260,20 +262,23 @@ class _Libraries:
 
     def __init__(self, path: Path, described: Sequence[Mapping[str, Any]], members: Mapping[str, bytes]) -> None:
         # The loader takes names of files. Kernels for a GPU are read at the first step, so the folder stays till then.
-        self._folder = tempfile.TemporaryDirectory(prefix="trainfn-step-")
-        folder = Path(self._folder.name)
-        for name in [name for library in described for name in library["files"]]:
-            (folder / name).write_bytes(members[name])
+        folder = Path(tempfile.mkdtemp(prefix="trainfn-step-"))
+        remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        on_gpu = False
         try:
+            for name in [name for library in described for name in library["files"]]:
+                (folder / name).write_bytes(members[name])
             self._runners = [_runner(folder, i, library["device"]) for i, library in enumerate(described)]
+            on_gpu = any(library["device"] != "cpu" for library in described)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
                 f"tfn.load_step({str(path)!r}): this system can't load its machine code: {reason}. Save it again here:"
                 " `tfn.jit(step).save(path, state, batch)`."
             ) from error
-        if all(library["device"] == "cpu" for library in described):
-            self._folder.cleanup()
+        finally:
+            if not on_gpu:
+                remove()
 
     def runner(self, number: int) -> Any:
         """Return what runs a library."""
