@@ -18,8 +18,8 @@ from trainfn._compile import _file_describe as describe
 from trainfn._compile import _file_format
 from trainfn._compile._backend import Built, Settings
 from trainfn._compile._buckets import Buckets
-from trainfn._compile._donate import check_alive, local
-from trainfn._compile._file_save import ARGUMENTS, plan_described
+from trainfn._compile._donate import check_alive
+from trainfn._compile._file_save import ARGUMENTS
 from trainfn._compile._outside import ENVIRONMENT, Change, Outside
 from trainfn._compile._program import Entry, Program
 from trainfn._compile._report import Report
@@ -31,7 +31,7 @@ from trainfn.errors import CheckpointError
 _SETTINGS = Settings(compile=True, backend="inductor", mode=None, dynamic=None, options=None, max_graphs=1)
 
 
-def load_step(path: str | os.PathLike[str], *, plan: Any = None) -> LoadedStep:
+def load_step(path: str | os.PathLike[str]) -> LoadedStep:
     """Load a compiled step that ``tfn.jit(step).save(path, state, batch)`` wrote: it runs at once.
 
     The file is machine code, so load only files that you trust. It holds for the same torch, trainfn and kind of
@@ -41,13 +41,12 @@ def load_step(path: str | os.PathLike[str], *, plan: Any = None) -> LoadedStep:
     the learning rate in an optimizer. Tensors among them are in the file. None of it can be compared.
 
     Args:
-        path: The file. On several ranks, each loads its own.
-        plan: The plan of the step, if it has one.
+        path: The file.
 
     Raises:
         CheckpointError: If the file is damaged.
         FileNotFoundError: If there is none.
-        ValueError: If it is for another version, machine, plan or rank; the message names what differs.
+        ValueError: If it is for another version or machine; the message names what differs.
 
     >>> import trainfn as tfn
     >>> tfn.load_step("absent.step")
@@ -56,19 +55,9 @@ def load_step(path: str | os.PathLike[str], *, plan: Any = None) -> LoadedStep:
     """
     began = time.perf_counter()
     header, members = _file_format.read_file(Path(path))
-    _check_plan(f"tfn.load_step({str(path)!r}, plan=plan)", header["step"], plan)
-    step = LoadedStep(Path(path), header, members, plan)
+    step = LoadedStep(Path(path), header, members)
     step.seconds = time.perf_counter() - began
     return step
-
-
-def _check_plan(call: str, saved: Mapping[str, Any], plan: Any) -> None:
-    for field, here in plan_described(plan).items():
-        if saved[field] != here:
-            raise ValueError(
-                f"{call}: {field}: the file was made with {saved[field]!r}, and here it is {here!r}. Give the plan that"
-                " the step was saved with, and each rank the file that it wrote."
-            )
 
 
 class LoadedStep:
@@ -76,15 +65,15 @@ class LoadedStep:
 
     Attributes:
         path: Of the file.
-        plan: How the step is spread over ranks.
+        plan: None: a file holds the step of one process.
         accumulate: Into how many micro-batches it splits a batch.
         signature: Whatever the file holds for: arguments by name, for each program.
         graphs: The hashes of the captured graphs; the same step, saved anywhere, has the same.
         seconds: What loading took.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], members: dict[str, bytes], plan: Any) -> None:
-        self.path, self.plan, self.seconds = path, plan, 0.0
+    def __init__(self, path: Path, header: dict[str, Any], members: dict[str, bytes]) -> None:
+        self.path, self.plan, self.seconds = path, None, 0.0
         self.accumulate, self._name = header["step"]["accumulate"], header["step"]["name"]
         self.buckets = None if header["buckets"] is None else Buckets(**header["buckets"])
         entries = [(part["name"], entry) for part in header["programs"] for entry in part["entries"]]
@@ -99,13 +88,11 @@ class LoadedStep:
         self._programs = made
         self._run: Callable[..., Any] = made[0]
         if len(made) == 2:
-            self._run = TrainStep(gradients=made[0], update=made[1], accumulate=self.accumulate, plan=plan)
+            self._run = TrainStep(gradients=made[0], update=made[1], accumulate=self.accumulate)
 
     def __call__(self, state: Any, batch: Any) -> Any:
         """Run the step."""
         check_alive(state)
-        if self.plan is not None:
-            self.plan.check(state)
         if self.buckets is not None:
             batch = self.buckets.apply(batch)
         with torch.no_grad():
@@ -159,7 +146,7 @@ class _FromFile(Program):
         saved = next((s for s in self.saved if _serves(s, kinds, overwritten)), None)
         if saved is None or saved["arguments"] != describe.containers(form, f"step(state, batch) of {self._path!r}"):
             raise self._misfit(form, kinds)
-        outputs = [describe.output_of(output, leaves) for output in saved["outputs"]]
+        outputs = [describe.output_of(output) for output in saved["outputs"]]
         state: Any = type(args[0])
         structure = describe.structure_of(saved["result"], state)
         constants = [self._constants[i] for i in saved["constants"]]
@@ -171,7 +158,7 @@ class _FromFile(Program):
             structure=structure,
             key=saved["graph"],
             mode=None,
-            sharded=saved["sharded"],
+            sharded=False,
         )
         run = _run(self._libraries.runner(saved["library"]), _strides(saved, leaves))
         self.report.graphs, self.report.nodes = self.report.graphs + 1, self.report.nodes + saved["nodes"]
@@ -227,7 +214,7 @@ def _strides(saved: Mapping[str, Any], leaves: Sequence[Any]) -> dict[int, tuple
     """Which inputs of the graph to copy first, and to which strides."""
     kinds = list(saved["leaves"].values())
     wanted = {place: tuple(kinds[i]["stride"]) for place, i in enumerate(saved["inputs"])}
-    return {place: s for place, s in wanted.items() if local(leaves[saved["inputs"][place]]).stride() != s}
+    return {place: s for place, s in wanted.items() if leaves[saved["inputs"][place]].stride() != s}
 
 
 def _run(runner: Any, strides: dict[int, tuple[int, ...]]) -> Callable[..., Sequence[Tensor]]:

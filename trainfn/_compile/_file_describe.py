@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainfn._compile._donate import local
 from trainfn._compile._structure import Dict, Leaf, Other, Row, Structure, leaf_names
-from trainfn._compile._trace import Layout, Output
+from trainfn._compile._trace import Output
 from trainfn._types import TrainState
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -131,36 +131,12 @@ def named(form: Structure, arguments: Sequence[str]) -> list[str]:
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def output_described(output: Output, leaves: Sequence[Any], call: str) -> dict[str, Any]:
+def output_described(output: Output, call: str) -> dict[str, Any]:
     """Describe where a leaf of the result comes from."""
     check_plain([output.value], call)
-    layout = None if output.layout is None else _layout_described(output.layout, leaves, call)
-    return {"kind": output.kind, "index": output.index, "layout": layout, "value": output.value}
+    return {"kind": output.kind, "index": output.index, "value": output.value}
 
 
-def _layout_described(layout: Layout, leaves: Sequence[Any], call: str) -> dict[str, Any]:
-    mesh = next((i for i, x in enumerate(leaves) if hasattr(x, "placements") and x.device_mesh == layout.mesh), None)
-    if mesh is None:
-        raise ValueError(f"{call}: the step returns a tensor on {layout.mesh}, which none of its arguments is on.")
-    placements = [[type(p).__name__, getattr(p, "dim", None), getattr(p, "reduce_op", None)] for p in layout.placements]
-    return {"mesh": mesh, "placements": placements, "shape": list(layout.shape), "stride": list(layout.stride)}
-
-
-def output_of(found: Mapping[str, Any], leaves: Sequence[Any]) -> Output:
-    """Make the output that was described, for these arguments."""
-    layout = None if found["layout"] is None else _layout_of(found["layout"], leaves)
-    return Output(found["kind"], found["index"], layout, found["value"])
-
-
-def _layout_of(found: Mapping[str, Any], leaves: Sequence[Any]) -> Layout:
-    import torch
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    made = {
-        "Shard": lambda dim, _: Shard(dim),
-        "Replicate": lambda *_: Replicate(),
-        "Partial": lambda _, op: Partial(op),
-    }
-    placements = tuple(made[kind](dim, op) for kind, dim, op in found["placements"])
-    mesh = leaves[found["mesh"]].device_mesh
-    return Layout(mesh, placements, torch.Size(found["shape"]), tuple(found["stride"]))
+def output_of(found: Mapping[str, Any]) -> Output:
+    """Make the output that was described."""
+    return Output(found["kind"], found["index"], None, found["value"])

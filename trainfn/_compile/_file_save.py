@@ -20,7 +20,7 @@ from trainfn._compile import _file_format
 from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._capture import capture, compiler_error
-from trainfn._compile._donate import check_alive, local
+from trainfn._compile._donate import check_alive
 from trainfn._compile._outside import ENVIRONMENT
 from trainfn._compile._program import Program
 from trainfn._compile._structure import Structure, flatten
@@ -36,12 +36,9 @@ def save_step(
     path: Path, step: Any, programs: Sequence[Program], state: Any, batches: Sequence[Any], *, buckets: Buckets | None
 ) -> None:
     """Capture a step for given arguments, compile it, and write it to a file; see `Compiled.save`."""
-    call, plan = f"step.save({str(path)!r}, state, batch)", getattr(step, "plan", None)
-    settings = programs[0].settings
-    _check_settings(settings, call)
+    call, settings = f"step.save({str(path)!r}, state, batch)", programs[0].settings
+    _check_settings(settings, getattr(step, "plan", None), call)
     check_alive(state)
-    if plan is not None:
-        plan.check(state)
     contents = _Contents(call)
     recorders = [_Recorder(program, contents) for program in programs]
     run: Callable[..., Any] = recorders[0]
@@ -58,7 +55,7 @@ def save_step(
         "features": _file_format.features(),
         "devices": sorted(contents.devices),
         "environment": {name: repr(read()) for name, read in ENVIRONMENT.items()},
-        "step": {"name": name, "accumulate": accumulate, **plan_described(plan)},
+        "step": {"name": name, "accumulate": accumulate},
         "buckets": None if buckets is None else _buckets_described(buckets),
         "mode": settings.mode,
         "options": {name: repr(value) for name, value in sorted((settings.options or {}).items())},
@@ -69,8 +66,15 @@ def save_step(
     _file_format.write_file(path, header, contents.members())
 
 
-def _check_settings(settings: Settings, call: str) -> None:
+def _check_settings(settings: Settings, plan: Any, call: str) -> None:
     """Raise if a step's settings are not those of a file."""
+    if plan is not None and plan.world > 1:
+        # The runner keeps Python's lock while a collective waits. A thread of gloo that frees a tensor of Python's
+        # waits for that lock, so that a run in ten hangs: seen with torch 2.13.
+        raise ValueError(
+            f"{call}: a file holds the step of one process, and this step's plan has {plan.world} ranks, which would"
+            " wait for each other for ever now and then. Call `tfn.jit(step)` on each rank: its caches are on the disk."
+        )
     if not settings.compile:
         raise ValueError(f"{call}: a file holds compiled code, and this step has compile=False. Leave that out.")
     if settings.backend != "inductor":
@@ -83,13 +87,6 @@ def _check_settings(settings: Settings, call: str) -> None:
             f"{call}: a file holds exact sizes, and this step has dynamic={settings.dynamic!r}. Save `tfn.jit(step)`"
             " with a batch of each size, `step.save(path, state, small, large)`; or pad, `tfn.jit(step, buckets=...)`."
         )
-
-
-def plan_described(plan: Any) -> dict[str, Any]:
-    """Describe what lays a step out over ranks."""
-    if plan is None or plan.world == 1:
-        return {"plan": None, "world": 1, "rank": 0}
-    return {"plan": repr(plan), "world": plan.world, "rank": torch.distributed.get_rank()}
 
 
 def _buckets_described(buckets: Buckets) -> dict[str, Any]:
@@ -188,11 +185,10 @@ class _Recorder:
             "nodes": sum(node.op.startswith("call") for node in found.graph.graph.nodes),
             "inputs": found.inputs,
             "constants": [contents.constant(x) for x in found.constants],
-            "outputs": [describe.output_described(output, leaves, call) for output in found.outputs],
+            "outputs": [describe.output_described(output, call) for output in found.outputs],
             "result": describe.containers(found.structure, call),
-            "sharded": found.sharded,
         }
-        inputs = [local(leaves[i]) for i in found.inputs] + found.constants
+        inputs = [leaves[i] for i in found.inputs] + found.constants
         library = contents.library(found, inputs, self.program.settings)
         return _Captured({**entry, "library": library}, found, fakes)
 
@@ -208,8 +204,7 @@ def _result(captured: _Captured, leaves: Sequence[Any]) -> Any:
     for output in captured.found.outputs:
         if output.kind == "graph":
             fake = captured.fakes[output.index]
-            made = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
-            new.append(made if output.layout is None else output.layout.whole(made))
+            new.append(torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device))
         else:
             new.append(leaves[output.index] if output.kind == "input" else output.value)
     return captured.found.structure.build(iter(new))

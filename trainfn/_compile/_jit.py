@@ -48,7 +48,7 @@ class Compiled:
         torch and this kind of machine; what the step read from outside them is fixed in it.
 
         Args:
-            path: The file to write. On several ranks, each calls this with a file of its own.
+            path: The file to write.
             state: A state.
             batch: A batch.
             more: Further batches, for steps of other sizes.
