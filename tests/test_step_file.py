@@ -98,6 +98,33 @@ def test_a_batch_with_other_strides_is_copied(saved_accumulating):
     assert_identical(step(state, other), step(state, batch))
 
 
+def test_the_order_of_names_does_not_matter(saved, saved_accumulating):
+    state, batch = things()[1], batch_of(0)
+    turned = {name: batch[name] for name in reversed(batch)}
+    other = state._replace(params={name: state.params[name] for name in reversed(state.params)})
+    for path in (saved, saved_accumulating):
+        expected = tfn.load_step(path)(tfn.copy(state), batch)
+        assert_identical(expected, tfn.load_step(path)(tfn.copy(state), turned))
+        new, metrics = tfn.load_step(path)(tfn.copy(other), turned)
+        assert_identical(expected[1], metrics)
+        assert tfn.digest(new) == tfn.digest(expected[0])
+
+
+@pytest.mark.slow
+def test_any_function_of_a_state_and_a_batch_can_be_saved(folder):
+    def evaluate(model, batch):
+        mean = tfn.losses.cross_entropy(model(batch["x"]), batch["y"])
+        return mean, {"number": tfn.Mean.of(batch["x"] * batch["scale"])}
+
+    (_, state), batch = things(), {**batch_of(0), "scale": 2.5}
+    step = tfn.eval_step(evaluate)
+    tfn.jit(step).save(folder / "eval.step", state, batch)
+    loaded = tfn.load_step(folder / "eval.step")
+    assert_close(loaded(state, batch), step(state, batch))
+    with pytest.raises(ValueError, match=r"batch/scale is 3.5, and was 2.5 when the step was saved"):
+        loaded(state, {**batch, "scale": 3.5})
+
+
 def test_fit_runs_a_loaded_step_with_checkpoints(saved, tmp_path):
     store = tfn.Checkpoints(tmp_path, every=2)
     run = lambda until: tfn.fit(  # noqa: E731

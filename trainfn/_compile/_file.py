@@ -143,27 +143,31 @@ class _FromFile(Program):
         _, form = flatten(args)
         kinds = self._kinds(form, leaves)
         overwritten = form.children[0].places(False) if self.donate else []  # type: ignore[union-attr]
-        saved = next((s for s in self.saved if _serves(s, kinds, overwritten)), None)
-        if saved is None or saved["arguments"] != describe.containers(form, f"step(state, batch) of {self._path!r}"):
+        arguments = describe.unordered(describe.containers(form, f"step(state, batch) of {self._path!r}"))
+        fitting = [s for s in self.saved if describe.unordered(s["arguments"]) == arguments]
+        saved = next((s for s in fitting if _serves(s, kinds, overwritten)), None)
+        if saved is None:
             raise self._misfit(form, kinds)
+        self.report.graphs, self.report.nodes = self.report.graphs + 1, self.report.nodes + saved["nodes"]
+        self.report.cache_hits += 1
+        found = self._found(saved, list(kinds), args[0])
+        run = _run(self._libraries.runner(saved["library"]), _strides(saved, found.inputs, leaves))
+        return Entry(found, Built(run, None), _Unwatched(), form, donating=self.donate)
+
+    def _found(self, saved: Mapping[str, Any], names: list[str], state: Any) -> Trace:
+        """What was traced, for arguments whose dicts may have another order."""
+        places = [names.index(name) for name in saved["leaves"]]
         outputs = [describe.output_of(output) for output in saved["outputs"]]
-        state: Any = type(args[0])
-        structure = describe.structure_of(saved["result"], state)
-        constants = [self._constants[i] for i in saved["constants"]]
-        found = Trace(
+        return Trace(
             graph=None,  # type: ignore[arg-type]
-            constants=constants,
-            inputs=saved["inputs"],
-            outputs=outputs,
-            structure=structure,
+            constants=[self._constants[i] for i in saved["constants"]],
+            inputs=[places[i] for i in saved["inputs"]],
+            outputs=[o if o.kind != "input" else o._replace(index=places[o.index]) for o in outputs],
+            structure=describe.structure_of(saved["result"], type(state)),
             key=saved["graph"],
             mode=None,
             sharded=False,
         )
-        run = _run(self._libraries.runner(saved["library"]), _strides(saved, leaves))
-        self.report.graphs, self.report.nodes = self.report.graphs + 1, self.report.nodes + saved["nodes"]
-        self.report.cache_hits += 1
-        return Entry(found, Built(run, None), _Unwatched(), form, donating=self.donate)
 
     def _kinds(self, form: Structure, leaves: Sequence[Any]) -> dict[str, dict[str, Any]]:
         names = describe.named(form, ARGUMENTS.get(self.name, ("state", "batch")))
@@ -200,21 +204,25 @@ def _no_function(*_: Any) -> Any:
 def _serves(saved: Mapping[str, Any], kinds: Mapping[str, Any], overwritten: Sequence[bool]) -> bool:
     """Whether a saved graph is for such leaves. What it only reads may have other strides: it is copied."""
     known = saved["leaves"]
-    if list(known) != list(kinds):
+    if known.keys() != kinds.keys():
         return False
-    fixed = {output["index"] for output in saved["outputs"] if output["kind"] == "input"}
-    for i, (there, here) in enumerate(zip(known.values(), kinds.values(), strict=True)):
-        exact = i in fixed or (i < len(overwritten) and overwritten[i])
-        if there != here and (exact or "stride" not in here or {**here, "stride": there.get("stride")} != there):
+    kept = list(known)
+    fixed = {kept[output["index"]] for output in saved["outputs"] if output["kind"] == "input"}
+    fixed |= {name for name, yes in zip(kinds, overwritten, strict=False) if yes}
+    for name, here in kinds.items():
+        there = known[name]
+        if there != here and (
+            name in fixed or "stride" not in here or {**here, "stride": there.get("stride")} != there
+        ):
             return False
     return True
 
 
-def _strides(saved: Mapping[str, Any], leaves: Sequence[Any]) -> dict[int, tuple[int, ...]]:
+def _strides(saved: Mapping[str, Any], inputs: Sequence[int], leaves: Sequence[Any]) -> dict[int, tuple[int, ...]]:
     """Which inputs of the graph to copy first, and to which strides."""
     kinds = list(saved["leaves"].values())
     wanted = {place: tuple(kinds[i]["stride"]) for place, i in enumerate(saved["inputs"])}
-    return {place: s for place, s in wanted.items() if leaves[saved["inputs"][place]].stride() != s}
+    return {place: stride for place, stride in wanted.items() if leaves[inputs[place]].stride() != stride}
 
 
 def _run(runner: Any, strides: dict[int, tuple[int, ...]]) -> Callable[..., Sequence[Tensor]]:

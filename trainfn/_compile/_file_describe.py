@@ -48,6 +48,16 @@ def containers(found: Structure, call: str) -> Any:
     return {"kind": _path(found.kind), "items": items}
 
 
+def unordered(found: Any) -> Any:
+    """Return what is equal for containers that differ in the order of the names of their dicts."""
+    if isinstance(found, str):
+        return found
+    items = [unordered(item) for item in found["items"]]
+    if found["kind"] != "dict":
+        return (found["kind"], items)
+    return ("dict", sorted(zip(found["keys"], items, strict=True), key=lambda pair: repr(pair[0])))
+
+
 def _path(kind: type) -> str:
     """The name of a NamedTuple; a state's own type is the module's, and is told by the state that comes in."""
     return _STATE if issubclass(kind, TrainState) else f"{kind.__module__}:{kind.__qualname__}"
