@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 import zipfile
 from collections import OrderedDict
@@ -310,7 +311,10 @@ def test_an_absent_file_is_named(tmp_path):
         tfn.load_step(tmp_path / "absent.step")
 
 
-def test_nothing_is_pickled_and_nothing_is_left_behind(saved):
+def test_nothing_is_pickled_and_nothing_is_left_behind(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    called(saved)
+    assert list(tmp_path.iterdir()) == []
     with zipfile.ZipFile(saved) as archive:
         names = archive.namelist()
     assert {Path(name).suffix for name in names} == {".json", ".so", ".safetensors"}
