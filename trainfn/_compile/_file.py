@@ -40,6 +40,8 @@ def load_step(path: str | os.PathLike[str]) -> LoadedStep:
     What the step read from outside its arguments when it was saved is fixed: the numbers of a module or a closure, and
     the learning rate in an optimizer. Tensors among them are in the file. None of it can be compared.
 
+    While a step runs on a CPU, other threads of Python wait: torch's runner keeps Python's lock.
+
     Args:
         path: The file.
 
