@@ -32,8 +32,10 @@ from trainfn._checkpoint import restore as restore
 from trainfn._checkpoint import save as save
 from trainfn._compile import Buckets as Buckets
 from trainfn._compile import Compiled as Compiled
+from trainfn._compile import LoadedStep as LoadedStep
 from trainfn._compile import Report as Report
 from trainfn._compile import jit as jit
+from trainfn._compile import load_step as load_step
 from trainfn._driver import fit as fit
 from trainfn._driver import steps as steps
 from trainfn._evaluate import evaluate as evaluate

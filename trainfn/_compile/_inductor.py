@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 
 from trainfn._compile._atoms import inputs, owner
 from trainfn._compile._blocks import compile_pieces
+from trainfn._compile._leafwise import leafwise
 from trainfn._compile._onefile import few_files
 from trainfn._compile._twins import merge_twins
 
@@ -18,9 +20,23 @@ _COPY: Any = torch.ops.aten.copy_.default
 
 
 def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
-    """Compile a flat graph (see `cut`) with inductor, equal parts once and all C++ in a few files."""
-    with few_files():
-        return compile_pieces(graph, inductor)
+    """Compile a flat graph (see `cut`) with inductor, equal parts once and all C++ in a few files.
+
+    What inductor can't compile so, it gets again as one graph without lists, by its front door: some of its versions
+    have faults in the kernels that combine the leaves of a list.
+    """
+    try:
+        with few_files():
+            return compile_pieces(graph, inductor)
+    except Exception as error:
+        logging.getLogger("trainfn").info("inductor gets the graph again, by its front door: %s", error)
+        whole = fx.GraphModule(graph, leafwise(graph, everywhere=True))
+        examples = [node.meta["val"] for node in whole.graph.nodes if node.op == "placeholder"]
+        try:
+            compiled = _by_the_front_door(whole, examples)
+        except Exception:
+            raise error from None
+        return lambda *args: compiled(list(args))
 
 
 def inductor(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Any]]:
@@ -28,14 +44,45 @@ def inductor(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[list[T
     from torch._guards import TracingContext, detect_fake_mode, tracing
     from torch._inductor import config
 
-    with torch.no_grad(), tracing(TracingContext(detect_fake_mode(examples))):
-        if not config.triton.cudagraphs and _writes_last(module):
+    if not config.triton.cudagraphs and not config.max_autotune and _writes_last(module) and _is_flat(module):
+        with torch.no_grad(), tracing(TracingContext(detect_fake_mode(examples))), _repeatable(examples):
             with contextlib.suppress(ImportError, TypeError):  # another torch: by its front door
                 return _past_autograd(module, examples)
-        from torch._inductor.compile_fx import compile_fx
+    return _by_the_front_door(module, examples)
 
+
+def _by_the_front_door(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Any]]:
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+    from torch._inductor.compile_fx import compile_fx
+
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default  # a decomposition may give other strides
+    module.recompile()
+    with torch.no_grad(), tracing(TracingContext(detect_fake_mode(examples))), _repeatable(examples):
         whole: Any = compile_fx(module, examples)
         return lambda args: whole(*args)
+
+
+@contextlib.contextmanager
+def _repeatable(examples: list[Tensor]) -> Generator[None]:
+    """Same inputs, same bits: no kernel of an accelerator adds up in the order in which its threads arrive."""
+    flag, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if all(not isinstance(x, Tensor) or x.device.type == "cpu" for x in examples):
+        yield
+        return
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=not flag or warn_only)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(flag, warn_only=warn_only)
+
+
+def _is_flat(module: fx.GraphModule) -> bool:
+    """Whether the graph has no graphs in it, such as the branches of `torch.cond`."""
+    return not any(isinstance(part, fx.GraphModule) for part in module.children())
 
 
 def _writes_last(module: fx.GraphModule) -> bool:
@@ -75,7 +122,17 @@ def _decomposed(module: fx.GraphModule, examples: list[Tensor]) -> fx.GraphModul
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    graph = make_fx(fx.Interpreter(module).run, select_decomp_table(), _allow_non_fake_inputs=True)(*examples)
+    table = dict(select_decomp_table())
+    if any(isinstance(x, Tensor) and x.device.type != "cpu" for x in examples):
+        table.pop(torch.ops.aten.embedding_dense_backward.default, None)  # its kernel adds up in a fixed order
+    out = next(iter(reversed(module.graph.nodes)))
+    wanted = [x.meta["val"] if isinstance(x, fx.Node) else None for x in out.args[0]]
+
+    def run(*args: Any) -> list[Any]:
+        found = _Reshaping(module).run(*args)
+        return [x if like is None else _laid_out(x, like) for x, like in zip(found, wanted, strict=True)]
+
+    graph = make_fx(run, table, _allow_non_fake_inputs=True)(*examples)
     merge_twins(graph.graph)
     out = next(iter(reversed(graph.graph.nodes)))
     for node in list(graph.graph.nodes):
@@ -83,3 +140,23 @@ def _decomposed(module: fx.GraphModule, examples: list[Tensor]) -> fx.GraphModul
             out.prepend(node)
     graph.recompile()
     return graph
+
+
+class _Reshaping(fx.Interpreter):
+    """Runs a graph; a view that a decomposition's strides do not allow becomes a copy."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.aten.view.default:
+            target = torch.ops.aten.reshape.default
+        return super().call_function(target, args, kwargs)
+
+
+def _laid_out(x: Any, like: Any) -> Any:
+    """The tensor with the strides of another one of its shape: a decomposition may give others."""
+    if not isinstance(x, Tensor) or x.numel() == 0 or any(isinstance(n, torch.SymInt) for n in like.shape):
+        return x
+    if all(a == b or n == 1 for n, a, b in zip(x.shape, x.stride(), like.stride(), strict=True)):
+        return x
+    order = sorted(range(x.dim()), key=lambda d: (-like.stride(d), d))
+    back = [order.index(d) for d in range(x.dim())]
+    return x.permute(order).contiguous().permute(back)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._donate import check_alive
+from trainfn._compile._file_save import save_step
 from trainfn._compile._launch import Launches
 from trainfn._compile._program import Program
 from trainfn._compile._report import Report
@@ -58,6 +61,24 @@ class Compiled:
             batch = self.buckets.apply(batch)
         with torch.no_grad():
             return Program(self.step, self.settings, donate=False, name="step").capture(state, batch).graph
+
+    def save(self, path: str | os.PathLike[str], state: Any, batch: Any, *more: Any) -> None:
+        """Compile the step ahead of time into a file, which `trainfn.load_step` runs at once in another process.
+
+        Nothing is run, and the state stays as it is. The file holds for arguments like these, for this version of
+        torch and this kind of machine; what the step read from outside them is fixed in it.
+
+        Args:
+            path: The file to write.
+            state: A state.
+            batch: A batch.
+            more: Further batches, for steps of other sizes.
+
+        Raises:
+            CaptureError: If the step can't be one graph, or can't be compiled.
+            ValueError: If the step's settings, or what it takes and returns, can't be in a file.
+        """
+        save_step(Path(path), self.step, self._programs, state, [batch, *more], buckets=self.buckets)
 
     def explain(self) -> Report:
         """Graphs, breaks, compile seconds and cache hits so far; print it."""

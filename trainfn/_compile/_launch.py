@@ -90,6 +90,8 @@ class Launches:
         self._calls[key] = self._calls.get(key, 0) + 1
         if self._calls[key] <= _WARM:
             return self.run(state, batch)
+        if any(entry.trace.reads_host for program in self.programs for entry in program.entries()):
+            return self.run(state, batch)  # a condition is read on the host, which a recording can't do
         self._calls[key] = 0
         made = Recording(self, form, leaves, donated)
         self._recordings[key] = made

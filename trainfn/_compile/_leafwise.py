@@ -28,13 +28,18 @@ _NAMES = {"norm": "linalg_vector_norm"}
 _KEYWORDS = {"addcmul": {3: "value"}, "addcdiv": {3: "value"}, "norm": {2: "dtype"}}
 
 
-def leafwise(module: fx.GraphModule) -> fx.Graph:
-    """A copy of the graph with a node per leaf for each node of lists; ``meta["lane"]`` numbers the leaves' chains."""
+def leafwise(module: fx.GraphModule, *, everywhere: bool = False) -> fx.Graph:
+    """A copy of the graph with a node per leaf for each node of lists; ``meta["lane"]`` numbers the leaves' chains.
+
+    Args:
+        module: A flat graph.
+        everywhere: Split the lists of every device, not the processor's alone.
+    """
     graph, env, leaves = fx.Graph(), dict[fx.Node, Any](), set[fx.Node]()
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is operator.getitem and isinstance(env[node.args[0]], list):
             env[node] = env[node.args[0]][node.args[1]]
-        elif (leaf := _of_one_leaf(node)) is not None:
+        elif (leaf := _of_one_leaf(node, everywhere)) is not None:
             env[node] = _split(graph, node, leaf, env)
             leaves.update(env[node])
         elif node.target is operator.getitem:  # one node per part of a result, or it would have two names
@@ -68,12 +73,12 @@ def _number(graph: fx.Graph, leaves: set[fx.Node]) -> None:
         node.meta["lane"] = root(lanes[node]) if node in lanes else None
 
 
-def _of_one_leaf(node: fx.Node) -> OpOverload | None:
+def _of_one_leaf(node: fx.Node, everywhere: bool) -> OpOverload | None:
     """The operation that does for one leaf what the node does for a list, if there is one."""
     target = node.target
     if not isinstance(target, OpOverload) or not target.__name__.startswith("_foreach_"):
         return None
-    if any(user.target is not operator.getitem for user in node.users) or not _on_cpu(node.args[0]):
+    if any(user.target is not operator.getitem for user in node.users) or not (everywhere or _on_cpu(node.args[0])):
         return None
     packet = target.__name__.split(".")[0].removeprefix("_foreach_")
     name, suffix = packet.removesuffix("_"), packet[len(packet.removesuffix("_")) :]

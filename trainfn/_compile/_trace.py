@@ -77,6 +77,7 @@ class Trace:
         key: Two traces with equal keys are the same program.
         mode: The fake mode of the graph's example values.
         sharded: Whether a tensor that goes in or comes out is spread over ranks.
+        reads_host: Whether the graph has branches, whose conditions are read on the host.
     """
 
     graph: fx.GraphModule
@@ -87,6 +88,7 @@ class Trace:
     key: Hashable
     mode: Any
     sharded: bool
+    reads_host: bool
 
 
 class _Run:
@@ -173,7 +175,9 @@ def trace(
     constants = lift_constants(graph, mode.from_tensor)
     layouts = [*run.layouts.values(), *(output.layout for output in run.outputs)]
     sharded = any(layout is not None for layout in layouts)
-    return Trace(graph, constants, run.inputs, run.outputs, run.result, canonical(graph), mode, sharded)
+    branches = any(isinstance(part, fx.GraphModule) for part in graph.children())
+    key = canonical(graph)
+    return Trace(graph, constants, run.inputs, run.outputs, run.result, key, mode, sharded, branches)
 
 
 def _fakes(tensors: list[Tensor], places: list[int], dynamic: dict[int, Sequence[int]]) -> tuple[Any, list[Tensor]]:
@@ -189,16 +193,22 @@ def _fakes(tensors: list[Tensor], places: list[int], dynamic: dict[int, Sequence
 
 @contextlib.contextmanager
 def _conditions(mode: Any) -> Generator[None]:
-    mkldnn, validated = torch._C._get_mkldnn_enabled(), Distribution._validate_args
+    mkldnn, cudnn, validated = (
+        torch._C._get_mkldnn_enabled(),
+        torch._C._get_cudnn_enabled(),
+        Distribution._validate_args,
+    )
     try:
-        # oneDNN's recurrent kernels have no fake backward pass; the plain ones are unrolled.
+        # The recurrent kernels of oneDNN and cuDNN have no fake backward pass; the plain ones are unrolled.
         torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
         Distribution.set_default_validate_args(False)  # there are no numbers to validate
         # One thread for the backward pass, since modes are per thread.
         with mode, _uncompiled(), torch.autograd.set_multithreading_enabled(False), torch.no_grad():
             yield
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)
+        torch._C._set_cudnn_enabled(cudnn)
         Distribution.set_default_validate_args(validated)
 
 
