@@ -86,8 +86,10 @@ def test_draws_equal_those_of_a_cpu(name, compile):
 def test_compiled_steps_equal_eager_ones(net, accumulate):
     eager, losses = train(net, accumulate=accumulate, compile=False)
     state, other = train(net, accumulate=accumulate, donate=True)
-    assert_close(state, eager, 1e-5)
-    assert other == pytest.approx(losses, rel=1e-5)
+    # The mixed net has a layer in bfloat16, which a compiled kernel rounds less often.
+    tolerance = 1e-3 if ACCELERATOR and net.name == "mixed" else 1e-5
+    assert_close(state, eager, tolerance)
+    assert other == pytest.approx(losses, rel=tolerance)
 
 
 @pytest.mark.parametrize("net", [pytest.param(net, id=net.name) for net in NETS if net.name != "mixed"])

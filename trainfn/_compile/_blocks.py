@@ -127,7 +127,7 @@ class _Cutter:
         emitter = _Emitter(fx.Graph())
         for value in piece.takes:
             new = emitter.graph.placeholder(value.name)
-            new.meta["val"] = value.meta["val"]
+            new.meta["val"] = value.meta["val"].contiguous() if _has_gaps(value) else value.meta["val"]
             emitter.env[value] = new
         for i in piece.span:
             emitter.run(self._line[i])
@@ -159,11 +159,31 @@ class _Cutter:
         return fx.GraphModule(root, emitter.graph)
 
     def _call(self, emitter: _Emitter, piece: _Piece, name: str) -> None:
-        call = emitter.graph.call_module(name, tuple(emitter.env[value] for value in piece.takes))
+        call = emitter.graph.call_module(name, tuple(_without_gaps(emitter, value) for value in piece.takes))
         for n, (at, part) in enumerate(piece.gives):
             value = self._line[piece.span.start + at].parts.get(part)
             if value is not None and value.users:
                 emitter.env[value] = emitter.graph.call_function(operator.getitem, (call, n))
+
+
+def _has_gaps(value: fx.Node) -> bool:
+    """Whether a computed value is a part of a larger tensor: a compiler may give it without the rest, or not."""
+    if value.op == "placeholder":
+        return False
+    need = 1
+    sizes = zip(value.meta["val"].stride(), value.meta["val"].shape, strict=True)
+    for stride, size in sorted((stride, size) for stride, size in sizes if size != 1):
+        if stride != need:
+            return True
+        need *= size
+    return False
+
+
+def _without_gaps(emitter: _Emitter, value: fx.Node) -> fx.Node:
+    given = emitter.env[value]
+    if not _has_gaps(value):
+        return given
+    return emitter.graph.call_function(torch.ops.aten.contiguous.default, (given,))
 
 
 class _Emitter:

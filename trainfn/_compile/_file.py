@@ -164,11 +164,12 @@ class _FromFile(Program):
             graph=None,  # type: ignore[arg-type]
             constants=[self._constants[i] for i in saved["constants"]],
             inputs=[places[i] for i in saved["inputs"]],
-            outputs=[o if o.kind != "input" else o._replace(index=places[o.index]) for o in outputs],
+            outputs=[o if o.kind != "input" else o._replace(place=places[o.place]) for o in outputs],
             structure=describe.structure_of(saved["result"], type(state)),
             key=saved["graph"],
             mode=None,
             sharded=False,
+            reads_host=False,
         )
 
     def _kinds(self, form: Structure, leaves: Sequence[Any]) -> dict[str, dict[str, Any]]:
@@ -209,7 +210,7 @@ def _serves(saved: Mapping[str, Any], kinds: Mapping[str, Any], overwritten: Seq
     if known.keys() != kinds.keys():
         return False
     kept = list(known)
-    fixed = {kept[output["index"]] for output in saved["outputs"] if output["kind"] == "input"}
+    fixed = {kept[output["place"]] for output in saved["outputs"] if output["kind"] == "input"}
     fixed |= {name for name, yes in zip(kinds, overwritten, strict=False) if yes}
     for name, here in kinds.items():
         there = known[name]

@@ -144,9 +144,9 @@ def named(form: Structure, arguments: Sequence[str]) -> list[str]:
 def output_described(output: Output, call: str) -> dict[str, Any]:
     """Describe where a leaf of the result comes from."""
     check_plain([output.value], call)
-    return {"kind": output.kind, "index": output.index, "value": output.value}
+    return {"kind": output.kind, "place": output.place, "value": output.value}
 
 
 def output_of(found: Mapping[str, Any]) -> Output:
     """Make the output that was described."""
-    return Output(found["kind"], found["index"], None, found["value"])
+    return Output(found["kind"], found["place"], None, found["value"])

@@ -203,10 +203,10 @@ def _result(captured: _Captured, leaves: Sequence[Any]) -> Any:
     new: list[Any] = []
     for output in captured.found.outputs:
         if output.kind == "graph":
-            fake = captured.fakes[output.index]
+            fake = captured.fakes[output.place]
             new.append(torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device))
         else:
-            new.append(leaves[output.index] if output.kind == "input" else output.value)
+            new.append(leaves[output.place] if output.kind == "input" else output.value)
     return captured.found.structure.build(iter(new))
 
 
