@@ -212,7 +212,23 @@ def _conditions(mode: Any) -> Generator[None]:
         Distribution.set_default_validate_args(validated)
 
 
-def _uncompiled() -> Any:
-    """What a user compiled with `torch.compile` runs as it is: it becomes a part of this graph."""
-    compiling = "torch._dynamo" in sys.modules  # it takes a second to import, and nothing is compiled without it
-    return torch._dynamo.config.patch(error_on_nested_fx_trace=False) if compiling else contextlib.nullcontext()
+@contextlib.contextmanager
+def _uncompiled() -> Generator[None]:
+    """What a user compiled with `torch.compile` runs as it is: as a part of this graph."""
+    if "torch._dynamo" not in sys.modules:  # it takes a second to import, and nothing is compiled without it
+        yield
+        return
+    _forget_branches()
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+        yield
+
+
+def _forget_branches() -> None:
+    """Let `torch.cond` read its branches anew: torch would reuse those of an earlier trace, with its fake tensors."""
+    module = sys.modules.get("torch._higher_order_ops.cond")
+    reset: Any = getattr(torch._dynamo.eval_frame, "reset_code", None)
+    if module is None or reset is None:
+        return
+    for constant in module.cond.__code__.co_consts:
+        if getattr(constant, "co_name", "") == "_cond_op_wrapper":
+            reset(constant)
