@@ -218,17 +218,7 @@ def _uncompiled() -> Generator[None]:
     if "torch._dynamo" not in sys.modules:  # it takes a second to import, and nothing is compiled without it
         yield
         return
-    _forget_branches()
-    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+    # Its tracer reads the branches of `torch.cond`; it would make symbols of sizes that it has seen vary elsewhere.
+    settings = {"error_on_nested_fx_trace": False, "automatic_dynamic_shapes": False}
+    with torch._dynamo.config.patch(settings):
         yield
-
-
-def _forget_branches() -> None:
-    """Let `torch.cond` read its branches anew: torch would reuse those of an earlier trace, with its fake tensors."""
-    module = sys.modules.get("torch._higher_order_ops.cond")
-    reset: Any = getattr(torch._dynamo.eval_frame, "reset_code", None)
-    if module is None or reset is None:
-        return
-    for constant in module.cond.__code__.co_consts:
-        if getattr(constant, "co_name", "") == "_cond_op_wrapper":
-            reset(constant)
