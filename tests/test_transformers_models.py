@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, generator, quick, seeded
+from helpers import assert_close, assert_identical, generator, quick, seeded
 
 import trainfn as tfn
 
@@ -82,3 +82,16 @@ def test_accumulation_of_a_model_of_transformers_equals_one_batch(make):
     step = tfn.train_step(loss, optimizer)
     state = tfn.init(seeded(make), optimizer)
     assert_close(tfn.accumulate(step, 3)(state, batch(5)), step(state, batch(5)), 1e-6)
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, llama, t5])
+def test_batches_of_many_sizes_are_two_graphs(make):
+    """An exact one for the first size, and one for every other: dropout included, to the bit."""
+    optimizer = tfn.optim.sgd(0.1)
+    eager = tfn.train_step(loss, optimizer)
+    step, state = quick(eager, dynamic="auto"), tfn.init(seeded(make), optimizer)
+    for rows, length in ((4, 6), (3, 5), (2, 7), (5, 9), (4, 6), (3, 11)):
+        ids = torch.randint(1, 19, (rows, length), generator=generator(length))
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        assert_identical(step(state, given), eager(state, given))
+    assert step.explain().graphs == 2

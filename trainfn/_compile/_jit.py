@@ -128,8 +128,8 @@ def jit(
         mode: A mode of ``torch.compile``, such as ``"max-autotune"``. With ``"reduce-overhead"`` on CUDA, the whole
             step is one launch of a CUDA graph from its third call on.
         dynamic: Dimensions of the batch whose sizes vary, compiled once for all sizes: True for every dimension,
-            ``(1,)`` for the second of every leaf, ``{"input_ids": (0, 1)}`` by leaf. By default sizes are exact, and
-            each new one is compiled for.
+            ``(1,)`` for the second of every leaf, ``{"input_ids": (0, 1)}`` by leaf, ``"auto"`` for those that are
+            seen to vary. By default sizes are exact, and each new one is compiled for.
         options: Options of the backend.
         max_graphs: Compiled graphs allowed per program. One more is a `RecompileError` that names what changed.
         buckets: Sizes to pad batches to, one compilation each.

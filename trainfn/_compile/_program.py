@@ -16,7 +16,7 @@ from trainfn._compile._capture import capture
 from trainfn._compile._donate import check_alive, local, overwrite
 from trainfn._compile._outside import Outside, environment
 from trainfn._compile._report import Report
-from trainfn._compile._sizes import dimensions
+from trainfn._compile._sizes import Seen, dimensions
 from trainfn._compile._structure import Misfit, Row, Structure, flatten
 from trainfn._compile._trace import Trace, donation, layout_of
 from trainfn._types import TrainState
@@ -124,6 +124,7 @@ class Program:
         self._signatures: dict[Hashable, int] = {}
         self._known: Known | None = None
         self._rest: Structure | None = None
+        self._seen = Seen() if settings.dynamic == "auto" else None
 
     def __call__(self, state: Any, *rest: Any) -> Any:
         check_alive(state)
@@ -143,7 +144,14 @@ class Program:
 
     def _compiled(self, state: Any, rest: tuple[Any, ...]) -> Any:
         leaves, signature = self._signature(state, rest)
-        entry = next((e for e in self._entries.get(signature, ()) if e.holds is None or e.fits(leaves)), None)
+        entry = self._entry(signature, leaves)
+        if entry is None and self._seen is not None:
+            self._seen.note(*reversed(flatten((None, *rest))))
+            if self._seen.varied:
+                leaves, signature = self._dynamic_signature(
+                    leaves[: len(leaves) - self._count(rest)], signature[0], rest
+                )
+                entry = self._entry(signature, leaves)
         if entry is None or not entry.outside.unchanged():
             entry = self._enter(entry, (state, *rest), leaves, signature)
         result, new = entry(state, leaves)
@@ -168,7 +176,7 @@ class Program:
             leaves, form = flatten(state)
             signature = self._number((form, *map(_kind, leaves)))
             known = self._known = Known(form, [_reference(x) for x in leaves], signature)
-        if self.settings.dynamic:
+        if self.settings.dynamic and self._seen is None:
             return self._dynamic_signature(leaves, known.signature, rest)
         others: list[Any] = []
         try:
@@ -183,9 +191,20 @@ class Program:
         leaves += others
         return leaves, (known.signature, kinds, environment())
 
+    def _entry(self, signature: _Signature, leaves: list[Any]) -> Entry | None:
+        return next((e for e in self._entries.get(signature, ()) if e.holds is None or e.fits(leaves)), None)
+
+    def _count(self, rest: tuple[Any, ...]) -> int:
+        return flatten(rest)[1].size
+
+    def _dimensions(self, form: Structure, leaves: list[Any]) -> dict[int, tuple[int, ...]]:
+        if self._seen is not None:
+            return self._seen.dimensions(form, leaves)
+        return dimensions(self.settings.dynamic, form, leaves)  # type: ignore[arg-type]
+
     def _dynamic_signature(self, leaves: list[Any], state: int, rest: tuple[Any, ...]) -> tuple[list[Any], _Signature]:
         others, form = flatten(rest)
-        dims = dimensions(self.settings.dynamic, _batch_first(form), others)
+        dims = self._dimensions(_batch_first(form), others)
         kinds = [_kind(x) if i not in dims else _dynamic_kind(x, dims[i]) for i, x in enumerate(others)]
         return leaves + others, (state, (form, *kinds), environment())
 
@@ -240,7 +259,7 @@ class Program:
     def _captured(self, args: tuple[Any, ...], leaves: list[Any], form: Structure) -> tuple[Trace, Outside]:
         donated = self._donated(form) if self.donate else []
         module = getattr(args[0], "module", None)
-        dynamic = dimensions(self.settings.dynamic, form, leaves)
+        dynamic = self._dimensions(form, leaves)
         return capture(self.fn, args, leaves, form, donated=donated, module=module, dynamic=dynamic)
 
     def _donated(self, form: Structure) -> list[bool]:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trainfn._compile._structure import Structure, leaf_names
 
-Dynamic = bool | Sequence[int] | Mapping[str, Sequence[int]] | None
+Dynamic = bool | Sequence[int] | Mapping[str, Sequence[int]] | Literal["auto"] | None
 
 
 def check_dynamic(dynamic: Any) -> None:
     """Raise if ``dynamic`` declares no dimensions."""
     ints = isinstance(dynamic, Sequence) and not isinstance(dynamic, str) and all(isinstance(d, int) for d in dynamic)
-    if dynamic is None or isinstance(dynamic, bool | Mapping) or ints:
+    if dynamic in (None, "auto") or isinstance(dynamic, bool | Mapping) or ints:
         return
     raise TypeError(
         f"jit(step, dynamic={dynamic!r}): say which dimensions of the batch vary in size: `dynamic=True` for all,"
-        ' `dynamic=(1,)` for the second of every leaf, or `dynamic={"input_ids": (0, 1)}`.'
+        ' `dynamic=(1,)` for the second of every leaf, `dynamic={"input_ids": (0, 1)}`, or `dynamic="auto"` for those'
+        " that are seen to vary."
     )
 
 
@@ -48,6 +49,31 @@ def dimensions(dynamic: Dynamic, form: Structure, leaves: Sequence[Any]) -> dict
         for i, dims in wanted.items()
         if isinstance(leaves[i], Tensor) and (found := tuple(d for d in dims if _varies(leaves[i], d)))
     }
+
+
+class Seen:
+    """The sizes of batches so far, for ``dynamic="auto"``."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[str, torch.Size] = {}
+        self.varied: dict[str, tuple[int, ...]] = {}
+
+    def note(self, form: Structure, leaves: Sequence[Any]) -> None:
+        """Add a batch of ``(state, batch, ...)``; from then on `varied` has the dimensions that differ from before."""
+        for name, x in zip(leaf_names(form), leaves, strict=True):
+            argument, _, path = name.partition("/")
+            if argument != "1" or not isinstance(x, Tensor):
+                continue
+            first = self._shapes.setdefault(path, x.shape)
+            if len(first) == x.dim():
+                dims = {d for d, (a, b) in enumerate(zip(first, x.shape, strict=True)) if a != b}
+                if dims:
+                    self.varied[path] = tuple(sorted(dims.union(self.varied.get(path, ()))))
+
+    def dimensions(self, form: Structure, leaves: Sequence[Any]) -> dict[int, tuple[int, ...]]:
+        """As `dimensions`, for those that have varied."""
+        names = {name.partition("/")[2] for name in leaf_names(form) if name.partition("/")[0] == "1"}
+        return dimensions({name: dims for name, dims in self.varied.items() if name in names}, form, leaves)
 
 
 def _varies(x: Tensor, dim: int) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -204,7 +205,9 @@ def _conditions(mode: Any) -> Generator[None]:
         torch._C._set_cudnn_enabled(False)
         Distribution.set_default_validate_args(False)  # there are no numbers to validate
         # One thread for the backward pass, since modes are per thread.
-        with mode, _uncompiled(), torch.autograd.set_multithreading_enabled(False), torch.no_grad():
+        # With symbols for sizes, torch's decompositions in Python: some of those in C++ ask for numbers.
+        symbols = contextlib.nullcontext() if mode.shape_env is None else enable_python_dispatcher()
+        with mode, symbols, _uncompiled(), torch.autograd.set_multithreading_enabled(False), torch.no_grad():
             yield
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)

@@ -163,7 +163,7 @@ def prepare(trainer: Any, run: Run) -> None:
         _whole.see(trainer)
         _whole.warn_of_callbacks(trainer)
     how: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
-    how |= trainer._ranks.compile or {}
+    how |= {"dynamic": "auto", **(trainer._ranks.compile or {})}  # rows of ragged length: a few graphs, not one each
     trainer._step = tfn.jit(step, compile=compiled, donate=True, max_graphs=64, **how)
     if args.auto_find_batch_size:
         trainer._step = Halving(trainer._step)
