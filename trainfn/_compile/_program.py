@@ -146,11 +146,10 @@ class Program:
         leaves, signature = self._signature(state, rest)
         entry = self._entry(signature, leaves)
         if entry is None and self._seen is not None:
-            self._seen.note(*reversed(flatten((None, *rest))))
+            others, form = flatten(rest)
+            self._seen.note(_batch_first(form), others)
             if self._seen.varied:
-                leaves, signature = self._dynamic_signature(
-                    leaves[: len(leaves) - self._count(rest)], signature[0], rest
-                )
+                leaves, signature = self._dynamic_signature(leaves[: len(leaves) - len(others)], signature[0], rest)
                 entry = self._entry(signature, leaves)
         if entry is None or not entry.outside.unchanged():
             entry = self._enter(entry, (state, *rest), leaves, signature)
@@ -194,15 +193,14 @@ class Program:
     def _entry(self, signature: _Signature, leaves: list[Any]) -> Entry | None:
         return next((e for e in self._entries.get(signature, ()) if e.holds is None or e.fits(leaves)), None)
 
-    def _count(self, rest: tuple[Any, ...]) -> int:
-        return flatten(rest)[1].size
-
     def _dimensions(self, form: Structure, leaves: list[Any]) -> dict[int, tuple[int, ...]]:
         if self._seen is not None:
             return self._seen.dimensions(form, leaves)
-        return dimensions(self.settings.dynamic, form, leaves)  # type: ignore[arg-type]
+        return dimensions(self.settings.dynamic, form, leaves)
 
-    def _dynamic_signature(self, leaves: list[Any], state: int, rest: tuple[Any, ...]) -> tuple[list[Any], _Signature]:
+    def _dynamic_signature(
+        self, leaves: list[Any], state: Hashable, rest: tuple[Any, ...]
+    ) -> tuple[list[Any], _Signature]:
         others, form = flatten(rest)
         dims = self._dimensions(_batch_first(form), others)
         kinds = [_kind(x) if i not in dims else _dynamic_kind(x, dims[i]) for i, x in enumerate(others)]

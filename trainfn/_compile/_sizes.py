@@ -32,7 +32,7 @@ def dimensions(dynamic: Dynamic, form: Structure, leaves: Sequence[Any]) -> dict
     Raises:
         ValueError: If ``dynamic`` names a leaf that the batch does not have.
     """
-    if not dynamic:
+    if not dynamic or isinstance(dynamic, str):
         return {}
     names = leaf_names(form)
     batch = {name.partition("/")[2]: i for i, name in enumerate(names) if name.partition("/")[0] == "1"}
