@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from trainfn._keyed._draws import Draws
+from torch.overrides import TorchFunctionMode
 
 
 def _twin(function: Any) -> Callable[..., Any]:
@@ -31,7 +29,7 @@ def _twin(function: Any) -> Callable[..., Any]:
 def _composite(function: Any) -> Callable[..., Any]:
     twin = _twin(function)
 
-    def run(d: Draws, *args: Any, **kwargs: Any) -> Any:
+    def run(d: TorchFunctionMode, *args: Any, **kwargs: Any) -> Any:
         with d:
             return twin(*args, **kwargs)
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+from trainfn._keyed import COMPOSITES
 from trainfn._plan import _tensor
 from trainfn._plan._layout import Layout
 from trainfn._plan._place import gradient_placements
@@ -29,7 +30,6 @@ _QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in _ASKED),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex),
     *(Tensor.requires_grad_, Tensor.__len__, Tensor.is_contiguous, Tensor.element_size, torch.is_floating_point),
-    *(torch.autograd.grad, torch.autograd.backward),
 }
 
 
@@ -97,6 +97,8 @@ class Gathering(TorchFunctionMode):
         """Gather what the function is called on."""
         if func in _QUESTIONS:
             return func(*args, **(kwargs or {}))
+        if func in COMPOSITES:  # the backward pass, which may compute a checkpointed module again
+            return COMPOSITES[func](self, *args, **(kwargs or {}))
         if func is F.linear:
             given = _linear(*args, **(kwargs or {}))
             if _tensor.split_dim(given[1]) is not None:
