@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from trainfn._compile._onefile import few_files
 from trainfn._compile._twins import merge_twins
 
 _COPY: Any = torch.ops.aten.copy_.default
+_ONE = threading.Lock()  # `few_files` holds for the whole process
 
 
 def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
@@ -26,7 +28,7 @@ def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
     have faults in the kernels that combine the leaves of a list.
     """
     try:
-        with few_files():
+        with _ONE, few_files():
             return compile_pieces(graph, inductor)
     except Exception as error:
         logging.getLogger("trainfn").info("inductor gets the graph again, by its front door: %s", error)
