@@ -5,6 +5,7 @@
     TrainfnError
     ├── DonatedStateError     a state was used after a donating step consumed it
     ├── CaptureError          a step can't be captured as one graph
+    │   └── LeakedError       a tensor that a captured step left on a module, or elsewhere, was used
     ├── RecompileError        a step was compiled for more shapes than its budget allows
     ├── RandomnessError       a step would draw from a generator outside the state
     ├── NonFiniteError        the loss became NaN or infinite
@@ -31,6 +32,10 @@ class DonatedStateError(TrainfnError):
 
 class CaptureError(TrainfnError):
     """A step can't be captured as one graph."""
+
+
+class LeakedError(CaptureError):
+    """A tensor that a captured step left on a module, or elsewhere, was used; it has no numbers."""
 
 
 class RecompileError(TrainfnError):

@@ -9,12 +9,12 @@ from typing import Any
 from torch import fx, nn
 
 from trainfn._compile._graph import drawing
-from trainfn._compile._leaks import LeakedError, seal, undo
+from trainfn._compile._leaks import seal, undo
 from trainfn._compile._lines import Lines, lines_of
 from trainfn._compile._outside import Change, Outside
 from trainfn._compile._structure import Structure
 from trainfn._compile._trace import Trace, donation, trace
-from trainfn.errors import CaptureError, TrainfnError
+from trainfn.errors import CaptureError, LeakedError, TrainfnError
 
 _NUMBER = (
     "a number was taken out of a tensor. Keep it a tensor; what should be logged goes into the metrics,"

@@ -12,11 +12,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from trainfn._compile._outside import ABSENT, Change
-from trainfn.errors import CaptureError
-
-
-class LeakedError(CaptureError):
-    """A tensor of an earlier trace was used."""
+from trainfn.errors import LeakedError
 
 
 class Leaked:
