@@ -41,8 +41,7 @@ class Compiled:
             check_whole(state)
         if self.buckets is not None:
             batch = self.buckets.apply(batch)
-        with torch.no_grad():
-            return self._run(state, batch)
+        return self._run(state, batch)
 
     def graph(self, state: Any, batch: Any) -> torch.fx.GraphModule:
         """Capture the whole step for these arguments, without running it, and return its graph.
@@ -93,7 +92,7 @@ def _programs(step: Callable[..., Any], settings: Settings, donate: bool) -> tup
         gradients = Program(step.gradients, settings, donate=False, name="gradients")
         exact = dataclasses.replace(settings, dynamic=None)
         update = Program(step.update, exact, donate=donate, name="update")
-        return [gradients, update], dataclasses.replace(step, gradients=gradients, update=update)
+        return [gradients, update], torch.no_grad()(dataclasses.replace(step, gradients=gradients, update=update))
     if isinstance(step, TrainStep):
         parts = step
         whole = Program(lambda s, b: parts.update(s, parts.gradients(s, b)), settings, donate=donate, name="step")

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainfn import tree
 from trainfn._compile._backend import Built, Settings, build
 from trainfn._compile._capture import capture
-from trainfn._compile._donate import check_alive, local, overwrite
+from trainfn._compile._donate import local, overwrite
 from trainfn._compile._outside import Outside, environment
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import Seen, dimensions
@@ -127,7 +127,6 @@ class Program:
         self._seen = Seen() if settings.dynamic == "auto" else None
 
     def __call__(self, state: Any, *rest: Any) -> Any:
-        check_alive(state)
         with torch.no_grad():
             return self._compiled(state, rest) if self.settings.compile else self._eager(state, rest)
 
