@@ -581,7 +581,6 @@ STEPS = [
               tfn.train_step(reads_an_array_that_it_changes, SGD), base, "frozen when the step was traced"),
     Adversary("stale donated state", of_step(tt.check_donation), KeepsOldParams(), base,
               "keeps a tensor of its state elsewhere"),
-    Adversary("average that is the parameters", donates_from, dict, tfn.tree.copy, "share memory, such as an average"),
     Adversary("EMA of the wrong tree", agrees_with_ema, averaged("old"), averaged("new"), "one step behind.*old state"),
     Adversary("float64 in the step", stable, returns(widened), returns(not_widened), "float64.* widened a leaf"),
     Adversary("Python number in the state", stable, returns(python_number), returns(same), "a Python number"),

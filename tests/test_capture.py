@@ -517,3 +517,134 @@ def test_dynamic_dimensions_are_checked():
     step, state = fresh(seeded(lambda: nn.Linear(3, 1)), padded, dynamic={"z": (0,)})
     with pytest.raises(ValueError, match=r"dynamic=\.\.\.\) names \['z'\], and the batch has \['mask', 'x', 'y'\]"):
         step(state, ragged(4, 4))
+
+
+# --- arguments that are easily mistaken ---------------------------------------------------------------------------
+
+
+def weighed(params, batch):
+    return tfn.Mean.of(params["w"].sum() * (batch["a"] * 3 - batch["b"] * 5) ** 2)
+
+
+def of_params(loss, **kwargs):
+    return quick(tfn.train_step(loss, SGD), **kwargs), tfn.init({"w": torch.tensor([1.0, 2.0])}, SGD)
+
+
+def test_the_order_of_a_dict_is_kept():
+    step, state = of_params(weighed)
+    for given in (
+        {"a": torch.ones(3), "b": torch.zeros(3)},
+        {"b": torch.zeros(4), "a": torch.ones(4)},
+        {"b": torch.zeros(3), "a": torch.ones(3)},
+    ):
+        assert_identical(step(state, given), step.step(state, given))
+
+
+def test_one_tensor_in_two_places_is_two_inputs():
+    step, state = of_params(weighed)
+    same = torch.ones(3)
+    step(state, {"a": same, "b": same})
+    given = {"a": torch.ones(3), "b": torch.zeros(3)}
+    assert_identical(step(state, given), step.step(state, given))
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_leaves_of_a_donated_state_that_share_memory(compile):
+    """An average that starts as the parameters themselves."""
+
+    def average(old, new, metrics):
+        return new._replace(extra={"slow": tfn.tree.lerp(old.extra["slow"], new.params, 0.5)}), metrics
+
+    step, state = of_params(lambda p, b: tfn.Mean.of((p["w"] ** 2).sum() * b), donate=True, compile=compile)
+    step = quick(tfn.transforms.after(average)(step.step), donate=True, compile=compile)
+    state = state._replace(extra={"slow": dict(state.params)})
+    twin = tfn.copy(state)
+    for _ in range(3):
+        state, _ = step(state, torch.ones(2))
+        twin, _ = step.step(twin, torch.ones(2))
+        assert_identical(state, twin)
+
+
+@pytest.mark.parametrize("other", [None, (X, X), {"k": X}])
+def test_another_kind_of_leaf_is_another_structure(other):
+    def loss(params, batch):
+        found = batch["m"]
+        found = 5.0 if found is None else sum(tfn.tree.leaves(found)).sum()
+        return tfn.Mean.of(params["w"].sum() * batch["z"] * found)
+
+    step, state = of_params(loss)
+    for m in (X, other, X):
+        given = {"m": m, "z": torch.ones(2)}
+        assert_identical(step(state, given), step.step(state, given))
+
+
+def test_a_mapping_is_a_batch():
+    from collections import UserDict
+
+    step, state = of_params(weighed)
+    given = {"a": torch.ones(3), "b": torch.zeros(3)}
+    assert_identical(step(state, UserDict(given)), step.step(state, given))
+
+
+class Settings:
+    scale = 1.0
+
+
+def of_a_class():
+    Settings.scale = 1.0
+    return lambda: Settings.scale, lambda: setattr(Settings, "scale", 3.0)
+
+
+def of_a_namespace():
+    import argparse
+
+    found = argparse.Namespace(scale=1.0)
+    return lambda: found.scale, lambda: setattr(found, "scale", 3.0)
+
+
+def of_a_property():
+    class Found:
+        held = 1.0
+
+        @property
+        def scale(self):
+            return self.held
+
+    found = Found()
+    found.held = 1.0
+    return lambda: found.scale, lambda: setattr(found, "held", 3.0)
+
+
+@pytest.mark.parametrize("make", [of_a_class, of_a_namespace, of_a_property])
+def test_settings_that_changed_are_noticed(make):
+    read, change = make()
+    step, state = of_params(lambda p, b: tfn.Mean.of(p["w"].sum() * b * read()))
+    step(state, torch.ones(2))
+    change()
+    assert_identical(step(state, torch.ones(2)), step.step(state, torch.ones(2)))
+
+
+def test_a_tensor_from_outside_that_became_another_kind():
+    teacher = seeded(lambda: nn.Linear(3, 1))
+    step, state = fresh(
+        seeded(lambda: nn.Linear(3, 1)),
+        lambda m, b: tfn.losses.mse(m(b["x"]), teacher(b["x"].to(teacher.weight.dtype)).float().detach()),
+    )
+    step(state, batch())
+    teacher.double()
+    assert_identical(step(state, batch()), step.step(state, batch()))
+
+
+def test_an_error_leaves_nothing_of_the_trace_on_the_module():
+    class Fails(nn.Linear):
+        aux = None
+
+        def forward(self, x):
+            self.aux = super().forward(x)
+            raise ZeroDivisionError("mine")
+
+    module = seeded(lambda: Fails(3, 1))
+    step, state = fresh(module)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        step(state, batch())
+    assert not hasattr(module.aux, "fake_mode")

@@ -65,7 +65,11 @@ def capture(
         return _traced(fn, args, leaves, form, donated=donated, module=module, **how)
 
     before = Outside([fn], module)
-    first = once()
+    try:
+        first = once()
+    except BaseException:
+        undo(before.changes())
+        raise
     changes = before.changes()
     if not changes:
         return first, before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Compiled:
             self.plan.check(state)
         elif self.settings.compile and isinstance(self.step, TrainStep):
             check_whole(state)
+        if isinstance(batch, Mapping) and not isinstance(batch, dict):
+            batch = dict(batch)  # a `BatchEncoding`, say, which is no tree of tensors
         if self.buckets is not None:
             batch = self.buckets.apply(batch)
         return self._run(state, batch)

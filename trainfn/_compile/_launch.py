@@ -78,7 +78,7 @@ class Launches:
     def __call__(self, state: Any, batch: Any) -> Any:
         """Run the step."""
         leaves, form = flatten((state, batch))
-        if not all(isinstance(x, Tensor) and x.device.type == self.device for x in leaves):
+        if not all(isinstance(x, Tensor) and x.device.type == self.device and not _overlaps(x) for x in leaves):
             return self.run(state, batch)
         donated = form.children[0].places(False) if self.donate else []  # type: ignore[union-attr]
         fixed = [x for x, yes in zip(leaves, donated, strict=False) if yes]
@@ -100,6 +100,16 @@ class Launches:
         return made.launch(state, leaves)
 
 
+def _overlaps(x: Tensor) -> bool:
+    """Whether several numbers of a tensor are one in memory, as after `expand`."""
+    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+
+
+def _twin(x: Tensor) -> Tensor:
+    """A copy with the same strides: others would be another kind of argument."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
 class Recording:
     """The kernels of one step on one state's memory."""
 
@@ -110,7 +120,7 @@ class Recording:
         self._moving = [i for i, yes in enumerate(every) if not yes]
         given = list(leaves)
         for i in self._moving:
-            given[i] = leaves[i].clone()
+            given[i] = _twin(leaves[i])
         self._inputs = [given[i] for i in self._moving]
         self._recorder = launches.recorder()
         self._entries = [entry for program in launches.programs for entry in program.entries()]
@@ -131,7 +141,7 @@ class Recording:
     def valid(self, fixed: list[Any]) -> bool:
         """Return whether this is the recorded memory, and nothing that was fixed by the capture has changed."""
         same = len(fixed) == len(self.fixed) and all(map(is_, fixed, self.fixed))
-        return same and all(entry.outside.unchanged() for entry in self._entries)
+        return same and all(entry.outside.unchanged() or not entry.outside.changes() for entry in self._entries)
 
     def launch(self, state: Any, leaves: list[Any]) -> Any:
         """Copy in, launch, copy out."""

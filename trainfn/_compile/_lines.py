@@ -40,6 +40,12 @@ class Line(NamedTuple):
 
 
 @functools.cache
+def is_ours(file: str) -> bool:
+    """Return whether a file belongs to torch, optree or this package."""
+    return file.startswith(_LIBRARIES)
+
+
+@functools.cache
 def is_library(file: str) -> bool:
     """Return whether a file belongs to torch, to Python or to this package, or can't be shown."""
     python = file.startswith(_PYTHON) and "site-packages" not in file

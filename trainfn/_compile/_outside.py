@@ -6,7 +6,7 @@ close over, the hooks, autocast. `Outside` remembers these by identity, and look
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
@@ -80,6 +80,7 @@ class Outside:
         self._written = written
         named = [(held, name, self._keys(held, reach.names)) for held, name in reach.dicts.values()]
         named += [(held, "", self._keys(held, used)) for held, used in reach.globals.values()]
+        named += [(vars(held), name, self._keys(vars(held), reach.names)) for held, name in reach.scopes.values()]
         named = [(held, name, keys) for held, name, keys in named if keys]
         rows = [(row, name) for row, name in reach.rows.values() if (id(row), None) not in written]
         self._named = named
@@ -94,7 +95,7 @@ class Outside:
         self._cell_names = [name for cell, name in reach.cells.values() if (id(cell), None) not in written]
         self._remember()
 
-    def _keys(self, held: dict[Any, Any], names: set[str]) -> tuple[Any, ...]:
+    def _keys(self, held: Mapping[Any, Any], names: set[str]) -> tuple[Any, ...]:
         return tuple(k for k in held if k in names and k not in OWN and (id(held), k) not in self._written)
 
     def _remember(self) -> None:

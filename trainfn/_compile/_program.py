@@ -23,6 +23,7 @@ from trainfn._types import TrainState
 from trainfn.errors import RecompileError
 
 _Signature = tuple[Hashable, ...]
+_MOST_KINDS = 256  # of arguments: each keeps its state's module alive
 
 
 class Known(NamedTuple):
@@ -51,6 +52,7 @@ class Entry:
     def __init__(self, found: Trace, built: Built, outside: Outside, form: Structure, *, donating: bool) -> None:
         self.run, self.holds, self.outside, self.trace = built.run, built.holds, outside, found
         self.constants = found.constants
+        self._looks = _looks(found.constants)
         self._state_form = form.children[0] if donating else None  # type: ignore[union-attr]
         self._structure = found.structure
         count = form.size
@@ -81,6 +83,10 @@ class Entry:
             refs[i] = _reference(new[i])
         return refs
 
+    def stale(self) -> bool:
+        """Return whether a tensor from outside has become another kind, as by `module.double()`."""
+        return bool(self._looks) and _looks(self.constants) != self._looks
+
     def fits(self, leaves: list[Any]) -> bool:
         """Return whether the graph is right for these sizes."""
         return self.holds is None or self.holds([leaves[i] for i in self.trace.inputs])
@@ -98,6 +104,10 @@ class Entry:
         if self._state_form is not None:
             self._state_form.retire(state)
         return result, new
+
+
+def _looks(tensors: list[Tensor]) -> list[Any]:
+    return [(x.dtype, x.device, x.shape) for x in tensors]
 
 
 def _state_size(result: Structure) -> int:
@@ -134,11 +144,13 @@ class Program:
         if not self.donate:
             return self.fn(state, *rest)
         old, form = flatten((state, *rest))
+        _separate(self._donated(form), old)
+        given, (state, *rest) = state, form.build(iter(old))
         out = self.fn(state, *rest)
         donated = self._donated(form)
         new = donation(donated, form, old, out)
         overwrite(donated, old, new)
-        form.children[0].retire(state)  # type: ignore[union-attr]
+        form.children[0].retire(given)  # type: ignore[union-attr]
         return flatten(out)[1].build(iter(new))
 
     def _compiled(self, state: Any, rest: tuple[Any, ...]) -> Any:
@@ -150,7 +162,7 @@ class Program:
             if self._seen.varied:
                 leaves, signature = self._dynamic_signature(leaves[: len(leaves) - len(others)], signature[0], rest)
                 entry = self._entry(signature, leaves)
-        if entry is None or not entry.outside.unchanged():
+        if entry is None or entry.stale() or not entry.outside.unchanged():
             entry = self._enter(entry, (state, *rest), leaves, signature)
         result, new = entry(state, leaves)
         if entry.state_size:
@@ -172,6 +184,8 @@ class Program:
             known, leaves = None, []
         if known is None:
             leaves, form = flatten(state)
+            if self.donate:
+                _separate(form.places(False), leaves)
             signature = self._number((form, *map(_kind, leaves)))
             known = self._known = Known(form, [_reference(x) for x in leaves], signature)
         if self.settings.dynamic and self._seen is None:
@@ -229,13 +243,20 @@ class Program:
 
     def _enter(self, entry: Entry | None, args: tuple[Any, ...], leaves: list[Any], signature: _Signature) -> Entry:
         changes = [] if entry is None else entry.outside.changes()
-        if entry is not None and not changes:
+        if entry is not None and not changes and not entry.stale():
             return entry  # the same values in other objects
         with self.report.timing():
             made = self._made(args, leaves, [str(change) for change in changes])
-        others = [e for e in self._entries.get(signature, ()) if e is not entry]
-        self._entries[signature] = [*others, made]
+        self._prune(entry, changed=bool(changes))
+        self._entries.setdefault(signature, []).append(made)
+        while len(self._entries) > _MOST_KINDS:
+            del self._entries[next(iter(self._entries))]
         return made
+
+    def _prune(self, entry: Entry | None, *, changed: bool) -> None:
+        """Forget an entry that is no longer right, and others for the same reason."""
+        for entries in self._entries.values():
+            entries[:] = [e for e in entries if e is not entry and not (changed and e.outside.changes())]
 
     def _made(self, args: tuple[Any, ...], leaves: list[Any], changes: list[str]) -> Entry:
         form = _form(args)
@@ -273,6 +294,16 @@ class Program:
         )
 
 
+def _separate(donated: list[bool], leaves: list[Any]) -> None:
+    """Let no two donated leaves share memory: each is overwritten with its own new value."""
+    seen: set[int] = set()
+    for i, yes in enumerate(donated):
+        if yes and isinstance(leaves[i], Tensor) and leaves[i].numel():
+            memory = local(leaves[i]).untyped_storage()._cdata
+            leaves[i] = leaves[i].clone() if memory in seen else leaves[i]
+            seen.add(memory)
+
+
 def _form(args: tuple[Any, ...]) -> Structure:
     return flatten(args)[1]
 
@@ -291,7 +322,8 @@ def _kind(x: Any) -> Hashable:
     """All that Python can see of a leaf."""
     if isinstance(x, Tensor):
         spread = layout_of(x)
-        return (x.shape, x.dtype, x.device, x.stride(), x.requires_grad, spread)
+        conjugate = x.dtype.is_complex and x.is_conj()
+        return (x.shape, x.dtype, x.device, x.stride(), x.requires_grad, spread, conjugate)
     try:
         hash(x)
     except TypeError:

@@ -6,6 +6,7 @@ mentions that name. A counter that only the training loop around the step uses i
 
 from __future__ import annotations
 
+import collections
 import functools
 import sys
 import types
@@ -15,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainfn._compile._lines import is_library
+from trainfn._compile._lines import is_library, is_ours
 
 OWN = frozenset(nn.Module().__dict__)  # what every module has
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks"))
 _SKIPPED = frozenset(("__init__", "__repr__", "extra_repr", "reset_parameters", "_init_weights", "__setattr__"))
 _LARGEST = 256  # items of a container that is looked into
 _DEPTH = 12
-_ROUNDS = 4
+_ROUNDS = 16
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _CLOSED = (*PLAIN, type, types.ModuleType, Tensor)
 
@@ -36,6 +37,7 @@ class Reach:
         globals: Pairs of a function's globals and the names that it uses.
         rows: Lists, sets and small dicts, all of whose items count.
         cells: Variables of enclosing functions.
+        scopes: A user's classes and imported modules, whose attributes are looked up by those names.
         hooks: The hooks of modules.
     """
 
@@ -44,6 +46,7 @@ class Reach:
         self.dicts: dict[int, tuple[dict[str, Any], str]] = {}
         self.globals: dict[int, tuple[dict[str, Any], set[str]]] = {}
         self.rows: dict[int, tuple[Any, str]] = {}
+        self.scopes: dict[int, tuple[Any, str]] = {}
         self.cells: dict[int, tuple[types.CellType, str]] = {}
         self.hooks: list[tuple[dict[Any, Any], str]] = []
         self._called: set[str] = set()  # names in our own code: methods that it may call
@@ -75,7 +78,9 @@ class Reach:
             self._items((value.func, *value.args, *value.keywords.values()), name, depth)
         elif isinstance(value, tuple | frozenset):
             self._items(value, name, depth, ours=ours)
-        elif isinstance(value, list | dict | set):
+        elif isinstance(value, collections.UserDict):
+            self._visit(value.data, name, depth + 1, ours=ours)
+        elif isinstance(value, list | dict | set | collections.deque):
             if len(value) <= _LARGEST:
                 if not ours:
                     self.rows[id(value)] = value, name
@@ -102,19 +107,30 @@ class Reach:
     def _attributes(self, value: Any, name: str) -> None:
         """Look at the attributes of an object that the code names, and at the methods it may call."""
         held: dict[str, Any] = value.__dict__
-        if isinstance(value, nn.Module) or not is_library(_file_of(type(value))):
+        library = is_ours(_file_of(type(value)))
+        if isinstance(value, nn.Module) or not library:
             self.dicts[id(held)] = held, name
-        library = is_library(_file_of(type(value)))
         read: frozenset[str] | None = getattr(type(value), "_steps_read", None)  # a class of ours may say what
         for key in list(held):
             if key not in OWN and (key in self.names or library if read is None or not library else key in read):
                 self._visit(held[key], f"{name}.{key}", 1, ours=library)
-        if isinstance(value, nn.Module) or library:
+        if not library:
+            for kind in type(value).__mro__:
+                self._class(kind, name)
+
+    def _class(self, kind: type, name: str) -> None:
+        """Look at a user's class: its attributes, and the methods that the code may call."""
+        if not _is_users(_file_of(kind)):
             return
-        for kind in type(value).__mro__:
-            for key, method in vars(kind).items():
-                if isinstance(method, types.FunctionType) and key in self.names | self._called:
-                    self._visit(method, name, 1)
+        self.scopes[id(kind)] = kind, name
+        for key, value in list(vars(kind).items()):
+            method = _function_of(value)
+            if (
+                method is not None
+                and (key in self.names | self._called or key.startswith("__"))
+                and key not in _SKIPPED
+            ):
+                self._visit(method, name, 1)
 
     def _function(self, function: types.FunctionType, name: str, depth: int) -> None:
         code = function.__code__
@@ -128,10 +144,15 @@ class Reach:
         if ours or "site-packages" in code.co_filename:
             return
         held = function.__globals__
-        used = {key for key in _names_in(code) if key in held and not isinstance(held[key], types.ModuleType | type)}
+        used = {key for key in _names_in(code) if key in held}
         self.globals.setdefault(id(held), (held, set()))[1].update(used)
         for key in used:
-            self._visit(held[key], key, depth + 1)
+            if isinstance(held[key], type):
+                self._class(held[key], key)
+            elif isinstance(held[key], types.ModuleType) and _is_users(getattr(held[key], "__file__", None) or ""):
+                self.scopes[id(held[key])] = held[key], key
+            else:
+                self._visit(held[key], key, depth + 1)
 
 
 def content(cell: types.CellType) -> Any:
@@ -164,6 +185,17 @@ def _names_of(kind: type) -> frozenset[str]:
             if isinstance(method, types.FunctionType) and key not in _SKIPPED:
                 found.update(_names_in(method.__code__))
     return frozenset(found)
+
+
+def _function_of(value: Any) -> types.FunctionType | None:
+    """The function behind a method, a static one, a property."""
+    value = value.fget if isinstance(value, property) else getattr(value, "func", value)
+    value = getattr(value, "__wrapped__", getattr(value, "__func__", value))
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _is_users(file: str) -> bool:
+    return bool(file) and not is_library(file) and "site-packages" not in file
 
 
 def _file_of(kind: type) -> str:

@@ -11,12 +11,19 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import optree
+from torch import Tensor
 
 from trainfn._compile._donate import DONATED
 
 
 class Misfit(Exception):
     """A tree does not have the structure that it was taken apart by."""
+
+
+def check_leaf(value: Any) -> None:
+    """Raise if a container, or None, stands where a leaf was."""
+    if not isinstance(value, Tensor) and not isinstance(structure(value), Leaf):
+        raise Misfit
 
 
 class Leaf(NamedTuple):
@@ -26,6 +33,7 @@ class Leaf(NamedTuple):
 
     def flatten(self, tree: Any, out: list[Any]) -> None:
         """Add the leaf to the list."""
+        check_leaf(tree)
         out.append(tree)
 
     def build(self, leaves: Iterator[Any]) -> Any:
@@ -48,16 +56,14 @@ class Dict(NamedTuple):
     size: int
 
     def flatten(self, tree: Any, out: list[Any]) -> None:
-        """Add the leaves to the list, in the order of ``names``."""
-        if type(tree) is not dict or len(tree) != len(self.names):
+        """Add the leaves to the list; another order of the names is another structure."""
+        if type(tree) is not dict or tuple(tree) != self.names:
             raise Misfit
         values = list(tree.values())
-        if tuple(tree) != self.names:
-            try:
-                values = [tree[name] for name in self.names]
-            except KeyError:
-                raise Misfit from None
         if not self.children:
+            if not all(issubclass(kind, Tensor) for kind in set(map(type, values))):
+                for value in values:
+                    check_leaf(value)
             out += values
             return
         for child, value in zip(self.children, values, strict=True):
@@ -102,7 +108,7 @@ class Row(NamedTuple):
     def build(self, leaves: Iterator[Any]) -> Any:
         """Make a new one of the next leaves."""
         items = [child.build(leaves) for child in self.children]
-        return self.kind(*items) if hasattr(self.kind, "_fields") else self.kind(items)
+        return self.kind._make(items) if hasattr(self.kind, "_fields") else self.kind(items)  # type: ignore[attr-defined]
 
     def retire(self, tree: Any) -> None:
         """Put `DONATED` in the place of every leaf of a list; a tuple can't be changed."""

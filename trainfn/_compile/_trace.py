@@ -184,6 +184,9 @@ def trace(
 def _fakes(tensors: list[Tensor], places: list[int], dynamic: dict[int, Sequence[int]]) -> tuple[Any, list[Tensor]]:
     from torch._subclasses import FakeTensorMode
 
+    # A tensor that stands in two places is two inputs: at the next call they may differ.
+    first = {id(x): i for i, x in reversed(list(enumerate(tensors)))}
+    tensors = [x if first[id(x)] == i else x.detach().requires_grad_(x.requires_grad) for i, x in enumerate(tensors)]
     if not dynamic:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         return mode, [mode.from_tensor(x) for x in tensors]
