@@ -501,11 +501,6 @@ def averaged(source: str) -> Any:
     return step
 
 
-def donates_from(start_average: Any, seed: int = 0) -> None:
-    state = start(seed)
-    tt.check_donation(averaged("new"), state._replace(extra={"ema": start_average(state.params)}), rows(seed))
-
-
 def agrees_with_ema(step: Any, seed: int = 0) -> None:
     average = tfn.transforms.ema(0.9)
     tt.check_agrees(step, average(base), average.init(start(seed)), [rows(seed), rows(seed + 3), rows(seed + 6)])

@@ -602,6 +602,16 @@ def of_a_namespace():
     return lambda: found.scale, lambda: setattr(found, "scale", 3.0)
 
 
+def of_a_number():
+    held = torch.tensor(1.0)
+    return lambda: float(held), lambda: held.fill_(3.0)
+
+
+def of_a_flag():
+    held = torch.tensor(True)
+    return lambda: 1.0 if held else 3.0, lambda: held.fill_(False)
+
+
 def of_a_property():
     class Found:
         held = 1.0
@@ -615,7 +625,7 @@ def of_a_property():
     return lambda: found.scale, lambda: setattr(found, "held", 3.0)
 
 
-@pytest.mark.parametrize("make", [of_a_class, of_a_namespace, of_a_property])
+@pytest.mark.parametrize("make", [of_a_class, of_a_namespace, of_a_number, of_a_flag, of_a_property])
 def test_settings_that_changed_are_noticed(make):
     read, change = make()
     step, state = of_params(lambda p, b: tfn.Mean.of(p["w"].sum() * b * read()))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from trainfn._compile._graph import drawing
 from trainfn._compile._leaks import seal, undo
@@ -60,9 +60,10 @@ def capture(
         CaptureError: If the function runs eagerly, but has no graph.
         RandomnessError: If it draws from a generator outside the state.
     """
+    reads: list[Tensor] = []
 
     def once() -> Trace:
-        return _traced(fn, args, leaves, form, donated=donated, module=module, **how)
+        return _traced(fn, args, leaves, form, donated=donated, module=module, reads=reads, **how)
 
     before = Outside([fn], module)
     try:
@@ -72,6 +73,7 @@ def capture(
         raise
     changes = before.changes()
     if not changes:
+        before.watch(reads)
         return first, before
     seal(changes, first.mode)
     try:
@@ -89,8 +91,9 @@ def capture(
     seal(after, second.mode)
     if second.key != first.key:
         raise CaptureError(_stateful(changes))
-    written = frozenset(change.place for change in (*changes, *after))
-    return second, Outside([fn], module, written)
+    outside = Outside([fn], module, frozenset(change.place for change in (*changes, *after)))
+    outside.watch(reads)
+    return second, outside
 
 
 def _stateful(changes: list[Change]) -> str:
@@ -110,6 +113,7 @@ def _traced(
     *,
     donated: list[bool],
     module: nn.Module | None,
+    reads: list[Tensor],
     **how: Any,
 ) -> Trace:
     lines = Lines()
@@ -122,6 +126,7 @@ def _traced(
         if donated:
             donation(donated, form, leaves, out)
         raise _capture_error(error, lines.asked) from error
+    reads += lines.read
     if (node := drawing(found.graph)) is not None:
         raise _unkeyed(node)
     return found

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import optree
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import traceback as fx_traceback
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
@@ -21,6 +21,11 @@ from torch.overrides import TorchFunctionMode
 _FILES = (torch.__file__, optree.__file__, str(Path(__file__).parent))
 _LIBRARIES = tuple(f"{Path(file).parent}/" for file in _FILES)
 _PYTHON = f"{Path(linecache.__file__).parent}/"
+
+
+_READS = frozenset(
+    ("item", "tolist", "numpy", "equal", "__float__", "__int__", "__bool__", "__index__", "__complex__", "__array__")
+)
 
 
 class Line(NamedTuple):
@@ -68,11 +73,13 @@ class Lines(TorchFunctionMode):
 
     Attributes:
         asked: The function of torch that was called last; after an error, the one that raised.
+        read: Tensors from outside whose numbers Python took.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.asked = ""
+        self.read: list[Tensor] = []
         self._texts: dict[tuple[Any, int], str] = {}
         self._base: FrameType | None = None
         self._stack: list[tuple[str, type]] = []
@@ -84,6 +91,8 @@ class Lines(TorchFunctionMode):
         meta = fx_traceback.current_meta
         meta["stack_trace"] = self._where()
         self.asked = getattr(func, "__name__", str(func))
+        if self.asked in _READS:
+            self.read += [x for x in args if isinstance(x, Tensor) and not hasattr(x, "fake_mode")]
         return func(*args, **(kwargs or {}))
 
     def _where(self) -> str:

@@ -93,7 +93,14 @@ class Outside:
         self._sized = [held for held, _ in reach.dicts.values()] + [row for row, _ in rows]
         self._cells = [cell for cell, _ in reach.cells.values() if (id(cell), None) not in written]
         self._cell_names = [name for cell, name in reach.cells.values() if (id(cell), None) not in written]
+        self._read_tensors: list[Tensor] = []
+        self._versions: list[int] = []
         self._remember()
+
+    def watch(self, tensors: list[Tensor]) -> None:
+        """Add tensors whose numbers were read: a write to one of them is a change."""
+        self._read_tensors = list({id(x): x for x in tensors}.values())
+        self._versions = [x._version for x in self._read_tensors]
 
     def _keys(self, held: Mapping[Any, Any], names: set[str]) -> tuple[Any, ...]:
         return tuple(k for k in held if k in names and k not in OWN and (id(held), k) not in self._written)
@@ -123,6 +130,7 @@ class Outside:
             and list(map(len, self._sized)) == self._sizes
             and RemovableHandle.next_id == self._handles
             and list(map(len, self._hooked)) == self._hooked_sizes
+            and [x._version for x in self._read_tensors] == self._versions
         )
 
     def changes(self) -> list[Change]:
@@ -135,6 +143,11 @@ class Outside:
             Change(f"the hooks of {name}", (id(held), None), then, tuple(held.values()))
             for (held, name), then in hooks
             if not _same(tuple(held.values()), then)
+        ]
+        found += [
+            Change(f"the numbers of a tensor {list(x.shape)} that the step reads", (id(x), None), version, x._version)
+            for x, version in zip(self._read_tensors, self._versions, strict=True)
+            if x._version != version
         ]
         if not found:
             self._remember()

@@ -145,8 +145,8 @@ class Program:
             return self.fn(state, *rest)
         old, form = flatten((state, *rest))
         _separate(self._donated(form), old)
-        given, (state, *rest) = state, form.build(iter(old))
-        out = self.fn(state, *rest)
+        given = state
+        out = self.fn(*form.build(iter(old)))
         donated = self._donated(form)
         new = donation(donated, form, old, out)
         overwrite(donated, old, new)
