@@ -23,8 +23,13 @@ _NUMBER = (
 _BRANCH = "a branch depends on a tensor's values. Choose with `torch.where(condition, a, b)`."
 _SHAPE = "a shape depends on a tensor's values. Keep the shape and weigh with a mask: `tfn.Mean.of(values, mask)`."
 _TESTED = r"_local_scalar_dense[\s\S]*\n(if|elif|while|assert|not) |_local_scalar_dense[\s\S]*\n.* (if|and|or|not) "
+_EXPERTS = (
+    "torch's grouped matrix product of experts can't be captured here. For a model of transformers, write"
+    ' `model.set_experts_implementation("batched_mm")` before `init`.'
+)
 # Which function of torch was called last, or what the error says, points to the cause. The first that matches is told.
 _REMEDIES = (
+    (r"grouped_mm", _EXPERTS),
     (r"^(__bool__|is_nonzero|equal|allclose)$", _BRANCH),
     (r"^(item|tolist|numpy|__float__|__int__|__index__|__array__|__contains__|__complex__)$", _NUMBER),
     (r"^(nonzero|masked_select|unique|unique_consecutive|argwhere|bincount|__getitem__|repeat_interleave)$", _SHAPE),
