@@ -116,8 +116,8 @@ def vision():
 def speech():
     """Without its masks, which NumPy draws, and without layer dropout, which Python draws."""
     config = Wav2Vec2Config(
-        **{**SIZES, "vocab_size": 12}, conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(10, 8),
-        num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, apply_spec_augment=False, layerdrop=0.0,
+        **{**SIZES, "vocab_size": 12}, conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(10, 8), layerdrop=0.0,
+        num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, apply_spec_augment=False,
     )  # fmt: skip
     return Wav2Vec2ForCTC(config), {"input_values": torch.randn(2, 400, generator=generator(0))}
 
