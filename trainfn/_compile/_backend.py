@@ -96,7 +96,7 @@ def _compiled(trace: Trace, inputs: list[Tensor], settings: Settings) -> Callabl
 
 
 def _by_inductor(trace: Trace, settings: Settings) -> Callable[..., Sequence[Tensor]]:
-    """What `torch.compile` does by default, with equal parts of the graph compiled once; see `_blocks.py`."""
+    """Compile as `torch.compile` does by default, equal parts of the graph once; see `_blocks.py`."""
     from torch._inductor import config  # the compiler takes a second to import
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 

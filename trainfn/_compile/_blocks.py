@@ -27,7 +27,7 @@ _LOOSE = 2  # atoms: so few between two pieces run as they are, one by one
 _COPY = torch.ops.aten.copy_.default
 _HEAVY = ("mm", "bmm", "addmm", "baddbmm", "convolution", "scaled_dot_product", "dot")
 
-# Which value of a piece: the position of its atom and, of an atom with several tensors, the number of the tensor.
+# A value of a piece: the position of its atom and, of an atom with several tensors, the number of the tensor.
 _Place = tuple[int, int | None]
 
 
@@ -99,7 +99,7 @@ class _Cutter:
         return _Piece(span, list(dict.fromkeys(outside)), [])
 
     def _wiring(self, piece: _Piece) -> tuple[Any, ...]:
-        """Which read of the piece is of which value."""
+        """Return, for each read of the piece, the place of the value that it reads."""
         number = {value: (-1 - n, None) for n, value in enumerate(piece.takes)}
         places = (number.get(read) or self._place(read, piece) for i in piece.span for read in self._line[i].reads)
         return tuple(places)
@@ -270,7 +270,7 @@ def _output(graph: fx.Graph) -> fx.Node:
 
 
 def _gaps(spans: list[range], stop: int) -> list[range]:
-    """What lies between the spans, where it is long enough for a piece."""
+    """Return the gaps between the spans that are long enough for a piece."""
     edges = [0, *(edge for span in spans for edge in (span.start, span.stop)), stop]
     gaps = (range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True))
     return [gap for gap in gaps if len(gap) > _LOOSE]

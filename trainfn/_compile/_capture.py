@@ -1,4 +1,4 @@
-"""What to say when a step can't be captured."""
+"""Capture a step and what it reads from outside, or say why that can't be done."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EXPERTS = (
     "torch's grouped matrix product of experts can't be captured here. For a model of transformers, write"
     ' `model.set_experts_implementation("batched_mm")` before `init`.'
 )
-# Which function of torch was called last, or what the error says, points to the cause. The first that matches is told.
+# The function of torch that was called last, or the error's text, points to the cause. The first match counts.
 _REMEDIES = (
     (r"grouped_mm", _EXPERTS),
     (r"^(__bool__|is_nonzero|equal|allclose)$", _BRANCH),

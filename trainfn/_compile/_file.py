@@ -110,7 +110,7 @@ class LoadedStep:
 
 
 class _Unwatched(Outside):
-    """What a saved step read from outside is in the file."""
+    """The file itself holds everything that a saved step read from outside."""
 
     def __init__(self) -> None:
         super().__init__([], None)
@@ -157,7 +157,7 @@ class _FromFile(Program):
         return Entry(found, Built(run, None), _Unwatched(), form, donating=self.donate)
 
     def _found(self, saved: Mapping[str, Any], names: list[str], state: Any) -> Trace:
-        """What was traced, for arguments whose dicts may have another order."""
+        """Return the trace, for arguments whose dicts may have another order."""
         places = [names.index(name) for name in saved["leaves"]]
         outputs = [describe.output_of(output) for output in saved["outputs"]]
         return Trace(
