@@ -222,7 +222,7 @@ def _serves(saved: Mapping[str, Any], kinds: Mapping[str, Any], overwritten: Seq
 
 
 def _strides(saved: Mapping[str, Any], inputs: Sequence[int], leaves: Sequence[Any]) -> dict[int, tuple[int, ...]]:
-    """Which inputs of the graph to copy first, and to which strides."""
+    """Return which inputs of the graph are copied first, and to which strides."""
     kinds = list(saved["leaves"].values())
     wanted = {place: tuple(kinds[i]["stride"]) for place, i in enumerate(saved["inputs"])}
     return {place: stride for place, stride in wanted.items() if leaves[inputs[place]].stride() != stride}

@@ -94,7 +94,7 @@ def _buckets_described(buckets: Buckets) -> dict[str, Any]:
 
 
 class _Contents:
-    """What goes into a file besides its description: libraries and constants, each once."""
+    """The libraries and constants of a file, each once."""
 
     def __init__(self, call: str) -> None:
         self.call = call
@@ -199,7 +199,7 @@ class _Recorder:
 
 
 def _result(captured: _Captured, leaves: Sequence[Any]) -> Any:
-    """What the function returns, with empty tensors for those that it computes."""
+    """Return the function's result, with empty tensors for those that it computes."""
     new: list[Any] = []
     for output in captured.found.outputs:
         if output.kind == "graph":

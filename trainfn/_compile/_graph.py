@@ -1,4 +1,4 @@
-"""What is done to, and asked of, a captured graph."""
+"""Changes to a captured graph, and questions about it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _SMALL = 4096  # numbers: outputs up to this size leave the graph together
 
 
 class Recorder(Protocol):
-    """What records a function's kernels, so that they can be launched again: `CudaRecorder`, or a test's own."""
+    """Records a function's kernels, so that they can be launched again: `CudaRecorder`, or a test's own."""
 
     def record(self, fn: Callable[[], Any]) -> Any:
         """Run the function, and return what it returned."""

@@ -24,7 +24,7 @@ _OVERLOADS: dict[str, dict[str, str]] = {
     "norm": {"Scalar": "default"},
 }
 _NAMES = {"norm": "linalg_vector_norm"}
-# What a list operation takes by position and the operation of one leaf by name.
+# These arguments a list operation takes by position, and the operation of one leaf by name.
 _KEYWORDS = {"addcmul": {3: "value"}, "addcdiv": {3: "value"}, "norm": {2: "dtype"}}
 
 

@@ -37,7 +37,7 @@ class Line(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What is written there."""
+        """The source text of the line."""
         return linecache.getline(self.file, self.number).strip()
 
     def __str__(self) -> str:

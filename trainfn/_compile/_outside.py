@@ -1,4 +1,4 @@
-"""What a step reads from outside its arguments, and whether that has changed since it was captured.
+"""The values that a step reads from outside its arguments, and whether they have changed since it was captured.
 
 A captured step has fixed whatever Python did: the numbers and flags of its modules, the variables that its functions
 close over, the hooks, autocast. `Outside` remembers these by identity, and looks again before each call.

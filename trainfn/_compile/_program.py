@@ -17,7 +17,7 @@ from trainfn._compile._donate import local, overwrite
 from trainfn._compile._outside import Outside, environment
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import Seen, dimensions
-from trainfn._compile._structure import Misfit, Row, Structure, flatten
+from trainfn._compile._structure import Misfit, Row, Structure, flatten, structure
 from trainfn._compile._trace import Trace, donation, layout_of
 from trainfn._types import TrainState
 from trainfn.errors import RecompileError
@@ -144,13 +144,12 @@ class Program:
         if not self.donate:
             return self.fn(state, *rest)
         old, form = flatten((state, *rest))
-        _separate(self._donated(form), old)
-        given = state
-        out = self.fn(*form.build(iter(old)))
         donated = self._donated(form)
+        _separate(donated, old)
+        out = self.fn(*form.build(iter(old)))
         new = donation(donated, form, old, out)
         overwrite(donated, old, new)
-        form.children[0].retire(given)  # type: ignore[union-attr]
+        form.children[0].retire(state)  # type: ignore[union-attr]
         return flatten(out)[1].build(iter(new))
 
     def _compiled(self, state: Any, rest: tuple[Any, ...]) -> Any:
@@ -259,7 +258,7 @@ class Program:
             entries[:] = [e for e in entries if e is not entry and not (changed and e.outside.changes())]
 
     def _made(self, args: tuple[Any, ...], leaves: list[Any], changes: list[str]) -> Entry:
-        form = _form(args)
+        form = structure(args)
         found, outside = self._captured(args, leaves, form)
         self.report.traces += 1
         shapes = _shapes(args[1:])
@@ -302,10 +301,6 @@ def _separate(donated: list[bool], leaves: list[Any]) -> None:
             memory = local(leaves[i]).untyped_storage()._cdata
             leaves[i] = leaves[i].clone() if memory in seen else leaves[i]
             seen.add(memory)
-
-
-def _form(args: tuple[Any, ...]) -> Structure:
-    return flatten(args)[1]
 
 
 def _batch_first(form: Structure) -> Structure:
