@@ -33,6 +33,8 @@ SIZES = {
     "tiny": Size(256, 64, 2, 2, 64, 8, warmup=20, burst=20, rounds=15),  # 0.14 M parameters: overhead
     "small": Size(2048, 256, 8, 6, 256, 8, warmup=3, burst=3, rounds=8),  # 5.8 M: memory and compute
     "compute": Size(256, 512, 8, 4, 128, 4, warmup=3, burst=4, rounds=8),  # 12.9 M: matrix products
+    "deep12": Size(256, 64, 2, 12, 64, 8, warmup=5, burst=5, rounds=8),  # tiny with more layers: compiling
+    "deep24": Size(256, 64, 2, 24, 64, 8, warmup=5, burst=5, rounds=8),
     "gpt2": Size(50304, 768, 12, 12, 1024, 16, warmup=4, burst=11, rounds=4),  # 163 M, its head untied: for GPUs
 }
 USUAL = ("tiny", "small", "compute")
