@@ -16,15 +16,12 @@ ROOT = Path(trainfn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # design.md §3. A file imports from its own layer or from one below; the name is that of the file or of its folder.
 LAYERS = {
-    **dict.fromkeys(("_types", "tree", "errors", "_marks"), 0),
+    **dict.fromkeys(("_types", "tree", "errors", "_marks", "_text"), 0),
     **dict.fromkeys(("random", "_keyed", "_module", "losses", "metrics", "optim", "schedules"), 1),
     **dict.fromkeys(("_grad", "_step", "transforms"), 2),
-    **dict.fromkeys(("_compile", "_explain", "_plan", "_together"), 3),
-    **dict.fromkeys(
-        (*("_checkpoint", "_batches", "_evaluate", "callbacks", "_nonfinite", "_interrupt", "_value", "data"),),
-        4,
-    ),
-    **dict.fromkeys(("_driver", "_session", "_replay"), 5),
+    **dict.fromkeys(("_compile", "_ranks", "_plan"), 3),
+    **dict.fromkeys(("_checkpoint", "_value", "data"), 4),
+    **dict.fromkeys(("_run", "callbacks"), 5),
     **dict.fromkeys(("deepspeed",), 6),  # the driver, with another engine behind the step
     **dict.fromkeys(("launch",), 6),  # reads what started the processes
     **dict.fromkeys(("testing",), 6),  # for users' tests: may import anything public, nothing imports it

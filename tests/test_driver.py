@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import trainfn as tfn
-from trainfn._interrupt import termination, uninterrupted
+from trainfn._run._signals import termination, uninterrupted
 
 OPTIMIZER = tfn.optim.sgd(0.1, momentum=0.9)
 

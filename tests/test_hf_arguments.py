@@ -18,11 +18,11 @@ import transformers
 from accelerate.state import AcceleratorState, PartialState
 from transformers import HfArgumentParser
 
-from trainfn.hf import _fields
-from trainfn.hf._arguments import Seq2SeqTrainingArguments, TrainingArguments
-from trainfn.hf._fields import IGNORED, REFUSED, USED, check_supported
+from trainfn.hf._arguments import _support as _fields
+from trainfn.hf._arguments._legacy import RULES
+from trainfn.hf._arguments._support import IGNORED, REFUSED, USED, check_supported
+from trainfn.hf._arguments._training import Seq2SeqTrainingArguments, TrainingArguments
 from trainfn.hf._installed import RENAMED, completed
-from trainfn.hf._legacy import RULES
 
 PAIRS = [
     (TrainingArguments, transformers.TrainingArguments),
@@ -412,8 +412,10 @@ THROUGH = {  # what transformers' own code reads for us: the flow callback, trac
 
 
 def test_what_is_said_to_be_used_is_read_somewhere():
-    own = {"_fields.py", "_legacy.py", "_arguments.py"}
-    text = "".join(file.read_text() for file in Path(_fields.__file__).parent.glob("*.py") if file.name not in own)
+    own = {"_support.py", "_legacy.py", "_training.py"}
+    text = "".join(
+        file.read_text() for file in Path(_fields.__file__).parent.parent.rglob("*.py") if file.name not in own
+    )
     said = {name for name, where in USED.items() if where.endswith(".py")} - THROUGH
     unread = {name for name in said if not re.search(rf"\.{name}\b|['\"]{name}['\"]", text)}
     assert unread <= {"tf32"}  # through `TrainingArguments.matmul_precision`

@@ -26,9 +26,9 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 import trainfn as tfn
-from trainfn.hf import _callbacks
-from trainfn.hf._callbacks import DECISIONS, EVENTS, CallbackHandler, gather, with_defaults
-from trainfn.hf._views import StateView
+from trainfn.hf._callbacks import _events as _callbacks
+from trainfn.hf._callbacks._events import DECISIONS, EVENTS, CallbackHandler, gather, with_defaults
+from trainfn.hf._callbacks._readonly import StateView
 
 STEP_EVENTS = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end", "on_step_end")
 

@@ -11,8 +11,8 @@ from hf_models import gpt2, tokens
 
 import trainfn as tfn
 from trainfn import Trainer, TrainingArguments
-from trainfn.hf import _deepspeed, _layout
-from trainfn.hf._deepspeed import configuration
+from trainfn.hf._parallel import _deepspeed, _layout
+from trainfn.hf._parallel._deepspeed import configuration
 
 ADAM = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
 RATES = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}

@@ -12,9 +12,9 @@ from transformers import trainer_optimizer
 
 import trainfn as tfn
 from trainfn.hf import Trainer, TrainingArguments
-from trainfn.hf._fields import check_supported
-from trainfn.hf._optimizers import make_optimizer, parse_optim_args
-from trainfn.hf._targets import target_names
+from trainfn.hf._arguments._support import check_supported
+from trainfn.hf._optim._named import make_optimizer, parse_optim_args
+from trainfn.hf._optim._targets import target_names
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
 GALORE = [name.value for name in transformers.training_args.OptimizerNames if name.value.startswith("galore")]
@@ -94,7 +94,7 @@ def test_all_others_are_optimized_in_the_usual_way():
 
 
 def test_a_matrix_that_matches_and_is_no_linear_layer_is_named(caplog):
-    with caplog.at_level(logging.WARNING, logger="trainfn.hf._targets"):
+    with caplog.at_level(logging.WARNING, logger="trainfn.hf._optim._targets"):
         assert target_names(arguments(targets=["attn", "embed"]), net()) == {"attn.q.weight"}
     assert "GaLore projects linear layers only, and not 'embed'." in caplog.text
 

@@ -15,8 +15,8 @@ from huggingface_hub import HfApi
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import trainfn as tfn
-from trainfn.hf import _hub
-from trainfn.hf._callbacks import CallbackHandler, with_defaults
+from trainfn.hf._callbacks._events import CallbackHandler, with_defaults
+from trainfn.hf._reporting import _hub
 
 MODEL_FILES = ("config.json", "model.safetensors", "training_args.bin")
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
@@ -144,7 +144,7 @@ def test_the_endpoint_is_that_of_the_environment(tmp_path):
     with hub_server.serving() as hub:
         program = f"""
 import types
-from trainfn.hf import _hub
+from trainfn.hf._reporting import _hub
 args = types.SimpleNamespace(hub_token="hf_x", hub_model_id=None, output_dir={str(tmp_path / "env")!r},
                              hub_private_repo=None, hub_revision=None)
 trainer = types.SimpleNamespace(args=args, is_world_process_zero=lambda: True)

@@ -25,11 +25,13 @@ from transformers.training_args import ParallelMode
 
 import trainfn as tfn
 from trainfn import Trainer, TrainingArguments
-from trainfn._interrupt import uninterrupted
-from trainfn.hf import _layout, _ranks, _train, _whole
-from trainfn.hf._data import Windows
-from trainfn.hf._dealing import Dealt, NoRows, Own, dealt, is_empty, no_rows
-from trainfn.hf._manual import _check_axes
+from trainfn._run._signals import uninterrupted
+from trainfn.hf._parallel import _layout, _ranks
+from trainfn.hf._parallel import _parameters as _whole
+from trainfn.hf._parallel._sharding import Dealt, NoRows, Own, dealt, is_empty, no_rows
+from trainfn.hf._run import _loop as _train
+from trainfn.hf._run._data import Windows
+from trainfn.hf._step._manual import _check_axes
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

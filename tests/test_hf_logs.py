@@ -21,10 +21,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging as transformers_logging
 
 import trainfn as tfn
-from trainfn.hf import _logs, _trackers
-from trainfn.hf._callbacks import CallbackHandler, with_defaults
-from trainfn.hf._logs import LossWindow
-from trainfn.hf._trackers import TrackerCallback, tracker_callbacks
+from trainfn.hf._callbacks._events import CallbackHandler, with_defaults
+from trainfn.hf._reporting import _logs, _trackers
+from trainfn.hf._reporting._logs import LossWindow
+from trainfn.hf._reporting._trackers import TrackerCallback, tracker_callbacks
 
 RANDOM_BATCHES = st.lists(st.tuples(st.floats(-9, 9), st.integers(1, 5)), min_size=1, max_size=12)
 
@@ -299,7 +299,7 @@ def test_messages_are_shown_once_whether_the_program_logs_or_not(loggers, monkey
     assert sys.stderr.getvalue() == "to the screen\n"
     stream = io.StringIO()
     root.addHandler(logging.StreamHandler(stream))
-    logging.getLogger("trainfn.hf._hub").info("to the program")
+    logging.getLogger("trainfn.hf._reporting._hub").info("to the program")
     assert (sys.stderr.getvalue(), stream.getvalue()) == ("to the screen\n", "to the program\n")
 
 

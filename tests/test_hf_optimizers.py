@@ -11,10 +11,10 @@ from torch import nn
 from transformers.optimization import Adafactor, get_scheduler
 
 import trainfn as tfn
-from trainfn.hf._arguments import TrainingArguments
-from trainfn.hf._optimizers import check_optimizer, decay_names, make_optimizer, parse_optim_args
-from trainfn.hf._schedules import for_groups, from_lambda_lr, make_schedule
-from trainfn.hf._torch_optimizers import from_torch
+from trainfn.hf._arguments._training import TrainingArguments
+from trainfn.hf._optim._named import check_optimizer, decay_names, make_optimizer, parse_optim_args
+from trainfn.hf._optim._schedules import for_groups, from_lambda_lr, make_schedule
+from trainfn.hf._optim._torch import from_torch
 
 
 def arguments(**kwargs):

@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 
 import trainfn as tfn
 from trainfn import Trainer, TrainingArguments
-from trainfn.hf._dealing import Dealt
-from trainfn.hf._position import go_to, position, rows_of
-from trainfn.hf._ranks import Ranks
+from trainfn.hf._parallel._ranks import Ranks
+from trainfn.hf._parallel._sharding import Dealt
+from trainfn.hf._run._position import go_to, position, rows_of
 
 ROWS = 12
 

@@ -181,7 +181,9 @@ def test_the_model_is_shared_under_the_name_that_is_asked_for(run, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("transformers.modelcard.is_offline_mode", lambda: True)
     with hub_server.serving() as server, pytest.warns(DeprecationWarning, match="push_to_hub_model_id"):
-        monkeypatch.setattr("trainfn.hf._hub.api", lambda: huggingface_hub.HfApi(endpoint=server.url, token="hf_test"))
+        monkeypatch.setattr(
+            "trainfn.hf._reporting._hub.api", lambda: huggingface_hub.HfApi(endpoint=server.url, token="hf_test")
+        )
         run(SUMMARIZE, MODEL, NEWS, f"--do_train {SMALL} {SIZES} {QUIET} --max_steps 1 --output_dir out --push_to_hub",
             "--hub_token hf_test --push_to_hub_model_id finetuned-t5-cnn_dailymail")  # fmt: skip
     assert [*server.repos] == ["tester/finetuned-t5-cnn_dailymail"]

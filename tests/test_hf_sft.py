@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from trainfn.hf import SFTConfig, SFTTrainer, TrainerCallback, TrainingArguments
-from trainfn.hf._sft_loss import dft
-from trainfn.hf._sft_packing import SFTCollator, pack_dataset
+from trainfn.hf._sft._loss import dft
+from trainfn.hf._sft._packing import SFTCollator, pack_dataset
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
 SPECIAL = ["<pad>", "</s>", "<unk>", "<user>", "<assistant>"]

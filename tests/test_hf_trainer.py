@@ -16,8 +16,8 @@ from torch import nn
 
 import trainfn as tfn
 from trainfn.hf import Trainer, TrainerCallback, TrainingArguments
-from trainfn.hf._additive import SplitDependentLossWarning
 from trainfn.hf._installed import attribute
+from trainfn.hf._step._additive import SplitDependentLossWarning
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
 QUIET = {

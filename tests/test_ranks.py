@@ -5,9 +5,9 @@ from datetime import timedelta
 import pytest
 import torch
 
-from trainfn import _explain
-from trainfn._explain import explain, explained
-from trainfn._together import Together
+from trainfn._ranks import _errors as _explain
+from trainfn._ranks._errors import explain, explained
+from trainfn._ranks._group import Together
 
 SAID = {  # what torch says, and what is added
     "[pair.cc:553] Connection closed by peer [127.0.0.1]:644": "was waiting for another rank, which has ended",

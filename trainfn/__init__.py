@@ -10,7 +10,7 @@
                            │                                      ▼
     checkpoint ◀───────── save ◀──── callbacks(StepInfo) ◀──── steps(): a generator; fit() loops over it
 
-Reading order: `_types.py` (the vocabulary), `_step.py` (the step), `_driver.py` (the loop).
+Reading order: `_types.py` (the vocabulary), `_step.py` (the step), `_run/_fit.py` (the loop).
 """
 
 import importlib as _importlib
@@ -36,9 +36,6 @@ from trainfn._compile import LoadedStep as LoadedStep
 from trainfn._compile import Report as Report
 from trainfn._compile import jit as jit
 from trainfn._compile import load_step as load_step
-from trainfn._driver import fit as fit
-from trainfn._driver import steps as steps
-from trainfn._evaluate import evaluate as evaluate
 from trainfn._grad import value_and_grad as value_and_grad
 from trainfn._keyed import keyed as keyed
 from trainfn._module import export as export
@@ -47,7 +44,10 @@ from trainfn._plan import Plan as Plan
 from trainfn._plan import Precision as Precision
 from trainfn._plan import gather as gather
 from trainfn._plan import shard as shard
-from trainfn._replay import replay as replay
+from trainfn._run._evaluate import evaluate as evaluate
+from trainfn._run._fit import fit as fit
+from trainfn._run._fit import steps as steps
+from trainfn._run._replay import replay as replay
 from trainfn._step import TrainStep as TrainStep
 from trainfn._step import accumulate as accumulate
 from trainfn._step import eval_step as eval_step

@@ -18,7 +18,7 @@ from trainfn._checkpoint._pieces import is_laid_out
 from trainfn._checkpoint._read import inspect, read_leaves
 from trainfn._checkpoint._write import sweep, write
 from trainfn._compile._donate import check_alive
-from trainfn._together import ALONE, Ranks, together
+from trainfn._ranks._group import ALONE, Ranks, together
 from trainfn._types import TrainState
 
 

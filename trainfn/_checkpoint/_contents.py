@@ -15,7 +15,7 @@ from trainfn._checkpoint._format import CODES, MANIFEST, NAME, STATE_FILE, Leaf,
 from trainfn._checkpoint._pieces import is_split, local
 from trainfn._checkpoint._spread import spread
 from trainfn._compile._donate import check_alive
-from trainfn._together import ALONE, Ranks
+from trainfn._ranks._group import ALONE, Ranks
 from trainfn._types import Mean, TrainState
 
 SHARD = 5 * 10**9  # bytes: what transformers takes as well

@@ -15,7 +15,7 @@ from trainfn._checkpoint._fit import fit
 from trainfn._checkpoint._format import Manifest
 from trainfn._checkpoint._read import inspect, verify
 from trainfn._compile._donate import check_alive
-from trainfn._together import ALONE, Ranks
+from trainfn._ranks._group import ALONE, Ranks
 from trainfn._types import TrainState
 from trainfn.errors import CheckpointError
 

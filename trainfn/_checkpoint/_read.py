@@ -19,7 +19,7 @@ from torch import Tensor
 from trainfn._checkpoint import _disk
 from trainfn._checkpoint._format import LIMIT, MANIFEST, Leaf, Manifest, header, parsed_manifest
 from trainfn._checkpoint._goal import Goal
-from trainfn._together import ALONE, Ranks
+from trainfn._ranks._group import ALONE, Ranks
 from trainfn.errors import CheckpointError
 
 

@@ -16,7 +16,7 @@ from trainfn._checkpoint._folder import STEP, Folder, best_of, expired
 from trainfn._checkpoint._lock import Lock
 from trainfn._checkpoint._snapshot import Gathered, Snapshot
 from trainfn._checkpoint._write import explained, sweep, write
-from trainfn._together import ALONE, Ranks, together
+from trainfn._ranks._group import ALONE, Ranks, together
 from trainfn._types import TrainState
 from trainfn.errors import CheckpointError
 

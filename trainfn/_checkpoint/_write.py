@@ -18,7 +18,7 @@ from trainfn._checkpoint._contents import Contents
 from trainfn._checkpoint._disk import Written
 from trainfn._checkpoint._format import LIMIT, MANIFEST, Leaf, Manifest, header, manifest_bytes
 from trainfn._checkpoint._snapshot import Gathered
-from trainfn._together import ALONE, Ranks
+from trainfn._ranks._group import ALONE, Ranks
 from trainfn.errors import CheckpointError
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from trainfn import tree
 from trainfn._plan._apply import Idle, first_rows
 from trainfn._plan._layout import Layout, rank
-from trainfn._together import together
+from trainfn._ranks._group import together
 from trainfn._types import Batch, TrainState
 
 _ENDED, _EMPTY, _STREAM = "no more batches", "a batch of 0 rows", "a stream of micro-batches"

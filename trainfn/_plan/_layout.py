@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from trainfn import tree
-from trainfn._explain import launched
+from trainfn._ranks._errors import launched
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from trainfn import tree
-from trainfn._evaluate import evaluate
+from trainfn._run._evaluate import evaluate
 from trainfn._types import Batch, Metrics, StepInfo, Stop, TrainState
 from trainfn.callbacks._log import values
 

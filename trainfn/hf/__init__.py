@@ -36,9 +36,9 @@ from transformers import TrainerControl as TrainerControl
 from transformers import TrainerState as TrainerState
 from transformers import default_data_collator as default_data_collator
 
-from trainfn.hf._arguments import Seq2SeqTrainingArguments as Seq2SeqTrainingArguments
-from trainfn.hf._arguments import TrainingArguments as TrainingArguments
+from trainfn.hf._arguments._training import Seq2SeqTrainingArguments as Seq2SeqTrainingArguments
+from trainfn.hf._arguments._training import TrainingArguments as TrainingArguments
 from trainfn.hf._seq2seq import Seq2SeqTrainer as Seq2SeqTrainer
-from trainfn.hf._sft import SFTTrainer as SFTTrainer
-from trainfn.hf._sft_config import SFTConfig as SFTConfig
+from trainfn.hf._sft._config import SFTConfig as SFTConfig
+from trainfn.hf._sft._trainer import SFTTrainer as SFTTrainer
 from trainfn.hf._trainer import Trainer as Trainer

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.trainer_utils import PredictionOutput
 
-from trainfn.hf._loss import autocast
-from trainfn.hf._prediction import StepOutput, gives_loss
+from trainfn.hf._evaluation._prediction import StepOutput, gives_loss
+from trainfn.hf._step._loss import autocast
 from trainfn.hf._trainer import Trainer
 
 DEFAULT_NEW_TOKENS = 20  # of `generate`, where neither the call nor the model says more

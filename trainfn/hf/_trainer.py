@@ -14,29 +14,22 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from transformers.utils import can_return_loss, find_labels, logging
 
 import trainfn as tfn
-from trainfn._interrupt import Held
-from trainfn.hf import (
-    _callbacks,
-    _checkpoints,
-    _data,
-    _evaluation,
-    _hub,
-    _logs,
-    _loss,
-    _manual,
-    _optimization,
-    _plan,
-    _prediction,
-    _search,
-    _setup,
-    _train,
-    _whole,
-)
-from trainfn.hf._arguments import TrainingArguments
-from trainfn.hf._fields import check_supported
-from trainfn.hf._layout import ranks_of
-from trainfn.hf._reporting import Reporting
-from trainfn.hf._trackers import tracker_callbacks
+from trainfn._run._signals import Held
+from trainfn.hf._arguments._support import check_supported
+from trainfn.hf._arguments._training import TrainingArguments
+from trainfn.hf._callbacks import _events as _callbacks
+from trainfn.hf._checkpoints import _folders as _checkpoints
+from trainfn.hf._evaluation import _loop as _evaluation
+from trainfn.hf._evaluation import _prediction
+from trainfn.hf._optim import _resolve as _optimization
+from trainfn.hf._parallel import _parameters as _whole
+from trainfn.hf._parallel._layout import ranks_of
+from trainfn.hf._reporting._methods import Reporting, _hub, _logs
+from trainfn.hf._reporting._trackers import tracker_callbacks
+from trainfn.hf._run import _data, _search, _setup
+from trainfn.hf._run import _loop as _train
+from trainfn.hf._run import _summary as _plan
+from trainfn.hf._step import _loss, _manual
 
 logger = logging.get_logger(__name__)
 
@@ -272,7 +265,7 @@ class Trainer(Reporting):
         return _train.train(self, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def hyperparameter_search(self, *args: Any, **options: Any) -> Any:
-        """Train with other arguments again and again; see `trainfn.hf._search.hyperparameter_search`."""
+        """Train with other arguments again and again; see `trainfn.hf._run._search.hyperparameter_search`."""
         return _search.hyperparameter_search(self, *args, **options)
 
     def plan(self) -> str:

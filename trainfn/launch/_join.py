@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainfn._explain import explain, launched
+from trainfn._ranks._errors import explain, launched
 from trainfn.launch._fields import is_true
 
 _HOW = (

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 
-from trainfn._explain import launched
 from trainfn._plan import Plan
 from trainfn._plan._layout import Rule
+from trainfn._ranks._errors import launched
 from trainfn.launch import _accelerate, _deepspeed
 from trainfn.launch._config import exported
 from trainfn.launch._fields import Field, check, is_true, table

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainfn import tree
 from trainfn._checkpoint import restore, save
-from trainfn._driver import fit
+from trainfn._run._fit import fit
 from trainfn._types import Batch, Metrics, TrainState, Tree
 from trainfn.testing._purity import generators_kept
 from trainfn.testing._step_laws import AnyStep

@@ -1,0 +1,216 @@
+"""The loop around a step. Read this third.
+
+`steps` is a generator, `fit` a for-loop over it. Nothing here waits for the device; callbacks do, when they print.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+
+from trainfn._checkpoint import Checkpoints, ranks_of
+from trainfn._plan import agreed, check_together, divided, plan_of, told
+from trainfn._ranks._errors import explained, launched
+from trainfn._run._batches import Batches, placed, source
+from trainfn._run._nonfinite import Policy, Watch
+from trainfn._run._session import Callback, Session
+from trainfn._run._signals import Requests, uninterrupted
+from trainfn._types import Step, StepInfo, Stop, TrainState
+
+
+def steps(
+    step: Step,
+    state: TrainState,
+    batches: Batches,
+    *,
+    until: int | None = None,
+    nonfinite: Policy | None = None,
+) -> Iterator[StepInfo]:
+    """Run a step over batches; yield a `StepInfo` after each.
+
+    The generator may be left at any point: the last `StepInfo` holds the state. Ctrl-C takes effect between steps.
+
+    Args:
+        step: Compiled or not.
+        state: Where to start.
+        batches: An iterable of batches. Or what a restored state goes on with exactly where it was: a function from
+            the number of completed steps to the next batch, or a `trainfn.data` loader. NumPy arrays become tensors;
+            tensors are moved to the state's device. With a plan, a loader is divided among the ranks; other batches
+            are this rank's own rows.
+        until: Stop when ``state.step`` has reached it; by default, when the batches end.
+        nonfinite: What to do about a loss that is NaN or infinite: ``"raise"``, ``"skip"`` (with a step that does)
+            or ``"continue"``. By default, skip if the step can and raise if it can't.
+
+    Raises:
+        NonFiniteError: Naming the step.
+        RuntimeError: If several processes were launched and the step has no plan: each would train by itself.
+
+    >>> import torch, trainfn as tfn
+    >>> optimizer = tfn.optim.sgd(0.1)
+    >>> state = tfn.init({"w": torch.tensor([4.0])}, optimizer)
+    >>> step = tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer)
+    >>> [(info.n, info.metrics["loss"].value.item()) for info in steps(step, state, [torch.ones(1)] * 2)]
+    [(1, 4.0), (2, 3.9000000953674316)]
+    """
+    yield from _run(step, [state], batches, until, nonfinite, Requests())
+
+
+def _run(
+    step: Step,
+    latest: list[TrainState],
+    batches: Batches,
+    until: int | None,
+    nonfinite: Policy | None,
+    requests: Requests,
+) -> Iterator[StepInfo]:
+    """`steps`, with the newest complete state in ``latest``; it is empty while a step runs."""
+    n, device = int(latest[0].step), latest[0].step.device  # waits for the device, once
+    plan = plan_of(step)
+    if plan is None and isinstance(latest[0], TrainState):
+        _check_alone()
+    batches, equal = (batches, True) if plan is None else divided(plan, batches)
+    if plan is not None:
+        check_together(plan, latest[0], until)
+    stream, until = source(batches, n, until)
+    if plan is not None:
+        until = None if until is None else max(told(until))
+        what = f"steps(step, state, batches), step {n + 1} or later"
+        stream = agreed(stream, what, equal=equal, parts=plan.data_size)
+    watch = Watch(nonfinite)
+    last = time.perf_counter()
+    try:
+        while until is None or n < until:
+            try:
+                with explained(f", before step {n + 1},"):
+                    batch = placed(next(stream), device)
+            except StopIteration:
+                break
+            with uninterrupted() as held, explained(f", in step {n + 1},"):
+                state, metrics = step(latest.pop(), batch)
+                latest.append(state)
+            n += 1
+            requests.interrupted |= held.pressed
+            watch.see(n, metrics)
+            now = time.perf_counter()
+            yield StepInfo(n, state, metrics, now - last, until)
+            last = now
+            if requests.interrupted:
+                raise KeyboardInterrupt
+    finally:
+        if stream is not batches and isinstance(stream, Generator):
+            stream.close()  # a loader's worker processes end with it
+    watch.report(wait=True)
+    if until is not None and n < until:
+        warnings.warn(f"the batches ended at step {n}, before until={until}.", stacklevel=3)
+
+
+def _check_alone() -> None:
+    if launched() > 1:
+        raise RuntimeError(
+            f"steps(step, state, batches): {launched()} processes were launched, and the step has no plan: each would"
+            " train by itself. `plan = tfn.launch.plan()`, `state = tfn.shard(state, plan)` and"
+            " `tfn.train_step(..., plan=plan)`; a function around such a step needs `function.plan = plan`. For runs of"
+            " their own, call `step(state, batch)` in a loop."
+        )
+
+
+def fit(
+    step: Step,
+    state: TrainState,
+    batches: Batches,
+    *,
+    until: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoints: Checkpoints | None = None,
+    nonfinite: Policy | None = None,
+) -> TrainState:
+    """Run a step over batches, call the callbacks after each, and return the last state.
+
+    Ctrl-C ends the run after the step at hand and returns the last complete state; a second Ctrl-C ends it at once,
+    with a ``KeyboardInterrupt`` and no state. An error that ends the run has the last complete state as its ``state``.
+
+    With checkpoints, a fresh state is replaced by the newest saved one, and what has changed since is printed with its
+    consequence; the states of callbacks come back too. A run that has ended already does nothing. The last state is
+    always saved; on SIGTERM it is saved after the step at hand, and the process exits.
+
+    A state that `trainfn.shard` laid out is trained by all ranks: what ends the run on one of them, a signal or a
+    callback's `trainfn.Stop`, ends it on all after the same step. Rank 0 prints.
+
+    Args:
+        step: See `steps`, as for ``state``, ``batches``, ``until`` and ``nonfinite``.
+        state: The same.
+        batches: The same.
+        until: The same.
+        callbacks: Functions of a `StepInfo`, called in order; see `trainfn.callbacks`. One that returns `trainfn.Stop`
+            ends the run.
+        checkpoints: Where and how often to save.
+        nonfinite: The same.
+
+    Raises:
+        CheckpointError: If a checkpoint can't be written or does not fit; see `trainfn.Checkpoints`.
+        ValueError: If batches can't go on after a checkpoint, or a metric that is waited for does not exist.
+
+    >>> import torch, trainfn as tfn
+    >>> optimizer = tfn.optim.sgd(0.1)
+    >>> state = tfn.init({"w": torch.tensor([4.0])}, optimizer)
+    >>> step = tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer)
+    >>> fit(step, state, lambda n: torch.ones(1), until=3)
+    TrainState(functions, step=3, params=1 tensors / 1 numbers)
+    """
+    latest: list[TrainState] = []
+    try:
+        with Requests(ranks_of(state)) as requests, Session(checkpoints, callbacks, step, batches, requests) as session:
+            latest.append(session.resumed(state, until))
+            for callback in callbacks:
+                if isinstance(callback, contextlib.AbstractContextManager):
+                    session.enter_context(callback)
+            _begin(session, callbacks, StepInfo(int(latest[0].step), latest[0], {}, 0.0, until))
+            try:
+                _loop(session, callbacks, _run(step, latest, batches, until, nonfinite, requests))
+            except KeyboardInterrupt:
+                # Forced by a second Ctrl-C: inside a step, a donated state may be half overwritten; among several
+                # ranks, the others may be elsewhere.
+                if not latest or (requests.ranks.size > 1 and not requests.interrupted):
+                    raise
+                if requests.ranks.rank == 0:
+                    n = int(latest[0].step)
+                    warnings.warn(
+                        f"interrupted: the state after step {n} is returned; call `fit` again to go on.", stacklevel=2
+                    )
+            session.finish(latest[0])
+    except Exception as error:
+        if latest:
+            error.state = latest[0]  # type: ignore[attr-defined]
+        raise
+    return latest[0]
+
+
+def _begin(session: Session, callbacks: Sequence[Callback], info: StepInfo) -> None:
+    if info.until is not None and info.n >= info.until:
+        return  # a finished run does nothing
+    names: list[str] = []
+    for callback in callbacks:
+        if hasattr(callback, "begin"):
+            names += callback.begin(info) or []  # type: ignore[attr-defined]
+    session.check_best(names)
+
+
+def _loop(session: Session, callbacks: Sequence[Callback], run: Iterator[StepInfo]) -> None:
+    with contextlib.closing(run):  # type: ignore[type-var]
+        for info in run:
+            answers = [_call(callback, info) for callback in callbacks]
+            stop = next((answer for answer in answers if isinstance(answer, Stop)), None)
+            stops = session.after(info, stop is not None)
+            if stops:
+                session.say(f"stopped after step {info.n}: {stop.reason if stop else 'a callback of another rank'}")
+                return
+
+
+def _call(callback: Callback, info: StepInfo) -> object:
+    try:
+        return callback(info)
+    except Exception as error:
+        error.add_note(f"Raised by the callback {callback!r} after step {info.n}.")
+        raise

@@ -1,0 +1,211 @@
+"""A run and its checkpoints: where it goes on, what is saved with the state, and what has changed since."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+from trainfn import tree
+from trainfn._checkpoint import Checkpoints
+from trainfn._run._batches import Batches, start_anywhere
+from trainfn._run._signals import Requests, termination
+from trainfn._types import StepInfo, TrainState
+from trainfn.callbacks._evaluation import SavedBest
+
+Callback = Callable[[StepInfo], object]
+_OTHER_ROWS = "from here on the steps see other rows than the saved run would have seen"
+# What a changed entry of the run's description means; the first that its name begins with is told.
+_CONSEQUENCES = {
+    "batches": _OTHER_ROWS,
+    "accumulate": "the same rows per step and the same update, but for the order of floating-point additions",
+    "until": "the run ends elsewhere; a schedule made from its length is another one",
+}
+
+
+class Session(contextlib.ExitStack):
+    """Looks after the checkpoints of one call of `fit`; without any, it does nothing.
+
+    Args:
+        checkpoints: Where they go, or None.
+        callbacks: Those of the run, whose states are saved too.
+        step: The step function.
+        batches: The run's batches.
+        requests: What signals ask for.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints | None,
+        callbacks: Sequence[Callback],
+        step: Any,
+        batches: Batches,
+        requests: Requests,
+    ) -> None:
+        super().__init__()
+        self.checkpoints, self.callbacks = checkpoints, callbacks
+        self.step, self.batches, self.requests = step, batches, requests
+        self.saved: int | None = None
+        self.until: int | None = None
+        self.best: SavedBest | None = None
+        if checkpoints is None:
+            return
+        if not start_anywhere(batches):
+            raise ValueError(
+                "fit(..., checkpoints=...): these batches can't be started in the middle, so a run could not go on from"
+                " a checkpoint. Give a function of the step, `lambda n: batch`, or a `tfn.data.loader`."
+            )
+        if checkpoints.best is not None:
+            self.best = SavedBest(checkpoints.best, checkpoints.mode)
+
+    def __enter__(self) -> Self:
+        """Lock the folder, and take note of SIGTERM."""
+        super().__enter__()
+        if self.checkpoints is not None:
+            self.enter_context(self.checkpoints)
+            self.requests.end = self.enter_context(termination())
+        return self
+
+    def resumed(self, state: TrainState, until: int | None) -> TrainState:
+        """The newest saved state, if there is one and ``state`` is a fresh one; else ``state``."""
+        self.until = until
+        if self.checkpoints is None:
+            return state
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"fit(..., checkpoints=...) keeps the states that `tfn.init` makes, and this is one of type"
+                f" {type(state).__name__}. DeepSpeed's engine saves itself: leave `checkpoints` out and write"
+                " `callbacks=[tfn.deepspeed.saving(folder, every=100)]`."
+            )
+        steps, n = self.checkpoints.steps(), int(state.step)
+        if not steps or (n == steps[-1] and n > 0):
+            self.saved = n if steps else None
+            return state
+        if n > 0:
+            if n > steps[-1]:
+                return state
+            raise ValueError(
+                f"fit(step, state, ...): the state is at step {n}, and {str(self.checkpoints.folder)!r} has checkpoints"
+                f" up to step {steps[-1]}. To go on from there, give the fresh state that `tfn.init` makes; to go"
+                " another way from here, give another folder."
+            )
+        found = self.checkpoints.restore(like=state)
+        if found is None:
+            return state
+        state, extra = found
+        self.saved = int(state.step)
+        self.say(f"going on from {self.checkpoints.folder}/checkpoint-{self.saved}")
+        self._tell_changes(extra.get("run", {}))
+        self._give_back(extra.get("callbacks", []))
+        if self.best is not None and extra.get("best"):
+            self.best.load_state_dict(extra["best"])
+        return state
+
+    def check_best(self, names: list[str]) -> None:
+        """Raise before the first step if the metric by which to keep the best is not among those evaluated."""
+        if self.best is None:
+            return
+        if not names:
+            raise ValueError(
+                f"Checkpoints(..., best={self.best.metric!r}): nothing is evaluated in this run. Add"
+                " `tfn.callbacks.evaluation(eval_step, batches, every=...)` to its callbacks."
+            )
+        self.best.check(names)
+
+    def after(self, info: StepInfo, stop: bool = False) -> bool:
+        """Surface the error of a save in the background; save if it is time, or if the process is to end.
+
+        Returns:
+            Whether to stop, as ``stop`` says on any rank.
+        """
+        failed = self.checkpoints is not None and self.checkpoints.failed()
+        stop, failed, wanted = self.requests.agree(stop, failed, self._wanted(info.n))
+        if self.checkpoints is None:
+            return stop
+        if failed:
+            self.checkpoints.wait()
+        if wanted or self.requests.terminated:
+            self._save(info.state, info.n)
+        if self.requests.terminated:
+            self.checkpoints.wait()
+            self.say(f"SIGTERM: saved {self.checkpoints.folder}/checkpoint-{info.n}, and stopped")
+            raise SystemExit(128 + 15)  # as the shell counts a death by this signal
+        return stop
+
+    def _wanted(self, n: int) -> bool:
+        """Whether it is time to save: by the count of steps, or because it is the best so far."""
+        if self.checkpoints is None:
+            return False
+        metrics = self._metrics(n)
+        better = self.best is not None and self.best.metric in metrics and self.best.better(
+            metrics[self.best.metric], n)  # fmt: skip
+        return better or self.checkpoints.due(n)
+
+    def finish(self, state: TrainState) -> None:
+        """Save the last state, if it is not saved yet."""
+        if self.checkpoints is not None and int(state.step) != self.saved:
+            self._save(state, int(state.step))
+
+    def _save(self, state: TrainState, n: int) -> None:
+        assert self.checkpoints is not None
+        extra: dict[str, Any] = {"run": self._description(), "callbacks": self._states()}
+        if self.best is not None:
+            extra["best"] = self.best.state_dict()
+        self.checkpoints.save(state, extra, metrics=self._metrics(n) or None)
+        self.saved = n
+
+    def _metrics(self, n: int) -> dict[str, float]:
+        """What was evaluated at step ``n``."""
+        latest = [c.latest for c in self.callbacks if getattr(c, "latest", None) is not None]  # type: ignore[attr-defined]
+        return {name: value for step, metrics in latest if step == n for name, value in metrics.items()}
+
+    def _description(self) -> dict[str, Any]:
+        inner = getattr(self.step, "step", self.step)
+        describe = getattr(self.batches, "describe", None)
+        name = getattr(self.batches, "__qualname__", type(self.batches).__name__)
+        return {
+            "batches": describe() if describe is not None else {"function": name},
+            "accumulate": getattr(inner, "accumulate", 1),
+            "until": self.until,
+        }
+
+    def _tell_changes(self, then: dict[str, Any]) -> None:
+        was, now = _flat(then), _flat(self._description())
+        for name in {**was, **now}:
+            if was.get(name) != now.get(name):
+                why = next((text for start, text in _CONSEQUENCES.items() if name.startswith(start)), "")
+                self.say(f"changed: {name} was {was.get(name)!r}, is {now.get(name)!r}: {why}")
+
+    def _states(self) -> list[dict[str, Any]]:
+        return [
+            {"name": type(c).__name__, "state": c.state_dict()}  # type: ignore[attr-defined]
+            for c in self.callbacks
+            if hasattr(c, "state_dict")
+        ]
+
+    def _give_back(self, states: list[dict[str, Any]]) -> None:
+        """To each callback the state of the first one saved under its name; two of a name keep their order."""
+        left = list(states)
+        for callback in self.callbacks:
+            if not hasattr(callback, "load_state_dict"):
+                continue
+            name = type(callback).__name__
+            mine = next((saved for saved in left if saved["name"] == name), None)
+            if mine is None:
+                self.say(f"changed: the callback {name} is new, and starts afresh")
+                continue
+            left.remove(mine)
+            callback.load_state_dict(mine["state"])  # type: ignore[attr-defined]
+        for saved in left:
+            name = saved["name"]
+            self.say(f"changed: the callback {name} of the saved run is not in this one; what it kept is left out")
+
+    def say(self, text: str) -> None:
+        """Print a line; one of several processes does."""
+        if self.requests.ranks.rank == 0:
+            print(f"trainfn: {text}", file=sys.stderr)
+
+
+def _flat(description: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("/", "."): value for name, value in tree.named_leaves(description).items()}

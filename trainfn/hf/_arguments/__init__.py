@@ -1,0 +1,1 @@
+"""`TrainingArguments`: every field, what reads it, and what older names are called today."""

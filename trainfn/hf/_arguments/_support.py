@@ -1,0 +1,205 @@
+"""Every field of `TrainingArguments`: what reads it, or why it can't be had, or why it changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import transformers
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from trainfn.hf._optim._named import check_optimizer, parse_optim_args
+
+Arguments: TypeAlias = transformers.TrainingArguments
+
+
+class Refused(NamedTuple):
+    """A value that can't be honoured.
+
+    Attributes:
+        field: Whose.
+        bad: Which values: ``(value, args) -> bool``.
+        why: Why not.
+        write: What to write instead.
+    """
+
+    field: str
+    bad: Callable[[Any, Arguments], bool]
+    why: str
+    write: str
+
+
+def check_supported(args: Arguments) -> None:
+    """Raise for what trainfn can't do, warn once about what has no meaning here.
+
+    Raises:
+        ValueError: If a field asks for something that this library doesn't have, with what to write instead.
+
+    >>> from trainfn.hf import TrainingArguments
+    >>> check_supported(TrainingArguments(use_cpu=True))
+    """
+    for rule in REFUSED:
+        if rule.field not in type(args).__dataclass_fields__:  # of a newer or an older transformers
+            continue
+        value = getattr(args, rule.field)
+        if rule.bad(value, args):
+            raise ValueError(f"`{type(args).__name__}({rule.field}={value!r})` can't work: {rule.why}. {rule.write}.")
+    name = str(getattr(args.optim, "value", args.optim))
+    check_optimizer(name)
+    parse_optim_args(name, args.optim_args)
+    if name.startswith("galore_adamw_8bit"):
+        warnings.warn(
+            f"`{type(args).__name__}(optim={name!r})`: the moments are not quantized here, and take four times the"
+            f" memory of 8 bits. Write `optim={name.replace('_8bit', '')!r}`, which says so.",
+            UserWarning,
+            stacklevel=2,
+        )
+    idle = [name for name in IGNORED if _is_set(args, name)]
+    if idle:
+        listed = "; ".join(f"`{name}` ({IGNORED[name]})" for name in idle)
+        warnings.warn(
+            f"`{type(args).__name__}`: these arguments change nothing here: {listed}. Leave them out.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _is_set(args: Arguments, name: str) -> bool:
+    field = type(args).__dataclass_fields__.get(name)
+    if field is None:  # of the sequence-to-sequence arguments, or of another transformers
+        return False
+    value = getattr(args, name)
+    if isinstance(value, AcceleratorConfig):  # `split_batches` is used
+        return dataclasses.replace(value, split_batches=False) != AcceleratorConfig()
+    return value != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
+
+
+def _truthy(value: Any, args: Arguments) -> bool:
+    return bool(value)
+
+
+def _on_cpu(value: Any, args: Arguments) -> bool:
+    return bool(value) and args.device.type != "cuda"
+
+
+def _own_accumulation(value: Any, args: Arguments) -> bool:
+    return isinstance(value, AcceleratorConfig) and bool(
+        value.gradient_accumulation_kwargs or value.use_configured_state
+    )
+
+
+REFUSED: tuple[Refused, ...] = (
+    Refused(
+        "deepspeed",
+        lambda value, args: bool(value) and (bool(args.fsdp) or args.parallelism_config is not None),
+        "`fsdp` or `parallelism_config` is given too, and each of them says how the state is split",
+        "Leave the others out, or `deepspeed`",
+    ),
+    Refused(
+        "fsdp_config",
+        lambda value, args: bool(value) and not args.fsdp,
+        "it says how FSDP splits, and `fsdp` is not given",
+        "Write `fsdp=True` beside it, or leave `fsdp_config` out",
+    ),
+    Refused(
+        "accelerator_config",
+        _own_accumulation,
+        "the step accumulates gradients itself, and there is no Accelerator to be configured",
+        "Write `gradient_accumulation_steps=...`, and leave the other keys out",
+    ),
+    Refused("tf32", _on_cpu, "TF32 is a mode of NVIDIA's matrix units, and this is no NVIDIA GPU", "Leave `tf32` out"),
+    Refused(
+        "optim_target_modules",
+        lambda value, args: value is not None and "galore" not in args.optim,
+        "it chooses the layers of GaLore, and this is another `optim`",
+        "Leave `optim_target_modules` out, or write `optim='galore_adamw'`; a model's `requires_grad_(False)` freezes"
+        " what should not train",
+    ),
+    Refused(
+        "debug",
+        _truthy,
+        "its hooks on every layer can't be part of a compiled step",
+        "Leave `debug` out; `trainfn.replay` goes through a part of a run again, to look at every step",
+    ),
+    Refused(
+        "skip_memory_metrics",
+        lambda value, _: not value,
+        "trainfn doesn't measure the memory of the process",
+        "Leave it out; `torch.cuda.max_memory_allocated()` says what a GPU has used",
+    ),
+    Refused(
+        "torch_empty_cache_steps",
+        lambda value, _: value is not None,
+        "a step that is compiled whole plans its memory, and emptying the cache in between would undo that",
+        "Leave `torch_empty_cache_steps` out; `gradient_accumulation_steps` and `activation_checkpointing` save memory",
+    ),
+    Refused(
+        "train_sampling_strategy",
+        lambda value, _: value == "batch_rebalance",
+        "it moves rows between processes so that each has as many tokens, and here the rows of an update are divided in"
+        " their order",
+        "Write `train_sampling_strategy='group_by_length'`",
+    ),
+)
+
+_DDP = "there is no DistributedDataParallel: the step itself sums the gradients of all ranks"
+IGNORED: dict[str, str] = {
+    "average_tokens_across_devices": "losses are always averaged over all tokens of all devices",
+    "ddp_find_unused_parameters": _DDP,
+    "ddp_bucket_cap_mb": _DDP,
+    "ddp_broadcast_buffers": _DDP,
+    "ddp_static_graph": _DDP,
+    "eval_use_gather_object": "outputs of any shape are gathered",
+    "accelerator_config": "of it `split_batches` is used; no row comes twice, and every rank reads its own rows",
+    "dataloader_persistent_workers": "trainfn.data keeps its workers as long as it needs them",
+    "dataloader_multiprocessing_context": "trainfn.data starts its workers in its own way",
+    "dataloader_in_order": "the order of the rows is a function of the seed, whoever is first",
+    "sortish_sampler": "nothing reads it, in transformers neither; `train_sampling_strategy` is what sorts by length",
+}
+
+_LOOP, _LOG, _EVAL = "the loop, _train.py", "the log, _logs.py", "the evaluation, _evaluation.py"
+_SAVE, _HUB, _LOAD = "the checkpoints, _checkpoints.py", "the Hub, _hub.py", "the loaders, _data.py"
+_OPT, _RATE, _LOSS = "the optimizer, _optimizers.py", "the learning rate, _schedules.py", "the loss, _loss.py"
+_SCRIPT, _ARGS, _TRACK = "nothing here: scripts read it", "TrainingArguments itself", "the trackers, _trackers.py"
+USED: dict[str, str] = {
+    **dict.fromkeys(("output_dir", "save_strategy", "save_steps", "save_total_limit", "save_only_model"), _SAVE),
+    "save_on_each_node": _SAVE,
+    "restore_callback_states_from_checkpoint": "no one: a resumed run always restores them, as it does all else",
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _SAVE),
+    **dict.fromkeys(("per_device_train_batch_size", "num_train_epochs", "max_steps"), _LOOP),
+    **dict.fromkeys(("gradient_accumulation_steps", "seed", "full_determinism", "ignore_data_skip"), _LOOP),
+    **dict.fromkeys(
+        ("auto_find_batch_size", "enable_jit_checkpoint", "fp16", "use_liger_kernel", "liger_kernel_config"), _LOOP
+    ),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32"), _LOOP),
+    **dict.fromkeys(("use_cpu",), _LOOP),
+    **dict.fromkeys(("fsdp", "deepspeed", "parallelism_config", "ddp_backend", "ddp_timeout"), "the plan, _layout.py"),
+    **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs"), _LOOP),
+    **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs"), _LOOP),
+    **dict.fromkeys(("label_smoothing_factor", "bf16", "use_cache", "neftune_noise_alpha", "label_names"), _LOSS),
+    **dict.fromkeys(("optim", "optim_args", "optim_target_modules", "weight_decay", "max_grad_norm"), _OPT),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), _OPT),
+    **dict.fromkeys(("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"), _RATE),
+    **dict.fromkeys(("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter"), _LOG),
+    **dict.fromkeys(("include_num_input_tokens_seen", "disable_tqdm"), _LOG),
+    **dict.fromkeys(("log_level", "log_level_replica", "log_on_each_node"), _ARGS),
+    **dict.fromkeys(("report_to", "run_name", "project"), _TRACK),
+    **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _TRACK),
+    **dict.fromkeys(("eval_strategy", "eval_steps", "eval_delay", "eval_on_start"), _EVAL),
+    **dict.fromkeys(("per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches"), _EVAL),
+    **dict.fromkeys(("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"), _EVAL),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), _EVAL),
+    **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), _HUB),
+    **dict.fromkeys(("hub_always_push", "hub_revision"), _HUB),
+    **dict.fromkeys(("data_seed", "dataloader_drop_last", "dataloader_num_workers"), _LOAD),
+    **dict.fromkeys(("dataloader_prefetch_factor", "remove_unused_columns"), _LOAD),
+    "dataloader_pin_memory": "no one: nothing is pinned, so False is what happens, and True a hint about speed alone",
+    **dict.fromkeys(("train_sampling_strategy", "length_column_name"), _LOAD),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"), _SCRIPT),
+    **dict.fromkeys(("predict_with_generate", "generation_max_length"), "the generation, _seq2seq.py"),
+    **dict.fromkeys(("generation_num_beams", "generation_config"), "the generation, _seq2seq.py"),
+    "legacy_arguments": _ARGS,
+}
+"""What reads each field that works."""

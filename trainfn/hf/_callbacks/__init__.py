@@ -1,0 +1,1 @@
+"""Events, decisions, and what a callback may read."""

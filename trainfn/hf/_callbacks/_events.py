@@ -1,0 +1,289 @@
+"""Callbacks of the Trainer: the 16 events of `transformers.TrainerCallback`, decisions returned, views shown.
+
+``None`` or ``{}``                       no change
+``{"should_training_stop": True}``       any of the five fields of `transformers.TrainerControl`
+``control``                              a `transformers.TrainerControl`, also changed in place
+``tfn.Stop("it has converged")``         stop, and say why
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from transformers import (
+    DefaultFlowCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.trainer_callback import CallbackHandler as _Handler
+from transformers.trainer_callback import ExportableState
+from transformers.utils.import_utils import is_in_notebook
+
+import trainfn as tfn
+from trainfn.hf._callbacks._readonly import StateView
+
+EVENTS = tuple(name for name in vars(TrainerCallback) if name.startswith("on_"))
+DECISIONS = tuple(field.name for field in dataclasses.fields(TrainerControl))
+_logger = logging.getLogger(__name__)
+
+
+def gather(callbacks: Any = None, callback: Any = None) -> list[Any]:
+    """The callbacks that a Trainer was given, under either name, one or several, as a list.
+
+    Args:
+        callbacks: A callback, a list of them, or None.
+        callback: The same, under the name that the documentation of the Trainer also uses.
+
+    Raises:
+        TypeError: If both are given, or one is no callback.
+
+    >>> import transformers
+    >>> gather(callback=transformers.PrinterCallback)
+    [<class 'transformers.trainer_callback.PrinterCallback'>]
+    """
+    if callbacks is not None and callback is not None:
+        raise TypeError("`Trainer(callbacks=..., callback=...)` names the same thing twice. Write `callbacks=[a, b]`.")
+    given = callback if callbacks is None else callbacks
+    listed = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
+    for each in listed:
+        _check_is_callback(each)
+    return listed
+
+
+def with_defaults(callbacks: Sequence[Any], args: Any, trackers: Sequence[Any] = ()) -> list[Any]:
+    """The user's callbacks between those that decide and report and the one that shows progress.
+
+    Args:
+        callbacks: The user's.
+        args: The `TrainingArguments`; `disable_tqdm` chooses between a bar and printed lines.
+        trackers: From `trainfn.hf._reporting._trackers.tracker_callbacks`.
+
+    >>> import types
+    >>> [c.__name__ for c in with_defaults([], types.SimpleNamespace(disable_tqdm=True))]
+    ['DefaultFlowCallback', 'PrinterCallback']
+    """
+    return [DefaultFlowCallback, *trackers, *callbacks, PrinterCallback if args.disable_tqdm else _progress()]
+
+
+class CallbackHandler(_Handler):
+    """Calls the callbacks in their order, and makes what they return the Trainer's `control`.
+
+    Each callback gets its own copy of `metrics` and `logs`, and a view of `state`: what it does to them is its own
+    affair. An error in a callback gets a note which says whose it was.
+
+    Args:
+        callbacks: Callbacks, as classes or instances, in the order in which they are called.
+        trainer: Where the callbacks' `model`, `processing_class`, `optimizer` and `lr_scheduler` are looked up, at
+            each event.
+
+    Raises:
+        TypeError: If one is no callback.
+
+    >>> import transformers, types
+    >>> class AfterTen(transformers.TrainerCallback):
+    ...     def on_step_end(self, args, state, control, **kwargs):
+    ...         return {"should_training_stop": state.global_step >= 10}
+    >>> trainer = types.SimpleNamespace(model=None, processing_class=None, optimizer=None, lr_scheduler=None)
+    >>> handler = CallbackHandler([transformers.DefaultFlowCallback, AfterTen()], trainer)
+    >>> args = types.SimpleNamespace(logging_first_step=False, logging_strategy="no", eval_strategy="no",
+    ...     save_strategy="no")
+    >>> state, control = transformers.TrainerState(global_step=10, max_steps=99), transformers.TrainerControl()
+    >>> handler.on_step_end(args, state, control).should_training_stop
+    True
+    """
+
+    def __init__(self, callbacks: Sequence[Any], trainer: Any) -> None:
+        # Not the base class's: it would hold on to the model and the optimizer of this moment.
+        self.trainer = trainer
+        self.callbacks: list[Any] = []
+        self.train_dataloader: Any = None
+        self.eval_dataloader: Any = None
+        self.stop_reason: str | None = None
+        for callback in callbacks:
+            self.add_callback(callback)
+        if not any(isinstance(callback, DefaultFlowCallback) for callback in self.callbacks):
+            warnings.warn(
+                "This Trainer has no DefaultFlowCallback, so nothing decides when to log, evaluate, save and stop:"
+                " it never ends by itself. Write `trainer.add_callback(DefaultFlowCallback)`.",
+                stacklevel=2,
+            )
+
+    model = property(lambda self: self.trainer.model)
+    processing_class = property(lambda self: self.trainer.processing_class)
+    optimizer = property(lambda self: self.trainer.optimizer)
+    lr_scheduler = property(lambda self: self.trainer.lr_scheduler)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback after the others; a class is called without arguments.
+
+        Raises:
+            TypeError: If it is no callback.
+        """
+        _check_is_callback(callback)
+        made: Any = callback() if isinstance(callback, type) else callback
+        if type(made) in [type(other) for other in self.callbacks]:
+            warnings.warn(
+                f"`add_callback({type(made).__name__})`: there is one of this class already, and both will be called."
+                f" To replace it, write `trainer.remove_callback({type(made).__name__})` first.",
+                stacklevel=2,
+            )
+        _warn_of_misspelt_events(type(made))
+        self.callbacks.append(made)
+
+    def call_event(self, event: str, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> Any:
+        """Call one event of all callbacks; return the `control` that they leave.
+
+        Raises:
+            ValueError: If a callback decides on something that there is not.
+            TypeError: If a callback returns something else.
+        """
+        view = StateView(state)
+        for callback in self.callbacks:
+            method = getattr(callback, event, None)
+            if method is None:  # an object with some of the events
+                continue
+            own = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+            try:
+                answer = method(args, view, control, **self._shown(), **own)
+                control = self._decide(control, answer, f"{type(callback).__name__}.{event}")
+            except Exception as error:
+                error.add_note(f"in {type(callback).__name__}.{event}, a callback of the Trainer")
+                raise
+        return control
+
+    def _shown(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "processing_class": self.processing_class,
+            "optimizer": self.optimizer,
+            "lr_scheduler": self.lr_scheduler,
+            "train_dataloader": self.train_dataloader,
+            "eval_dataloader": self.eval_dataloader,
+        }
+
+    def _decide(self, control: TrainerControl, answer: Any, call: str) -> TrainerControl:
+        """``control`` after a callback's answer."""
+        if answer is None:
+            return control
+        if isinstance(answer, TrainerControl):
+            return answer
+        if isinstance(answer, tfn.Stop):
+            self.stop_reason, control.should_training_stop = answer.reason, True
+            _logger.info("%s stops the training: %s", call, answer.reason)
+            return control
+        if not isinstance(answer, Mapping):
+            raise TypeError(
+                f"`{call}` returned {answer!r}, which is no decision. Return None for no change, `control`, a dict"
+                ' such as `{"should_training_stop": True}`, or `tfn.Stop("why")`.'
+            )
+        decisions = cast("Mapping[str, Any]", answer)
+        for name in decisions:
+            if name not in DECISIONS:
+                raise ValueError(
+                    f"`{call}` returned {dict(decisions)!r}, but {name!r} is nothing a callback decides. It decides"
+                    f" {', '.join(DECISIONS)}: write `return {{{_meant(name)!r}: True}}`."
+                )
+        for name, value in decisions.items():
+            setattr(control, name, bool(value))
+        return control
+
+    # --- what checkpoints keep --------------------------------------------------------------------------------
+
+    def states(self, control: TrainerControl) -> dict[str, Any]:
+        """The state of every callback that has one, by class, as `TrainerState.stateful_callbacks` holds it."""
+        exportable: list[Any] = [each for each in [*self.callbacks, control] if isinstance(each, ExportableState)]
+        return cast("dict[str, Any]", TrainerState(stateful_callbacks=exportable).stateful_callbacks)
+
+    def load_states(self, states: Mapping[str, Any]) -> None:
+        """Give the callbacks their states back.
+
+        Each stays the object that it is, at its place, with the arguments that this program gave it: a patience that
+        was changed since is the new one, the count of bad evaluations the old one.
+
+        Args:
+            states: From `states`, or a `trainer_state.json` of transformers.
+        """
+        for name, saved in states.items():
+            if name == TrainerControl.__name__:
+                continue  # each of its flags is cleared before anything reads it
+            saved = cast("list[dict[str, Any]]", saved if isinstance(saved, list) else [saved])
+            places = [i for i, c in enumerate(self.callbacks) if type(c).__name__ == name]
+            places = [i for i in places if isinstance(self.callbacks[i], ExportableState)]
+            if len(places) < len(saved):
+                _logger.warning(
+                    "The checkpoint has the state of %d %s, and this Trainer has %d: the rest is not restored.",
+                    *(len(saved), name, len(places)),
+                )
+            for i, state in zip(places, saved, strict=False):
+                self.callbacks[i] = _restored(self.callbacks[i], state)
+
+
+def _restored(callback: Any, state: dict[str, Any]) -> Any:
+    """The callback with a saved state; the same object unless its class says how to make a new one."""
+    if type(callback).from_state.__func__ is not ExportableState.from_state.__func__:  # type: ignore[attr-defined]
+        return type(callback).from_state(state)
+    for name, value in state.get("attributes", {}).items():
+        setattr(callback, name, value)
+    return callback
+
+
+def _progress() -> type[TrainerCallback]:
+    if not is_in_notebook():
+        return ProgressCallback
+    from transformers.utils.notebook import NotebookProgressCallback  # needs IPython
+
+    return NotebookProgressCallback
+
+
+def _check_is_callback(callback: Any) -> None:
+    kind: type = callback if isinstance(callback, type) else type(callback)
+    if any(hasattr(kind, event) for event in EVENTS):
+        return
+    name = getattr(callback, "__name__", repr(callback))
+    raise TypeError(
+        f"`Trainer(callbacks=[{name}])`: that has none of the events of a TrainerCallback; functions of a"
+        " `tfn.StepInfo` are for `tfn.fit`. Write `class Mine(TrainerCallback): def on_step_end(self, args, state,"
+        " control, **kwargs): ...` and `callbacks=[Mine()]`."
+    )
+
+
+def _warn_of_misspelt_events(kind: type) -> None:
+    """A method like ``on_step_ends`` would never be called."""
+    for name in dir(kind):
+        if name in EVENTS or not name.startswith("on") or not callable(getattr(kind, name, None)):
+            continue
+        nearest = _nearest(name, EVENTS)
+        # Short names are close to each other by chance: `on_load` is no `on_log`.
+        if _distance(name, nearest) <= (2 if len(name) > len("on_train") else 1):
+            warnings.warn(
+                f"`{kind.__name__}.{name}` is never called: there is no such event. Write `def {nearest}(self, args,"
+                " state, control, **kwargs)`.",
+                stacklevel=3,
+            )
+
+
+def _meant(name: str) -> str:
+    """``should_stop`` has all its words from ``should_training_stop``; a slip of the pen has few letters wrong."""
+    words = set(name.split("_"))
+    return next((each for each in DECISIONS if words <= set(each.split("_"))), _nearest(name, DECISIONS))
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    return min(names, key=lambda other: _distance(name, other))
+
+
+def _distance(a: str, b: str) -> int:
+    """The number of letters to insert, delete or replace (Levenshtein 1966)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]

@@ -1,0 +1,327 @@
+"""A Trainer's checkpoints: ``checkpoint-N`` with what trainfn needs and what transformers reads, sealed together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import operator
+import re
+import shutil
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedModel
+from transformers.trainer_callback import TrainerState
+from transformers.utils import logging
+
+import trainfn as tfn
+from trainfn.hf._checkpoints._transformers import from_transformers, load_weights
+from trainfn.hf._optim._resolve import control_again, metric_name
+from trainfn.hf._parallel._parameters import plain, see, whole
+from trainfn.hf._parallel._ranks import ALONE, Ranks
+from trainfn.hf._run._position import go_to, position
+
+logger = logging.get_logger(__name__)
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+TRAINER_STATE, ARGUMENTS = "trainer_state.json", "training_args.json"
+
+
+class Saving:
+    """The saves of one run, as a context: leaving it waits for the last one.
+
+    Args:
+        trainer: Whose state is saved.
+        windows: Where its data stands.
+    """
+
+    def __init__(self, trainer: Any, windows: Any) -> None:
+        args = trainer.args
+        self.trainer, self.windows = trainer, windows
+        best = metric_name(args) if args.load_best_model_at_end else None
+        mode = "max" if args.greater_is_better else "min"
+        full = not trainer._ranks.sharded_files  # else each rank writes its part, and there is no model.safetensors
+        self.store = tfn.Checkpoints(trainer._output_dir(), keep=args.save_total_limit, best=best, mode=mode, full=full)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.store.__exit__(kind, error, trace)
+
+    def check(self) -> None:
+        """Raise the error of a save in the background, if it failed."""
+        self.store.check()
+
+    def wait(self) -> None:
+        """Wait for the save in the background."""
+        self.store.wait()
+
+    def save(self) -> Path:
+        """Save the state as it is, in the background; return its folder."""
+        trainer = self.trainer
+        folder = Path(trainer._output_dir()) / f"checkpoint-{trainer.state.global_step}"
+        if trainer.push_in_progress is not None and trainer.args.save_total_limit:
+            trainer.push_in_progress.wait_until_done()  # what is being uploaded must not be rotated away
+        ranks = trainer._ranks
+        if trainer.args.save_only_model:
+            trainer._save(str(folder))
+            ranks.first(lambda: _rotate(trainer, folder))
+            return folder
+        at, metrics = trainer._latest_metrics
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+        extra = {
+            "trainer_state": trainer._state_dict(),
+            "position": position(self.windows),
+            "losses": trainer._losses.state_dict(),
+        }
+        if trainer._controller_state is not None:
+            extra["controller"] = {name: leaf.tolist() for name, leaf in trainer._controller_state._asdict().items()}
+        current = numbers if at == trainer.state.global_step else None
+        if self.store.best is not None and current is not None and self.store.best not in current:
+            current = None
+        beside = files(trainer) if ranks.rank == 0 else None
+        self.store.save(trainer.train_state, extra, metrics=current, files=beside)
+        return folder
+
+
+def _rotate(trainer: Any, written: Path) -> None:
+    """Remove the oldest folders above ``save_total_limit``; what is written and the best stay, and count."""
+    limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
+    if not limit:
+        return
+    folders = _numbered(trainer._output_dir())
+    protected = {path for path in folders.values() if path == written or (best and path == Path(best))}
+    others = [path for _, path in sorted(folders.items()) if path not in protected]
+    for path in others[: max(len(folders) - max(limit, len(protected)), 0)]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            logger.warning(f"{path} could not be removed, and is kept: {error}.")
+
+
+def _numbered(folder: str | Path) -> dict[int, Path]:
+    """The folders of checkpoints by their step, whoever wrote them."""
+    found = {p: _FOLDER.fullmatch(p.name) for p in Path(folder).glob("checkpoint-*")}
+    return {int(match[1]): path for path, match in found.items() if match}
+
+
+def files(trainer: Any) -> dict[str, str | bytes]:
+    """What stands beside the state: for people, and for transformers."""
+    found: dict[str, str | bytes] = {
+        TRAINER_STATE: json.dumps(trainer._state_dict(), indent=2, sort_keys=True) + "\n",
+        ARGUMENTS: trainer.args.to_json_string() + "\n",
+    }
+    with tempfile.TemporaryDirectory() as folder, _quietly():
+        parts: list[Any] = [trainer.processing_class, getattr(trainer.model, "generation_config", None)]
+        for part in parts:
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained(folder)
+        found |= {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
+    return found
+
+
+@contextlib.contextmanager
+def _quietly() -> Generator[None]:
+    """Without log lines about a folder that nobody knows."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+# --- where a run goes on ------------------------------------------------------------------------------------------
+
+
+def to_resume(trainer: Any, asked: str | bool | None) -> str | None:
+    """The folder to go on from, or None for a new run.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if asked is None or asked is False:
+        return None
+    if asked is True:
+        folder = last_checkpoint(trainer._output_dir(), trainer._ranks)
+        if folder is None:
+            raise ValueError(
+                f"train(resume_from_checkpoint=True): no valid checkpoint found in output directory"
+                f" ({trainer._output_dir()}). Leave it out to begin a run, or give a checkpoint's path."
+            )
+        return folder
+    if not trainer._ranks.first(Path(asked).is_dir):
+        raise ValueError(f"train(resume_from_checkpoint={str(asked)!r}): there is no such folder.")
+    return str(asked)
+
+
+def last_checkpoint(folder: str, ranks: Ranks = ALONE) -> str | None:
+    """The newest complete checkpoint in a folder: ours by its seal, or one of transformers with its state file."""
+    newest = tfn.Checkpoints(folder).newest()
+    foreign = ranks.first(lambda: [p for p in _numbered(folder).values() if _is_foreign(p)])
+    candidates = [*([newest] if newest else []), *foreign]
+    found = max(candidates, key=lambda p: int(p.name.partition("-")[2]), default=None)
+    return None if found is None else str(found)
+
+
+def _is_foreign(folder: Path) -> bool:
+    return not (folder / "manifest.json").exists() and (folder / TRAINER_STATE).exists()
+
+
+def resume(trainer: Any, folder: str, windows: Any) -> None:
+    """Put the trainer's state, its model and its data where the checkpoint stood.
+
+    Raises:
+        trainfn.errors.CheckpointError: If it is damaged or does not fit.
+    """
+    if _is_foreign(Path(folder)):
+        with plain(trainer):
+            state, where = from_transformers(trainer, folder)
+    else:
+        saved = tfn.restore(folder, like=trainer.train_state)
+        extra = tfn.manifest(folder).extra
+        state, where = extra["trainer_state"], extra["position"]
+        place(trainer, saved)
+        trainer._restored_losses = extra["losses"]
+        if "controller" in extra:
+            control_again(trainer, extra["controller"])
+    fresh = trainer.state
+    known = {field.name for field in dataclasses.fields(TrainerState)}  # another version's may have more
+    trainer.state = TrainerState(**{name: value for name, value in state.items() if name in known})
+    for name in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size"):
+        setattr(trainer.state, name, getattr(fresh, name))  # from the arguments, never from the checkpoint
+    trainer.state.is_local_process_zero = fresh.is_local_process_zero
+    trainer.state.is_world_process_zero = fresh.is_world_process_zero
+    trainer.callback_handler.load_states(trainer.state.stateful_callbacks)  # or early stopping would start anew
+    go_to(windows, where, skip=not trainer.args.ignore_data_skip)
+
+
+def place(trainer: Any, saved: tfn.TrainState) -> None:
+    """Take a restored state; its parameters and buffers go into the model's own memory."""
+    mine = trainer.train_state
+    if trainer._ranks.plan is not None:
+        trainer.train_state = saved
+        see(trainer)
+        return
+    with torch.no_grad():
+        for name, tensor in {**saved.params, **saved.buffers}.items():
+            (mine.params if name in mine.params else mine.buffers)[name].copy_(tensor)
+    trainer.train_state = saved._replace(params=mine.params, buffers=mine.buffers)
+
+
+def set_aside(trainer: Any) -> None:
+    """Move checkpoints of later steps out of the way: they belong to a run that is not gone on with.
+
+    They are not removed, for they may be all there is of a long run that was started again by mistake.
+    """
+    trainer._ranks.first(lambda: _set_aside(trainer))
+
+
+def _set_aside(trainer: Any) -> None:
+    folder, step = Path(trainer._output_dir()), trainer.state.global_step
+    later = [path for n, path in _numbered(folder).items() if n > step]
+    if not later or trainer.args.save_strategy == "no":
+        return
+    aside = folder / "superseded"
+    for n in range(2, 10**6):
+        if not aside.exists():
+            break
+        aside = folder / f"superseded-{n}"
+    aside.mkdir()
+    for path in later:
+        path.rename(aside / path.name)
+    logger.warning(f"{folder} had checkpoints of later steps than {step}; this run does not go on from them: {aside}")
+
+
+# --- the best ------------------------------------------------------------------------------------------------------
+
+
+def note_best(trainer: Any, metrics: dict[str, Any]) -> bool:
+    """Whether these metrics are the best so far; the trainer's state remembers.
+
+    Raises:
+        KeyError: If the metric is not among them.
+    """
+    name = metric_name(trainer.args)
+    if name is None:
+        return False
+    if name not in metrics:
+        raise KeyError(
+            f"TrainingArguments(metric_for_best_model={trainer.args.metric_for_best_model!r}): {name!r} is not among"
+            f" the evaluation's metrics {sorted(metrics)}."
+        )
+    state, value = trainer.state, float(metrics[name])
+    better = operator.gt if trainer.args.greater_is_better else operator.lt
+    if math.isnan(value) or not (state.best_metric is None or better(value, state.best_metric)):
+        return False
+    state.best_metric, state.best_global_step = value, state.global_step
+    if trainer.args.save_strategy != "no":
+        state.best_model_checkpoint = str(Path(trainer._output_dir()) / f"checkpoint-{state.global_step}")
+    return True
+
+
+def load_best(trainer: Any) -> None:
+    """The best checkpoint's weights into the model, if the arguments ask for them."""
+    best = trainer.state.best_model_checkpoint
+    if not trainer.args.load_best_model_at_end or best is None:
+        return
+    if not Path(best).is_dir():
+        logger.warning(f"load_best_model_at_end: {best} does not exist; the model keeps its last weights.")
+        return
+    logger.info(f"Loading the best model, of {best} ({trainer.state.best_metric}).")
+    if not (Path(best) / "manifest.json").exists():  # weights alone, or transformers' own
+        with plain(trainer):
+            load_weights(trainer.model, best)
+        return
+    chosen = tfn.restore(best, like=trainer.train_state, only="^model/")
+    place(trainer, trainer.train_state._replace(params=chosen.params, buffers=chosen.buffers))
+
+
+# --- the model alone -------------------------------------------------------------------------------------------------
+
+
+def save_model(trainer: Any, folder: str) -> None:
+    """The model, its tokenizer and the arguments, without what only a resume needs; no pickle.
+
+    The main process writes. While parameters are split over ranks, all of them must call this.
+    """
+    with whole(trainer):
+        if trainer.args.should_save:
+            _save_model(trainer, folder)
+    if trainer.is_in_train:
+        trainer._ranks.wait()
+
+
+def _save_model(trainer: Any, folder: str) -> None:
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    if isinstance(trainer.model, PreTrainedModel) or hasattr(trainer.model, "peft_config"):
+        trainer.model.save_pretrained(folder)
+    else:
+        _save_module(trainer.model, target)
+    if hasattr(trainer.processing_class, "save_pretrained"):
+        trainer.processing_class.save_pretrained(folder)
+    (target / ARGUMENTS).write_text(trainer.args.to_json_string() + "\n")
+
+
+def _save_module(model: Any, target: Path) -> None:
+    """A model that can't save itself, by the names of its own tensors."""
+    tfn.save(target / "model", tfn.init(model, tfn.optim.identity(), storage="adopt"))
+    (target / "model" / "model.safetensors").rename(target / "model.safetensors")
+    for file in (target / "model").iterdir():
+        file.unlink()
+    (target / "model").rmdir()
+
+
+def state_dict(trainer: Any) -> dict[str, Any]:
+    """The trainer's state as transformers writes it."""
+    trainer.state.stateful_callbacks = trainer.callback_handler.states(trainer.control)
+    return dataclasses.asdict(trainer.state)

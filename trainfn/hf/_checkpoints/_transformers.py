@@ -1,0 +1,105 @@
+"""Going on from a checkpoint that transformers wrote."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+import trainfn as tfn
+from trainfn.hf._optim._named import decay_names
+
+logger = logging.get_logger(__name__)
+
+
+def from_transformers(trainer: Any, folder: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Weights and trainer state of a checkpoint that transformers wrote; nothing of it is unpickled."""
+    state = json.loads((Path(folder) / "trainer_state.json").read_text())
+    load_weights(trainer.model, folder)
+    n, updates = state["global_step"], max(1, trainer._run.updates_per_epoch)
+    opt_state = counted(trainer.train_state.opt_state, n)
+    moments = adam_moments(trainer.model, Path(folder) / "optimizer.pt")
+    filled = opt_state if moments is None else with_moments(opt_state, *moments)
+    trainer.train_state = trainer.train_state._replace(
+        step=torch.full_like(trainer.train_state.step, n), opt_state=opt_state if filled is None else filled
+    )
+    if moments is None or filled is None:
+        logger.warning(
+            f"{folder} was written by transformers: the weights, the step, the schedule and the data position are taken"
+            " from it, but its optimizer.pt is not one of Adam for this model: the optimizer's state starts anew."
+        )
+    return state, {"epoch": n // updates, "micro": n % updates * trainer._run.accumulate}
+
+
+def load_weights(model: Any, folder: str) -> None:
+    """The safetensors files of a folder, one or several, into a model.
+
+    Raises:
+        trainfn.errors.CheckpointError: If they are not there, or do not fit.
+    """
+    index = Path(folder) / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    if any("/" in name or ".." in name for name in names) or not all((Path(folder) / n).is_file() for n in names):
+        raise tfn.errors.CheckpointError(
+            f"load({folder!r}): it has no manifest.json, and not the safetensors files of a"
+            " checkpoint of transformers either. Files with pickles (pytorch_model.bin) are not read."
+        )
+    weights = {key: value for name in names for key, value in load_file(Path(folder) / name).items()}
+    found = model.load_state_dict(weights, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = [name for name in found.missing_keys if name not in tied]
+    if missing or found.unexpected_keys:
+        raise tfn.errors.CheckpointError(
+            f"load({folder!r}): the weights do not fit the model. Missing: {missing[:5]};"
+            f" unexpected: {found.unexpected_keys[:5]}."
+        )
+
+
+def counted(opt_state: Any, n: int) -> Any:
+    """The optimizer's state with its step counters at ``n``, so that schedules stand where they should."""
+    return tfn.tree.map(lambda x: torch.full_like(x, n) if x.dtype == torch.int64 and x.dim() == 0 else x, opt_state)
+
+
+def adam_moments(model: Any, file: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The moments in an ``optimizer.pt`` of transformers, by parameter name; None if there are none.
+
+    It is read with ``weights_only=True``: tensors, numbers and plain containers, and no code.
+    """
+    if not file.is_file():
+        return None
+    try:
+        saved = torch.load(file, weights_only=True, map_location="cpu")["state"]
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError):
+        return None
+    trained, decayed = [n for n, p in model.named_parameters() if p.requires_grad], decay_names(model)
+    names = [*(n for n in trained if n in decayed), *(n for n in trained if n not in decayed)]  # their two groups
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    if len(saved) != len(names) or not all({"exp_avg", "exp_avg_sq"} <= set(entry) for entry in saved.values()):
+        return None
+    mu, nu = ({n: saved[i][key] for i, n in enumerate(names)} for key in ("exp_avg", "exp_avg_sq"))
+    return (mu, nu) if all(mu[n].shape == nu[n].shape == shapes[n] for n in names) else None
+
+
+def with_moments(opt_state: Any, mu: dict[str, Any], nu: dict[str, Any]) -> Any | None:
+    """An optimizer's state with Adam's moments put in; None if it keeps none of these parameters."""
+    if isinstance(opt_state, tuple) and {"mu", "nu"} <= set(getattr(opt_state, "_fields", ())):
+        state: Any = opt_state
+        if state.mu.keys() != mu.keys():
+            return None
+        return state._replace(
+            mu={n: x.clone().copy_(mu[n]) for n, x in state.mu.items()},
+            nu={n: x.clone().copy_(nu[n]) for n, x in state.nu.items()},
+        )
+    if isinstance(opt_state, tuple):
+        parts: list[Any] = list(opt_state)
+        found = [with_moments(part, mu, nu) for part in parts]
+        if all(part is None for part in found):
+            return None
+        items = [old if new is None else new for old, new in zip(parts, found, strict=True)]
+        return type(opt_state)(*items) if hasattr(opt_state, "_fields") else tuple(items)
+    return None

@@ -1,0 +1,1 @@
+"""`Trainer.evaluate` and `Trainer.predict`."""

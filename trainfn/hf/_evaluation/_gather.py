@@ -1,0 +1,60 @@
+"""The outputs of an evaluation on several ranks, in the order of the rows, each row once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.trainer_pt_utils import nested_numpify
+
+from trainfn.hf._evaluation._concatenate import Nested, merged
+from trainfn.hf._parallel._ranks import Ranks
+
+
+def all_batches(ranks: Ranks, places: list[int], fields: list[list[Nested] | None]) -> list[list[Nested] | None]:
+    """For each field one tree of arrays a batch, with the rows of all ranks.
+
+    Args:
+        ranks: All of them call this.
+        places: The numbers of the batches of which this rank has rows.
+        fields: What it has of them; None where nothing is kept.
+    """
+    if ranks.plan is None:
+        return fields
+    said = ranks.parts((places, fields))
+    count = max((place + 1 for theirs, _ in said for place in theirs), default=0)
+    out: list[list[Nested] | None] = []
+    for i in range(len(fields)):
+        batches: list[list[Nested]] = [[] for _ in range(count)]
+        for theirs, kept in said:
+            for place, tree in zip(theirs, kept[i] or (), strict=False):
+                batches[place].append(tree)
+        full = [merged(pieces) for pieces in batches if pieces]
+        out.append(full or None)
+    return out
+
+
+def one_batch(ranks: Ranks, mine: Nested | None) -> Nested | None:
+    """The rows of all ranks, as tensors, of a batch of which this rank has ``mine``."""
+    if ranks.plan is None:
+        return mine
+    pieces = [piece for piece in ranks.parts(_arrays(mine)) if piece is not None]
+    return _tensors(merged(pieces)) if pieces else None
+
+
+def _arrays(tree: Nested) -> Nested:
+    if isinstance(tree, Mapping):
+        return {name: _arrays(value) for name, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(_arrays(value) for value in tree)
+    return nested_numpify(tree) if isinstance(tree, Tensor) else tree
+
+
+def _tensors(tree: Nested) -> Nested:
+    if isinstance(tree, dict):
+        return {name: _tensors(value) for name, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(_tensors(value) for value in tree)
+    return torch.as_tensor(tree) if isinstance(tree, np.ndarray) else tree

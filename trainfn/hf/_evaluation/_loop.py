@@ -1,0 +1,364 @@
+"""`Trainer.evaluate` and `Trainer.predict`: the metrics of many batches, the same however the rows are cut.
+
+The loss is one sum over all counted labels divided once, so it does not depend on the batch size. The model's
+modes, its dtypes and the global generators are left as they were found, also after an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import EvalPrediction
+from transformers.trainer_pt_utils import EvalLoopContainer, find_batch_size, nested_detach
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    PredictionOutput,
+    denumpify_detensorize,
+    has_length,
+    speed_metrics,
+)
+
+import trainfn as tfn
+from trainfn.hf._evaluation._concatenate import PADDING, check_tensors, merged
+from trainfn.hf._evaluation._gather import all_batches, one_batch
+from trainfn.hf._evaluation._prediction import Nested, mean_of
+from trainfn.hf._parallel._ranks import Ranks
+from trainfn.hf._parallel._sharding import dealt, is_empty
+from trainfn.hf._run._data import together
+from trainfn.hf._step._modes import as_found
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    trainer: Any,
+    eval_dataset: Any = None,
+    ignore_keys: list[str] | None = None,
+    metric_key_prefix: str = "eval",
+) -> dict[str, float]:
+    """The metrics of a dataset: `eval_loss`, those of `compute_metrics`, how fast it went, and the epoch.
+
+    Args:
+        trainer: The trainer.
+        eval_dataset: What to evaluate instead of `trainer.eval_dataset`. A dict is evaluated one by one, with the
+            names in the keys: `eval_{name}_loss`. A string names one of the datasets of `trainer.eval_dataset`.
+        ignore_keys: Names of model outputs to leave out of the predictions.
+        metric_key_prefix: What the keys begin with.
+
+    Raises:
+        ValueError: If the dataset is empty, or there is none of that name.
+    """
+    given = eval_dataset is not None
+    dataset = eval_dataset if given else trainer.eval_dataset
+    if isinstance(dataset, dict):
+        metrics: dict[str, float] = {}
+        for name, part in cast("dict[str, Any]", dataset).items():
+            prefix = f"{metric_key_prefix}_{name}"
+            metrics |= trainer.evaluate(part if given else name, ignore_keys=ignore_keys, metric_key_prefix=prefix)
+        return metrics
+    _check_name(trainer, dataset)
+    _check_rows(dataset, "evaluate")
+    loader = trainer.get_eval_dataloader(dataset)
+    start = time.time()
+    # Without metrics to compute, predictions would be kept for nobody.
+    loss_only = True if trainer.compute_metrics is None else None
+    output = trainer.evaluation_loop(loader, "Evaluation", loss_only, ignore_keys, metric_key_prefix)
+    metrics = output.metrics
+    metrics.update(_speed(trainer, metric_key_prefix, start, output.num_samples))
+    # The same on all ranks, times and all: what is decided by them is decided alike.
+    metrics = trainer._ranks.first(lambda: metrics)
+    trainer.log(metrics)
+    if trainer.state.epoch is not None:  # `log` adds it; an override of `log` may not
+        metrics.setdefault("epoch", trainer.state.epoch)
+    # A copy, for the notebook's progress bar pops keys from what it is shown.
+    shown = trainer.args, trainer.state, trainer.control, dict(metrics)
+    trainer.control = trainer.callback_handler.on_evaluate(*shown)
+    return metrics
+
+
+def predict(
+    trainer: Any, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+) -> PredictionOutput:
+    """The predictions, labels and metrics of a dataset; nothing is logged.
+
+    Args:
+        trainer: The trainer.
+        test_dataset: What to predict.
+        ignore_keys: Names of model outputs to leave out of the predictions.
+        metric_key_prefix: What the keys of the metrics begin with.
+
+    Raises:
+        ValueError: If the dataset is empty.
+    """
+    _check_rows(test_dataset, "predict")
+    loader = trainer.get_test_dataloader(test_dataset)
+    start = time.time()
+    output = trainer.evaluation_loop(loader, "Prediction", ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+    output.metrics.update(_speed(trainer, metric_key_prefix, start, output.num_samples))
+    output = output._replace(metrics=trainer._ranks.first(lambda: output.metrics))
+    shown = trainer.args, trainer.state, trainer.control, dict(output.metrics)
+    trainer.control = trainer.callback_handler.on_predict(*shown)
+    return PredictionOutput(output.predictions, output.label_ids, output.metrics)
+
+
+def evaluation_loop(
+    trainer: Any,
+    dataloader: Iterable[Any],
+    description: str,
+    prediction_loss_only: bool | None = None,
+    ignore_keys: list[str] | None = None,
+    metric_key_prefix: str = "eval",
+) -> EvalLoopOutput:
+    """The loop that `evaluate` and `predict` share.
+
+    Args:
+        trainer: The trainer.
+        dataloader: The batches; its length may be unknown.
+        description: "Evaluation" or "Prediction".
+        prediction_loss_only: Keep no predictions; `None` asks `args.prediction_loss_only`.
+        ignore_keys: Names of model outputs to leave out of the predictions.
+        metric_key_prefix: What the keys of the metrics begin with.
+
+    Raises:
+        ValueError: If there is no batch.
+        TypeError: If `compute_metrics` returns no dict.
+    """
+    args = trainer.args
+    loss_only = args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+    logger.info("***** Running %s, batch size %s *****", description, args.eval_batch_size)
+    ranks = trainer._ranks
+    dataloader = dealt(ranks, dataloader)
+    trainer.callback_handler.eval_dataloader = dataloader
+    kept, totals, metrics = _Kept.empty(), _Totals(), None
+    places: list[int] = []  # the batches of which this rank has rows
+    with as_found(trainer):
+        model = trainer._eval_model(trainer.model)
+        for step, (inputs, is_last) in enumerate(_with_last(dataloader)):
+            batch = None if _has_none(ranks, inputs) else _batch(trainer, model, inputs, loss_only, ignore_keys)
+            totals = totals.plus(batch)
+            trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
+            if args.batch_eval_metrics:
+                metrics = _batch_metrics(trainer, batch, inputs, is_last) or metrics
+            if batch is not None and (not args.batch_eval_metrics or description == "Prediction"):
+                kept.add(batch)
+                places.append(step)
+            if args.eval_accumulation_steps and (step + 1) % args.eval_accumulation_steps == 0:
+                kept.to_host()
+        totals = totals.of_all(ranks)
+        if totals.batches == 0:
+            raise ValueError(_EMPTY.format(call="predict" if description == "Prediction" else "evaluate"))
+        arrays = kept.arrays(ranks, places, concat=args.eval_do_concat_batches)
+        if not args.batch_eval_metrics:
+            metrics = _metrics(trainer, arrays)
+    # The rows that were seen, for a length may be unknown; batches of a shape that nobody can count go by the dataset.
+    num_samples = totals.rows or trainer.num_examples(dataloader) or 0
+    named = {**totals.finish(metric_key_prefix), **_named(metrics or {}, metric_key_prefix)}
+    return EvalLoopOutput(arrays.predictions, arrays.labels, named, num_samples)
+
+
+_EMPTY = (
+    "`trainer.{call}(...)`: the dataset gave no batch, so there is nothing to take a mean of. Pass a dataset with at "
+    "least one row (an iterator can be used once; `dataloader_drop_last=True` drops a last batch that is not full)."
+)
+
+
+# ---- one batch ----
+
+
+class _Batch(NamedTuple):
+    """What is kept of a batch."""
+
+    loss: tfn.Mean | None
+    rows: int
+    predictions: Nested = None
+    labels: Nested = None
+    inputs: Nested = None
+    losses: Nested = None
+
+
+def _batch(trainer: Any, model: Any, inputs: Any, loss_only: bool, ignore_keys: list[str] | None) -> _Batch:
+    loss, predictions, labels = trainer.prediction_step(model, inputs, loss_only, ignore_keys=ignore_keys)
+    mean = None if loss is None else mean_of(trainer, loss, inputs)
+    rows = find_batch_size(inputs) or 0
+    wanted = trainer.args.include_for_metrics
+    losses = None if loss is None or "loss" not in wanted else _each_row(loss, rows)
+    labels, predictions = nested_detach(labels), nested_detach(predictions)
+    if predictions is not None and trainer.preprocess_logits_for_metrics is not None:
+        predictions = trainer.preprocess_logits_for_metrics(predictions, labels)
+    main = _main_input(trainer, inputs) if "inputs" in wanted else None
+    return _Batch(mean, rows, predictions, labels, main, losses)
+
+
+def _has_none(ranks: Ranks, inputs: Any) -> bool:
+    """Whether other ranks have all the rows of a batch."""
+    return ranks.plan is not None and is_empty(inputs)
+
+
+def _each_row(loss: Any, rows: int) -> Tensor:
+    """The mean loss of a batch, once for each of its rows: what single rows lost is not known in general."""
+    loss = torch.as_tensor(loss).detach()
+    return loss if loss.numel() == rows and loss.dim() else loss.mean().repeat(rows)
+
+
+def _main_input(trainer: Any, inputs: Any) -> Tensor:
+    name = getattr(trainer.model, "main_input_name", "input_ids")
+    if name not in inputs:
+        raise ValueError(
+            f"TrainingArguments(include_for_metrics=['inputs']): the model's main input is {name!r}, but the batch has "
+            f"only {sorted(inputs)}. Leave 'inputs' out, or set `model.main_input_name` to one of these."
+        )
+    return trainer._prepare_inputs({name: inputs[name]})[name]
+
+
+def _with_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each batch and whether it is the last, which `compute_metrics(..., compute_result=)` is told."""
+    ahead: list[Any] = []
+    for batch in batches:
+        if ahead:
+            yield ahead.pop(), False
+        ahead.append(batch)
+    if ahead:
+        yield ahead.pop(), True
+
+
+# ---- all batches ----
+
+
+class _Totals(NamedTuple):
+    """What adds up. Tensors stay on the device, so that no batch waits for the one before."""
+
+    loss: tfn.Mean | None = None  # summed in float64 where the device has it
+    not_finite: Tensor | int = 0
+    rows: int = 0
+    batches: int = 0
+
+    def plus(self, batch: _Batch | None) -> _Totals:
+        if batch is None:
+            return self._replace(batches=self.batches + 1)
+        rows, batches = self.rows + batch.rows, self.batches + 1
+        if batch.loss is None:
+            return self._replace(rows=rows, batches=batches)
+        dtype = torch.float32 if batch.loss.total.device.type == "mps" else torch.float64
+        total = batch.loss.total.detach().to(dtype)
+        mean = tfn.Mean(total, batch.loss.weight.detach().to(total))
+        not_finite = self.not_finite + (~torch.isfinite(total)).sum()
+        return _Totals(mean if self.loss is None else self.loss + mean, not_finite, rows, batches)
+
+    def of_all(self, ranks: Ranks) -> _Totals:
+        """The same on all ranks; every rank calls this."""
+        if ranks.plan is None:
+            return self
+        loss = ranks.means({} if self.loss is None else {"loss": self.loss}).get("loss")
+        not_finite, rows, batches = zip(*ranks.parts((int(self.not_finite), self.rows, self.batches)), strict=True)
+        return _Totals(loss, sum(not_finite), sum(rows), max(batches))
+
+    def finish(self, prefix: str) -> dict[str, float]:
+        """The loss by its key, where there is one."""
+        if self.loss is None:
+            return {}
+        weight, not_finite = float(self.loss.weight), int(self.not_finite)
+        loss = float(self.loss.total) / weight if weight else math.nan
+        if not math.isfinite(loss):
+            reason = (
+                f"the loss of {not_finite} of {self.batches} batches was NaN or infinite, and is not left out of it"
+                if not_finite
+                else f"no label of {self.batches} batches counts (all are -100), and there is no mean of nothing"
+            )
+            warnings.warn(f"`{prefix}_loss` is {loss}: {reason}.", tfn.errors.NonFiniteWarning, stacklevel=4)
+        return {f"{prefix}_loss": loss}
+
+
+class _Kept(NamedTuple):
+    """The outputs of all batches: on the device, until `to_host` moves them."""
+
+    predictions: Any
+    labels: Any
+    inputs: Any
+    losses: Any
+
+    @staticmethod
+    def empty() -> _Kept:
+        # Lists of batches, to be concatenated once: `do_nested_concat=True` copies all that is kept at each batch.
+        return _Kept(*(EvalLoopContainer(do_nested_concat=False, padding_index=PADDING) for _ in _Kept._fields))
+
+    def add(self, batch: _Batch) -> None:
+        for container, tree in zip(self, (batch.predictions, batch.labels, batch.inputs, batch.losses), strict=True):
+            if tree is not None:
+                check_tensors(tree)
+                container.add(tree)
+
+    def to_host(self) -> None:
+        for container in self:
+            container.to_cpu_and_numpy()
+
+    def arrays(self, ranks: Ranks, places: list[int], *, concat: bool) -> _Kept:
+        """NumPy arrays, or `None` where there was nothing: of all rows of all ranks, or a list of one a batch."""
+        each = all_batches(ranks, places, [container.get_arrays() for container in self])
+        return _Kept(*(None if arrays is None else merged(arrays) if concat else arrays for arrays in each))
+
+
+# ---- metrics ----
+
+
+def _metrics(trainer: Any, arrays: _Kept) -> dict[str, Any] | None:
+    if trainer.compute_metrics is None or arrays.predictions is None or arrays.labels is None:
+        return None
+    shown = EvalPrediction(arrays.predictions, arrays.labels, inputs=arrays.inputs, losses=arrays.losses)
+    return _checked(trainer.compute_metrics(shown))
+
+
+def _batch_metrics(trainer: Any, batch: _Batch | None, inputs: Any, is_last: bool) -> dict[str, Any] | None:
+    """What `compute_metrics` says of one batch; at the last it is asked for the result over all."""
+    if trainer.compute_metrics is None:
+        return None
+    given = inputs if "inputs" in trainer.args.include_for_metrics else None  # all of them, as in transformers
+    mine = None if batch is None else (batch.predictions, batch.labels, given, batch.losses)
+    predictions, labels, given, losses = one_batch(trainer._ranks, mine) or (None,) * 4
+    if predictions is None or labels is None:
+        return None
+    shown = EvalPrediction(predictions, labels, inputs=given, losses=losses)
+    metrics = trainer.compute_metrics(shown, compute_result=is_last)
+    return _checked(metrics) if is_last else None
+
+
+def _checked(metrics: Any) -> dict[str, Any]:
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"compute_metrics(...) returned {metrics!r}, but metrics are a dict of names and numbers. "
+            "Write: return {'accuracy': accuracy}"
+        )
+    return cast("dict[str, Any]", denumpify_detensorize(dict(cast("Mapping[str, Any]", metrics))))
+
+
+def _named(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+def _speed(trainer: Any, prefix: str, start: float, num_samples: int) -> dict[str, float]:
+    steps = math.ceil(num_samples / together(trainer, trainer.args.eval_batch_size))
+    return speed_metrics(prefix, start, num_samples=num_samples, num_steps=steps)
+
+
+def _check_rows(dataset: Any, call: str) -> None:
+    """Before a loader can complain of it in its own words; what has no length is found out by trying."""
+    if not isinstance(dataset, str) and has_length(dataset) and len(dataset) == 0:
+        raise ValueError(_EMPTY.format(call=call))
+
+
+def _check_name(trainer: Any, dataset: Any) -> None:
+    if not isinstance(dataset, str):
+        return
+    named = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
+    if dataset not in named:
+        known = sorted(cast("dict[str, Any]", named)) or "it is not a dict"
+        raise ValueError(
+            f"`trainer.evaluate({dataset!r})`: a string names one of the datasets in `eval_dataset`, which has "
+            f"{known}. Pass the dataset itself, or Trainer(eval_dataset={{{dataset!r}: dataset}})."
+        )

@@ -1,0 +1,222 @@
+"""From what a launcher and the arguments say to the plan of a run; a contradiction between them is an error."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import distributed
+
+import trainfn as tfn
+from trainfn import launch as launchers
+from trainfn.hf._parallel import _deepspeed
+from trainfn.hf._parallel._ranks import ALONE, Ranks
+
+_STRATEGIES: dict[str, dict[str, Any]] = {  # of FSDP 1, `fsdp_config["reshard_after_forward"]`
+    "full_shard": {"shard": -1, "stage": 3},
+    "shard_grad_op": {"shard": -1, "stage": 3, "reshard": False},
+    "no_shard": {"replicate": -1},
+    "hybrid_shard": {"replicate": 0, "shard": -1, "stage": 3},  # 0 stands for the number of machines
+    "hybrid_shard_zero2": {"replicate": 0, "shard": -1, "stage": 3, "reshard": False},
+}
+
+_TOLD: list[_deepspeed.Configured] = []  # what the user knows of already
+
+
+def ranks_of(args: Any, model: Any) -> Ranks:
+    """Bring the processes together, and say how they work; one process by itself needs nothing.
+
+    Raises:
+        ValueError: If the arguments ask for what can't be, or contradict the launcher's configuration.
+        RuntimeError: If the processes don't find each other.
+    """
+    deepspeed = _deepspeed.configuration(args)  # the same error on every rank, before any waits for the others
+    asked = bool(args.fsdp) or args.parallelism_config is not None or deepspeed is not None
+    if args.world_size == 1 and not asked and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return ALONE
+    launch = joined(args, deepspeed)
+    _take_precision(args, launch)
+    own = _of_arguments(args, _nodes(launch.world))
+    plan = launch.plan if own is None else _agreed(own, launch)
+    # `autocast` in the loss computes in 16 bits, as in one process: cast before, norms would see other weights.
+    precision = dataclasses.replace(plan.precision, compute=None)
+    rules = plan.rules if plan.tensor == 1 else (*plan.rules, *launchers.tensor_rules(model))
+    plan = dataclasses.replace(plan, precision=precision, rules=rules)
+    plan.shape(launch.world)
+    config = args.fsdp_config or {}
+    found = Ranks(
+        plan=plan if launch.world > 1 else None,
+        rank=launch.rank,
+        world=launch.world,
+        compile=launch.compile,
+        loss_scale=launch.loss_scale or {},
+        checkpointing=launch.checkpointing or _true(config.get("activation_checkpointing")),
+        sharded_files=launch.state_dict == "sharded"
+        or str(config.get("state_dict_type", "")).upper() == "SHARDED_STATE_DICT",
+        timeout=float(args.ddp_timeout),
+    )
+    if found.plan is not None:
+        _check_together(args, launch)
+    return found
+
+
+def met(args: Any) -> None:
+    """Bring the processes together."""
+    with _on_cpu(args):
+        device = launchers.join(timeout=float(args.ddp_timeout))
+    backend = args.ddp_backend
+    if backend is not None and args.world_size > 1 and backend not in _backends(device):
+        raise ValueError(
+            f"`{type(args).__name__}(ddp_backend={backend!r})` can't work: on {device.type}, the processes talk"
+            f" over {' and '.join(_backends(device))}. Leave `ddp_backend` out."
+        )
+    if args.world_size > 1:
+        from accelerate import PartialState
+
+        args.distributed_state = PartialState()
+
+
+def joined(args: Any, deepspeed: _deepspeed.Configured | None) -> Any:
+    """The launcher's settings, after all of its processes have found each other; a DeepSpeed configuration's."""
+    met(args)
+    given: dict[str, Any] = {}
+    if deepspeed is not None:
+        given = {"config": deepspeed.rest, "deepspeed": "native", "quiet": deepspeed in _TOLD}
+        if deepspeed not in _TOLD and args.process_index == 0:
+            _deepspeed.tell(deepspeed, args)
+        _TOLD.append(deepspeed)
+    with _on_cpu(args):
+        return launchers.settings(timeout=float(args.ddp_timeout), **given)
+
+
+@contextlib.contextmanager
+def _on_cpu(args: Any) -> Generator[None]:
+    """``use_cpu=True`` holds for how the processes meet, too."""
+    name, before = "ACCELERATE_USE_CPU", os.environ.get("ACCELERATE_USE_CPU")
+    if args.device.type == "cpu" and args.world_size > 1:
+        os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+def _backends(device: torch.device) -> tuple[str, ...]:
+    return ("gloo",) if device.type == "cpu" else ("nccl", "gloo", "cpu:gloo,cuda:nccl")
+
+
+def _nodes(world: int) -> int:
+    return max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+
+
+# --- what the arguments ask for -----------------------------------------------------------------------------------
+
+
+def _of_arguments(args: Any, nodes: int) -> tfn.Plan | None:
+    """The plan that ``fsdp``, ``fsdp_config`` and ``parallelism_config`` describe; None if they are not given."""
+    arguments: dict[str, Any] = {}
+    if args.fsdp:
+        arguments = _fsdp(args, nodes)
+    parallel = args.parallelism_config
+    if parallel is not None:
+        for name in ("cp_size", "sp_size"):
+            if (getattr(parallel, name, None) or 1) != 1:
+                raise ValueError(
+                    f"`{type(args).__name__}(parallelism_config=ParallelismConfig({name}={getattr(parallel, name)}))`"
+                    " can't work: a sequence is not split over ranks here. Give those ranks to `dp_shard_size`."
+                )
+        sizes = {"replicate": "dp_replicate_size", "shard": "dp_shard_size", "tensor": "tp_size"}
+        found = {axis: getattr(parallel, name) or 1 for axis, name in sizes.items()}
+        default = {"stage": 3} if found["shard"] != 1 else {}
+        arguments = {**default, **arguments, **found}
+    return tfn.Plan(**arguments) if arguments else None
+
+
+def _fsdp(args: Any, nodes: int) -> dict[str, Any]:
+    config = args.fsdp_config or {}
+    if config.get("xla"):
+        raise ValueError(
+            f"`{type(args).__name__}(fsdp_config={{'xla': True}})` can't work: there is no XLA here. Leave `xla` out."
+        )
+    given = config.get("reshard_after_forward", True)
+    strategy = given if given in _STRATEGIES else "full_shard" if _true(given) else "shard_grad_op"
+    layout = dict(_STRATEGIES[strategy])
+    if layout.get("replicate") == 0:
+        layout["replicate"] = nodes
+    if _true(config.get("cpu_offload")):
+        layout["offload"] = ("opt_state", "params")
+    return layout
+
+
+def _true(value: Any) -> bool:
+    return str(value).lower() in ("1", "true", "yes", "on")
+
+
+def _agreed(own: tfn.Plan, launch: Any) -> tfn.Plan:
+    """The arguments' plan, unless the launcher was configured with another one."""
+    theirs, world = launch.plan, launch.world
+    switches = (f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG"))
+    configured = any(_true(os.environ.get(switch)) for switch in switches)
+    if configured and _layout(own, world) != _layout(theirs, world):
+        raise ValueError(
+            f"the training arguments ask for {_layout(own, world)}, and the configuration of `accelerate launch` for"
+            f" {_layout(theirs, world)}. Leave `fsdp`, `fsdp_config` and `parallelism_config` out of the training"
+            " arguments, or start the script by torchrun."
+        )
+    return dataclasses.replace(own, precision=theirs.precision, rules=theirs.rules)
+
+
+def _layout(plan: tfn.Plan, world: int) -> dict[str, Any]:
+    return {**plan.shape(world), "stage": plan.stage, "reshard": plan.reshard, "offload": plan.offload}
+
+
+def _take_precision(args: Any, launch: Any) -> None:
+    """The launcher's mixed precision, where the arguments say nothing."""
+    mine = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    theirs = launch.mixed_precision
+    if theirs == "no" or theirs == mine:
+        return
+    if mine != "no":
+        raise ValueError(
+            f"`{type(args).__name__}({mine}=True)`, and `accelerate launch` was configured with mixed_precision:"
+            f" {theirs}. Leave `{mine}` out, or write `{theirs}=True`."
+        )
+    setattr(args, theirs, True)
+    args.mixed_precision = theirs
+
+
+def _check_together(args: Any, launch: Any) -> None:
+    """Raise for what can't be done on several processes."""
+    call = type(args).__name__
+    if args.auto_find_batch_size:
+        raise ValueError(
+            f"`{call}(auto_find_batch_size=True)` can't work on {launch.world} processes: one that runs out of memory"
+            " leaves the others waiting for it. Write `gradient_accumulation_steps=2` and half the"
+            " `per_device_train_batch_size`: the update is the same."
+        )
+    if args.save_on_each_node and _nodes(launch.world) > 1:
+        raise ValueError(
+            f"`{call}(save_on_each_node=True)` can't work: the ranks write one checkpoint together, on a disk that all"
+            " machines share. Leave `save_on_each_node` out."
+        )
+    split = getattr(args.accelerator_config, "split_batches", False)
+    if split:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            size, parts = getattr(args, name), launch.plan.data_size
+            if size % parts:
+                raise ValueError(
+                    f"`{call}({name}={size}, accelerator_config={{'split_batches': True}})` can't work: {size} rows are"
+                    f" not split into {parts} equal parts. Write a multiple of {parts}, or leave `split_batches` out."
+                )
+
+
+def is_joined() -> bool:
+    """Whether the processes have found each other."""
+    return distributed.is_available() and distributed.is_initialized()

@@ -1,0 +1,279 @@
+"""From rows of text to rows of tokens and labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import datasets
+
+from trainfn._text import nearest
+from trainfn.hf._sft._packing import IGNORED, Row, pack_dataset
+
+
+def prepared(
+    dataset: Any, tokenizer: Any, args: Any, *, name: str, packing: bool, formatting: Callable[..., Any] | None = None
+) -> Any:
+    """The dataset as ``input_ids`` and ``labels``; packed, with ``seq_lengths`` too.
+
+    Args:
+        dataset: Rows with a text column; ``messages``; ``prompt`` and ``completion``, texts or messages; or
+            ``input_ids``. A `datasets.Dataset`, an `IterableDataset`, or a list of dicts.
+        tokenizer: Of transformers.
+        args: `SFTConfig`.
+        name: The dataset's name, for messages.
+        packing: Whether to pack it.
+        formatting: ``row -> text``.
+
+    Raises:
+        ValueError: If the rows have nothing to tokenize, or nothing to learn.
+        TypeError: If it is no dataset.
+    """
+    dataset = _as_dataset(dataset, name)
+    if "seq_lengths" in (dataset.column_names or ()):
+        return dataset
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"SFTTrainer: the {name} dataset has no rows.")
+    encode = Encode.of(first, tokenizer, args, name, cut=args.max_length if _cuts(args, packing) else None,
+                       formatting=formatting)  # fmt: skip
+    lengths = isinstance(dataset, datasets.Dataset)
+    processes = {"num_proc": args.dataset_num_proc} if lengths else {}
+    before = len(dataset) if lengths else 0
+    dataset = dataset.map(encode, remove_columns=list(first), **processes)
+    dataset = dataset.filter(_trainable, **processes)
+    if lengths:
+        _report_dropped(before - len(dataset), before, name, args)
+    if args.shuffle_dataset:
+        dataset = dataset.shuffle(seed=args.seed)
+    return pack_dataset(dataset, args.max_length, args.packing_strategy) if packing else dataset
+
+
+def _cuts(args: Any, packing: bool) -> bool:
+    return not packing or args.packing_strategy == "bfd"
+
+
+def _as_dataset(dataset: Any, name: str) -> Any:
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"SFTTrainer({name}_dataset=...): a {type(dataset).__name__} of {sorted(dataset)} is several datasets."
+            f" Choose one: `{name}_dataset=dataset[{next(iter(dataset), 'train')!r}]`."
+        )
+    if isinstance(dataset, datasets.Dataset):
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                f"SFTTrainer({name}_dataset=...): its `with_transform` would be applied once, and its results kept."
+                " Write `dataset.map(function)`; or make rows of tokens in the transform, and write"
+                " `SFTConfig(dataset_kwargs={'skip_prepare_dataset': True})`."
+            )
+        return dataset.with_format(None)
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset
+    if isinstance(dataset, Sequence) and all(isinstance(row, Mapping) for row in dataset):
+        return datasets.Dataset.from_list([dict(row) for row in dataset])
+    raise TypeError(
+        f"SFTTrainer({name}_dataset={type(dataset).__name__}): a `datasets.Dataset` is needed, or a list of dicts."
+        " Write `datasets.Dataset.from_list(rows)`."
+    )
+
+
+def _trainable(row: Row) -> bool:
+    """Whether some label counts; nothing predicts the first."""
+    return any(label != IGNORED for label in row["labels"][1:])
+
+
+def _report_dropped(dropped: int, rows: int, name: str, args: Any) -> None:
+    if not dropped:
+        return
+    text = f"{dropped} of {rows} rows of the {name} dataset have no token to learn from: they are too short, or all"
+    text += f" that is learnt lies beyond `max_length={args.max_length}`"
+    if dropped == rows:
+        raise ValueError(f"SFTTrainer: {text}. Raise `max_length`, or look at the rows' labels and masks.")
+    warnings.warn(f"SFTTrainer: {text}. They are left out.", stacklevel=4)
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """A row's tokens and labels.
+
+    Attributes:
+        kind: ``"tokens"``, ``"messages"``, ``"prompt"`` or ``"text"``.
+        tokenizer: Of transformers.
+        args: `SFTConfig`.
+        cut: The length that rows are cut to.
+        completion_only: Whether prompts are not learnt.
+        formatting: ``row -> text``.
+    """
+
+    kind: str
+    tokenizer: Any
+    args: Any
+    cut: int | None
+    completion_only: bool
+    formatting: Callable[..., Any] | None = None
+
+    @classmethod
+    def of(
+        cls, first: Row, tokenizer: Any, args: Any, name: str, *, cut: int | None, formatting: Callable[..., Any] | None
+    ) -> Encode:
+        """For rows like the first one."""
+        kind = _kind(first, args, name, formatting)
+        parts = kind == "prompt" or (kind == "tokens" and "completion_mask" in first)
+        if args.completion_only_loss and not parts:
+            raise ValueError(
+                f"`SFTConfig(completion_only_loss=True)` can't work: rows of the {name} dataset have {sorted(first)}"
+                f"{', and `formatting_func` makes one text of them' if formatting else ''}; there is no completion."
+                " Give them `prompt` and `completion`, or leave it out."
+            )
+        if args.assistant_only_loss and not _conversational(first, kind):
+            raise ValueError(
+                f"`SFTConfig(assistant_only_loss=True)` can't work: rows of the {name} dataset have {sorted(first)},"
+                " and no messages of an assistant. Give them `messages`, or leave it out."
+            )
+        only = parts if args.completion_only_loss is None else args.completion_only_loss
+        return cls(kind, tokenizer, args, cut, only, formatting)
+
+    def __call__(self, row: Row) -> dict[str, list[int]]:
+        """The row's ``input_ids`` and ``labels``."""
+        ids, learnt = getattr(self, f"_{self.kind}")(row)
+        labels = row["labels"] if self.kind == "tokens" and "labels" in row else _labels(ids, learnt)
+        if len(ids) != len(labels):
+            raise ValueError(
+                f"SFTTrainer: a row has {len(ids)} input_ids and {len(labels)} labels (or masks). Each token has one."
+            )
+        keep = slice(self.cut) if self.args.truncation_mode == "keep_start" else slice(-(self.cut or 0), None)
+        return {"input_ids": list(ids[keep]), "labels": list(labels[keep])}
+
+    def _tokens(self, row: Row) -> tuple[list[int], list[Any]]:
+        masks = [row["completion_mask"]] if self.completion_only and "completion_mask" in row else []
+        masks += [row["assistant_masks"]] if "assistant_masks" in row else []
+        learnt = [all(bits) for bits in zip(*masks, strict=True)] if masks else [True] * len(row["input_ids"])
+        return row["input_ids"], learnt
+
+    def _text(self, row: Row) -> tuple[list[int], list[Any]]:
+        text = self.formatting(row) if self.formatting else row[self.args.dataset_text_field]
+        if not isinstance(text, str):
+            source = "formatting_func(row)" if self.formatting else f"the column {self.args.dataset_text_field!r}"
+            raise TypeError(f"SFTTrainer: {source} gives a {type(text).__name__}. It must be one `str` for each row.")
+        ids = self._ended(self._ids(text))
+        return ids, [True] * len(ids)
+
+    def _messages(self, row: Row) -> tuple[list[int], list[Any]]:
+        messages = _chat(row["messages"] if "messages" in row else row["conversations"])
+        return self._templated(messages, row)
+
+    def _prompt(self, row: Row) -> tuple[list[int], list[Any]]:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str):
+            start, ids = self._ids(prompt), self._ended(self._ids(prompt + completion))
+            learnt = [True] * len(ids)
+        else:
+            prompt, completion = _chat(prompt), _chat(completion)
+            start, _ = self._templated(prompt, row, add_generation_prompt=True, masks=False)
+            ids, learnt = self._templated(prompt + completion, row)
+        if self.completion_only:
+            begins = _common(start, ids)
+            if begins < len(start) - 1:  # one token may grow together with the completion's first
+                warnings.warn(
+                    f"SFTTrainer: a prompt's tokens differ from the beginning of prompt and completion at {begins} of"
+                    f" {len(start)}; from there on the row is learnt. Does the chat template treat them alike?",
+                    stacklevel=2,
+                )
+            learnt = [bool(bit) and n >= begins for n, bit in enumerate(learnt)]
+        return ids, learnt
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+    def _templated(
+        self, messages: list[Any], row: Row, *, add_generation_prompt: bool = False, masks: bool = True
+    ) -> tuple[list[int], list[Any]]:
+        tools = row.get("tools")
+        masks = masks and self.args.assistant_only_loss
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "SFTTrainer: rows of messages need a chat template, and the tokenizer has none. Set"
+                " `tokenizer.chat_template`, or write `SFTConfig(chat_template_path='template.jinja')`."
+            )
+        if masks and "{% generation" not in self.tokenizer.chat_template.replace("{%-", "{%"):
+            raise ValueError(
+                "`SFTConfig(assistant_only_loss=True)` can't work: the chat template does not say what the assistant"
+                " wrote. Put `{% generation %}` and `{% endgeneration %}` around it in the template."
+            )
+        encoded = self.tokenizer.apply_chat_template(
+            messages,
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=True,
+            return_assistant_tokens_mask=masks,
+            **(row.get("chat_template_kwargs") or {}),
+        )
+        ids = list(encoded["input_ids"])
+        return ids, list(encoded["assistant_masks"]) if masks else [True] * len(ids)
+
+
+def _kind(row: Row, args: Any, name: str, formatting: Callable[..., Any] | None) -> str:
+    if {"image", "images"} & row.keys():
+        raise ValueError(
+            f"SFTTrainer: the {name} dataset has images, and SFTTrainer trains on text alone. Remove the column; for"
+            " models with images, use `Trainer` with a collator of your own."
+        )
+    if "input_ids" in row:
+        if formatting is not None:
+            warnings.warn("SFTTrainer: the rows are tokens already; `formatting_func` is not called.", stacklevel=5)
+        return "tokens"
+    if formatting is not None:
+        return "text"
+    if "prompt" in row and "completion" in row:
+        return "prompt"
+    if _listed(row.get("messages")) or _listed(row.get("conversations")):
+        return "messages"
+    if args.dataset_text_field in row:
+        return "text"
+    guess = nearest(args.dataset_text_field, row, "{!r}") or repr(next(iter(row), "text"))
+    raise ValueError(
+        f"SFTTrainer: rows of the {name} dataset have {sorted(row)}: no {args.dataset_text_field!r}, no `messages`, no"
+        f" `prompt` with `completion`, no `input_ids`. Write `SFTConfig(dataset_text_field={guess})`, or pass"
+        " `formatting_func=lambda row: ...`."
+    )
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _conversational(row: Row, kind: str) -> bool:
+    if kind == "tokens":
+        return "assistant_masks" in row or "labels" in row
+    return kind == "messages" or (kind == "prompt" and _listed(row["prompt"]))
+
+
+def _chat(messages: Sequence[Row]) -> list[dict[str, Any]]:
+    """Messages with ``role`` and ``content``, whatever they were called."""
+    names = {"from": "role", "value": "content"}
+    # A dataset's rows all have the same keys: where a message has none, it holds None.
+    return [{names.get(k, k): v for k, v in message.items() if v is not None} for message in messages]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How far two sequences agree."""
+    for n, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return n
+    return min(len(one), len(other))
+
+
+def _labels(ids: Sequence[int], learnt: Sequence[Any]) -> list[int]:
+    if len(ids) != len(learnt):
+        return list(map(int, learnt))  # of another length, which is reported
+    return [token if bit else IGNORED for token, bit in zip(ids, learnt, strict=True)]

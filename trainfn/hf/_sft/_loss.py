@@ -1,0 +1,176 @@
+"""The loss of `SFTTrainer` and its metrics; and how the sequences of a pack are kept from seeing each other."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import trainfn as tfn
+from trainfn.hf._step._loss import autocast
+from trainfn.hf._step._modes import eval_mode
+
+IGNORED = -100
+CHUNK = 1024  # tokens whose logits are widened at once
+
+
+# --- packs ------------------------------------------------------------------------------------------------------------
+
+
+def separation(trainer: Any) -> str:
+    """How this model keeps sequences apart: by ``"positions"`` that begin anew, or by a ``"mask"``. It is tried out.
+
+    Raises:
+        ValueError: If it does neither.
+    """
+    model, ways = trainer.model, ["positions"]
+    window = getattr(model.config, "sliding_window", None)
+    if window is None or trainer.args.max_length is None or trainer.args.max_length <= window:
+        ways.append("mask")  # which takes the place of the model's own, window and all
+    with eval_mode(model):
+        for way in ways:
+            if _separates(trainer, way):
+                return way
+    raise ValueError(
+        f"`SFTConfig(packing=True)` (or `padding_free=True`) can't work with {type(model).__name__}: what one sequence"
+        " of a pack holds changes what the model says of the next. Write `packing=False, padding_free=False`, or, if"
+        " sequences may see each other, `packing_strategy='wrapped'`."
+    )
+
+
+@torch.no_grad()
+def _separates(trainer: Any, way: str) -> bool:
+    """Whether a sequence's logits are the same after this sequence, after that one, and alone."""
+    model, device = trainer.model, trainer.args.device
+    words = model.get_input_embeddings().num_embeddings
+    one = (torch.arange(8, device=device) % words)[None]
+    other = torch.cat([(one[:, :4] + 3) % words, one[:, 4:]], 1)
+    segments = torch.tensor([[1] * 4 + [2] * 4], device=device)
+    positions = torch.arange(4, device=device).repeat(2)[None]
+    given = {"position_ids": positions, "segment_ids": segments}
+    try:
+        with autocast(trainer.args, device), tfn.keyed(tfn.random.key(0)):
+            first, second = (
+                model(**model_inputs(model, {"input_ids": ids, **given}, way)).logits[:, 4:].float()
+                for ids in (one, other)
+            )
+            alone = model(**model_inputs(model, {"input_ids": one[:, 4:]}, way)).logits.float()
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False  # the model does not take them
+    scale = float(alone.abs().max())
+    exact = torch.allclose(first, second, rtol=0, atol=1e-6 * scale)
+    return exact and torch.allclose(first, alone, rtol=0, atol=(3e-2 if _is_half(trainer) else 1e-4) * scale)
+
+
+def _is_half(trainer: Any) -> bool:
+    return bool(trainer.args.bf16) or next(trainer.model.parameters()).dtype != torch.float32
+
+
+def model_inputs(model: nn.Module, inputs: dict[str, Any], way: str | None) -> dict[str, Any]:
+    """What the model is called with: ``segment_ids`` become what it understands."""
+    called = {name: value for name, value in inputs.items() if name not in ("segment_ids", "seq_lengths")}
+    if way == "mask" and "segment_ids" in inputs:
+        called["attention_mask"] = _mask(inputs["segment_ids"], model)
+    # With a cache, models take positions that begin anew for those of one sequence.
+    return called | ({"use_cache": False} if _takes(model, "use_cache") else {})
+
+
+def _takes(model: Any, name: str) -> bool:
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    return name in inspect.signature(inner.forward).parameters
+
+
+def _mask(segments: Tensor, model: nn.Module) -> Tensor:
+    """What is added to the attention scores, ``[rows, 1, length, length]``."""
+    dtype, length = next(model.parameters()).dtype, segments.shape[1]
+    dtype = dtype if dtype.is_floating_point else torch.float32
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    allowed = (segments[:, :, None] == segments[:, None, :]) & causal
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+def loss(trainer: Any, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
+    """The mean loss of the tokens that are learnt, as ``loss_type`` says; with the load-balancing loss."""
+    shifted, logits = _shifted(labels), logits_of(trainer, outputs, labels)
+    found = dft(logits, shifted) if trainer.args.loss_type == "dft" else tfn.losses.cross_entropy(logits, shifted)
+    count = found.weight if num_items_in_batch is None else num_items_in_batch
+    value = found.total / count.clamp(min=1)
+    auxiliary = getattr(outputs, "aux_loss", None)
+    return value if auxiliary is None else value + trainer.args.router_aux_loss_coef * auxiliary
+
+
+def dft(logits: Tensor, targets: Tensor) -> tfn.Mean:
+    """The cross entropy of each token times its probability, which is held constant: `Dynamic Fine-Tuning`.
+
+    Source: https://arxiv.org/abs/2508.05629, equation 9.
+    """
+    kept = targets != IGNORED
+    chosen = targets.where(kept, 0)
+    log_p = logits.float().log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
+    return tfn.Mean.of(-log_p.detach().exp() * log_p, kept)
+
+
+def logits_of(trainer: Any, outputs: Any, labels: Tensor) -> Tensor:
+    """The logits of the labels' positions.
+
+    Raises:
+        TypeError: If the model gives none of that shape.
+    """
+    logits = outputs.get("logits") if hasattr(outputs, "get") else None
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        shape = list(logits.shape) if isinstance(logits, Tensor) else None
+        raise TypeError(
+            f"SFTTrainer(model={type(trainer.model).__name__}): a causal language model is needed, whose outputs have"
+            f" logits [rows, length, words]; these have {'logits ' + str(shape) if shape else 'none'}. Load one:"
+            " `AutoModelForCausalLM.from_pretrained(name)`."
+        )
+    return logits[:, -labels.shape[1] :]  # without the virtual tokens of prompt tuning
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    """Position t is to tell label t + 1. Shifting labels copies less than cutting logits."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def metrics(trainer: Any, inputs: dict[str, Any], outputs: Any) -> dict[str, tfn.Mean]:
+    """``entropy`` and ``mean_token_accuracy`` over the tokens that are learnt, and ``num_tokens``, all of them."""
+    tokens = _token_count(inputs)
+    out = {"num_tokens": tfn.Mean(tokens, torch.ones_like(tokens))}
+    labels = inputs.get("labels")
+    if labels is None or getattr(outputs, "logits", None) is None:
+        return out  # a fused head has none
+    logits, shifted = logits_of(trainer, outputs, labels).detach(), _shifted(labels)
+    out["mean_token_accuracy"] = tfn.metrics.accuracy(logits, shifted)
+    out["entropy"] = tfn.Mean.of(_entropy(logits), shifted != IGNORED)
+    auxiliary = getattr(outputs, "aux_loss", None)
+    if auxiliary is not None:
+        weight = out["entropy"].weight
+        out["aux_loss"] = tfn.Mean(auxiliary.detach().float() * weight, weight)
+    return out
+
+
+def _token_count(inputs: dict[str, Any]) -> Tensor:
+    if "segment_ids" in inputs:
+        return (inputs["segment_ids"] > 0).sum().float()
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].sum().float()
+    return torch.full((), inputs["input_ids"].numel(), dtype=torch.float32, device=inputs["input_ids"].device)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Of each position, in nats; a few at a time, for logits are large."""
+    parts = []
+    for some in logits.flatten(0, 1).split(CHUNK):
+        log_p = some.float().log_softmax(-1)
+        parts.append(torch.special.entr(log_p.exp()).sum(-1))
+    return torch.cat(parts).view(logits.shape[:2])

@@ -1,0 +1,1 @@
+"""One update of the Trainer: its loss, its modes, its micro-batches."""

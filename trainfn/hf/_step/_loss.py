@@ -1,0 +1,201 @@
+"""Exact losses from heads and overrides that return means.
+
+A head of transformers returns the mean over the labels it counts, and so do most overrides of `compute_loss`. What is
+counted is known from the labels, so the sum can be had back: total = mean x count. The core adds totals and counts
+over micro-batches, and divides once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+import trainfn as tfn
+from trainfn.hf._step._modes import eval_mode
+
+IGNORED = -100
+
+
+def exact_loss(
+    trainer: Any, model: nn.Module, inputs: Mapping[str, Any], takes: frozenset[str] | None = None
+) -> tuple[tfn.Mean, Any]:
+    """The loss of a batch as an undivided mean, and the model's outputs.
+
+    Args:
+        trainer: Its `compute_loss` is called, overridden or not; it may return a `trainfn.Mean`, which is taken as it
+            is, or a scalar, which is taken as the mean over the batch's labels that are not -100 (or over its rows, if
+            the labels are no class indices).
+        model: The model to call.
+        inputs: The batch; it is not changed.
+        takes: From `takes_of`; found out if it is not given.
+
+    Raises:
+        TypeError: If `compute_loss` returns something else.
+    """
+    count = counted(trainer, inputs)
+    with autocast(trainer.args, count.device):
+        loss, outputs = _computed(trainer, model, dict(inputs), count, takes_of(trainer) if takes is None else takes)
+    if isinstance(loss, tfn.Mean):
+        return loss, outputs
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        kind = f"a Tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise TypeError(
+            f"{type(trainer).__name__}.compute_loss returned {kind} for the loss. Return a scalar mean, or"
+            " `tfn.Mean.of(values, weights)`, which is exact for any weights."
+        )
+    # A mean of nothing is 0 / 0; its gradient is 0, but its value would spoil the sum.
+    total = torch.where(count > 0, loss.float() * count, 0.0)
+    return tfn.Mean(total, count), outputs
+
+
+def _computed(
+    trainer: Any, model: nn.Module, inputs: dict[str, Any], count: Tensor, takes: frozenset[str]
+) -> tuple[Any, Any]:
+    options: dict[str, Any] = {"num_items_in_batch": count} if "num_items_in_batch" in takes else {}
+    if "return_outputs" not in takes:
+        return trainer.compute_loss(model, inputs, **options), None
+    returned = trainer.compute_loss(model, inputs, return_outputs=True, **options)
+    return returned if isinstance(returned, tuple) and not isinstance(returned, tfn.Mean) else (returned, None)
+
+
+def takes_of(trainer: Any) -> frozenset[str]:
+    """Which of the optional arguments this trainer's `compute_loss` takes; older overrides know fewer."""
+    found = inspect.signature(trainer.compute_loss).parameters
+    known = {"num_items_in_batch", "return_outputs"}
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values()):
+        return frozenset(known)
+    return frozenset(known & found.keys())
+
+
+def counted(trainer: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """How many labels a mean over this batch counts, ``float32[]``."""
+    labels = inputs.get("shift_labels")
+    shifted = labels is None and shifts_labels(trainer)
+    labels = inputs.get("labels") if labels is None else labels
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() == 0:
+        first = next(x for x in inputs.values() if isinstance(x, Tensor) and x.dim() > 0)
+        return torch.full((), first.shape[0], dtype=torch.float32, device=first.device)
+    labels = labels[..., 1:] if shifted and labels.dim() > 1 else labels
+    counts = labels != IGNORED
+    other = getattr(getattr(trainer.model, "config", None), "semantic_loss_ignore_index", None)
+    if other is not None and labels.dim() > 2:  # a segmentation map
+        counts = counts & (labels != other)
+    return counts.sum().float()
+
+
+def shifts_labels(trainer: Any) -> bool:
+    """Whether the model's own loss compares position t with label t + 1, so that the first label counts for nothing.
+
+    The model's ``loss_type`` says it, where it has one. Where it has not, `find_shift` has tried it out.
+    """
+    known = _known_shift(trainer.model)
+    return bool(trainer._shifts) if known is None else known
+
+
+def _known_shift(model: nn.Module) -> bool | None:
+    inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return False
+    kind = getattr(inner, "loss_type", None)
+    return LOSS_MAPPING[kind] is ForCausalLMLoss if kind in LOSS_MAPPING else None
+
+
+def find_shift(trainer: Any, inputs: Mapping[str, Any]) -> None:
+    """Find out whether the model shifts labels: does its loss change without the first ones? Once per trainer."""
+    if not may_shift(trainer, inputs):
+        return
+    labels = inputs["labels"]
+    rows = labels.shape[0]  # two of them are enough, and cheap
+    inputs = {k: x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == rows else x for k, x in inputs.items()}
+    labels = labels[:2]
+    if bool((labels[:, 0] == IGNORED).all()) or bool((labels[:, 1:] == IGNORED).all()):
+        return  # the next batch may tell
+    without = labels.clone()
+    without[:, 0] = IGNORED
+    one, two = (_tried(trainer.model, {**inputs, "labels": x}) for x in (labels, without))
+    trainer._shifts = bool(torch.allclose(one, two, rtol=1e-5))
+
+
+def may_shift(trainer: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether it is not known yet if the model shifts labels, and could be found out of such a batch."""
+    labels = inputs.get("labels")
+    if trainer._shifts is not None or _known_shift(trainer.model) is not None:
+        return False
+    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
+        return False
+    return _returns_loss_for_labels(trainer.model)
+
+
+def _tried(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The head's loss in eval mode: it leaves running statistics alone."""
+    with eval_mode(model), torch.no_grad(), tfn.keyed(tfn.random.key(0)):
+        return _head_loss(model(**inputs), inputs)
+
+
+def _returns_loss_for_labels(model: nn.Module) -> bool:
+    inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    return "labels" in inspect.signature(inner.forward).parameters and hasattr(inner, "config")
+
+
+def compute_loss(
+    trainer: Any,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    return_outputs: bool = False,
+    num_items_in_batch: Tensor | None = None,
+) -> Any:
+    """What `Trainer.compute_loss` does unless it is overridden: label smoothing, ``compute_loss_func``, or the head.
+
+    Raises:
+        ValueError: If the model returns no loss.
+    """
+    own = trainer.compute_loss_func is not None or trainer.label_smoother is not None
+    labels = inputs.pop("labels") if own and "labels" in inputs else None
+    if labels is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        inputs.setdefault("decoder_input_ids", model.prepare_decoder_input_ids_from_labels(labels=labels))  # type: ignore[operator]
+    outputs = model(**inputs)
+    if trainer.compute_loss_func is not None:
+        loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+    elif labels is not None:
+        smoother: Any = trainer.label_smoother
+        loss = smoother(outputs, labels, shift_labels=shifts_labels(trainer))
+    else:
+        loss = _head_loss(outputs, inputs)
+    return (loss, outputs) if return_outputs else loss
+
+
+def _head_loss(outputs: Any, inputs: Mapping[str, Any]) -> Any:
+    if isinstance(outputs, Mapping) and "loss" not in outputs:
+        raise ValueError(
+            f"the model returned no loss; it has {list(outputs)}, for the inputs {list(inputs)}. Give it labels (is the"
+            " column called `labels`, and not removed?), or write `compute_loss` or `compute_loss_func`."
+        )
+    return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+def training_loss(trainer: Any) -> Callable[[nn.Module, dict[str, Any]], tuple[tfn.Mean, dict[str, tfn.Mean]]]:
+    """The trainer's loss and the metrics that come with it, as `trainfn.train_step` takes them."""
+    takes = takes_of(trainer)  # once: a signature can't be looked at inside a compiled step
+
+    def loss(model: nn.Module, batch: dict[str, Any]) -> tuple[tfn.Mean, dict[str, tfn.Mean]]:
+        mean, outputs = exact_loss(trainer, model, batch, takes)
+        return mean, trainer._loss_metrics(batch, outputs)
+
+    return loss
+
+
+@contextlib.contextmanager
+def autocast(args: Any, device: torch.device) -> Generator[None]:
+    """bf16 (or fp16) for matrix products, if the arguments say so."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if dtype is None:
+        yield
+        return
+    with torch.autocast(device.type, dtype):
+        yield

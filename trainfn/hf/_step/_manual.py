@@ -1,0 +1,97 @@
+"""Steps for subclasses that override `training_step`: the gradients come from their own backward passes.
+
+Such a step runs Python between its parts, so it is not compiled; the update is the core's all the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+import trainfn as tfn
+from trainfn.hf._parallel._parameters import whole
+from trainfn.hf._parallel._sharding import is_empty
+from trainfn.hf._step._loss import counted, exact_loss
+
+
+def overrides(trainer: Any) -> list[str]:
+    """The overridden methods that keep a step from being one function."""
+    return [] if getattr(type(trainer).training_step, "not_overridden", False) else ["training_step"]
+
+
+def training_step(trainer: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    """One micro-batch: its loss, and the gradients of it, a mean, added to ``.grad``.
+
+    An override's own backward pass beside this one, or what it does to ``.grad``, is in the same units then.
+    """
+    mean, _ = exact_loss(trainer, model, inputs)
+    weight = mean.weight.detach()
+    (mean.total / torch.where(weight > 0, weight, 1.0)).backward()
+    trainer._manual_mean = tfn.Mean(mean.total.detach(), weight)
+    return trainer._manual_mean.value
+
+
+def step(trainer: Any, made: tfn.TrainStep) -> tfn.TrainStep:
+    """The same step, with its gradients from `Trainer.training_step`.
+
+    On ranks each brings the parameters together for every micro-batch, for the method sees the model's own.
+    """
+    plan = trainer._ranks.plan
+    _check_axes(trainer, plan)
+
+    def gradients(state: tfn.TrainState, batch: Any, first_row: Tensor | int = 0, /) -> tfn.Gradients:
+        key = tfn.random.fold_in(state.key, state.step)
+        model, trainer._manual_mean = trainer.model, None
+        if is_empty(batch):
+            zero = torch.zeros((), device=state.step.device)
+            return tfn.Gradients(
+                tfn.Mean(zero, zero), {n: _summand(p, None) for n, p in state.params.items()}, {}, state.buffers
+            )
+        count = counted(trainer, batch)
+        model.zero_grad(set_to_none=True)
+        try:
+            with torch.enable_grad(), tfn.keyed(key, rows=tfn.tree.row_count(batch), first_row=first_row):
+                loss = trainer.training_step(model, dict(batch), count)
+            mean = trainer._manual_mean
+            if mean is None:  # a backward pass of its own, of a mean over what is counted
+                mean = tfn.Mean(loss.detach().float() * count, count)
+            held = dict(model.named_parameters(remove_duplicate=True))
+            grads = {
+                name: _summand(p, None if (grad := held[name].grad) is None else grad.detach() * mean.weight)
+                for name, p in state.params.items()
+            }
+        finally:
+            model.zero_grad(set_to_none=True)
+        return tfn.Gradients(mean, grads, {}, state.buffers)
+
+    if plan is None:
+        return dataclasses.replace(made, gradients=gradients)
+    of_this_rank = plan.gradients(gradients)
+
+    def on_whole(state: tfn.TrainState, batch: Any, first_row: Tensor | int | None = None, /) -> tfn.Gradients:
+        with whole(trainer):
+            return of_this_rank(state, batch, first_row)
+
+    return dataclasses.replace(made, gradients=on_whole)
+
+
+def _summand(param: Any, grad: Tensor | None) -> Tensor:
+    """A gradient of this rank's rows, or zeros; on ranks, as one summand of the sum."""
+    if not hasattr(param, "placements"):
+        return torch.zeros_like(param) if grad is None else grad
+    grad = torch.zeros(param.shape, dtype=param.dtype, device=param.device) if grad is None else grad
+    return DTensor.from_local(grad.contiguous(), param.device_mesh, [Partial()], run_check=False)
+
+
+def _check_axes(trainer: Any, plan: tfn.Plan | None) -> None:
+    sizes = {} if plan is None else {axis: n for axis, n in plan.shape(plan.world).items() if n > 1}
+    if len(sizes) > 1 or "tensor" in sizes:
+        raise ValueError(
+            f"{type(trainer).__name__}.training_step is overridden, and its backward pass gives gradients of whole"
+            f" parameters, which can't be laid out over {sizes}. Override compute_loss in place of training_step, or"
+            " train with one axis: DDP, or FSDP without `hybrid_shard` and tensor parallelism."
+        )

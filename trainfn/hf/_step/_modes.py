@@ -1,0 +1,90 @@
+"""A model, an optimizer and the global generators that are left exactly as they were found."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainfn.hf._parallel._parameters import whole
+
+
+@contextmanager
+def as_found(trainer: Any) -> Generator[None]:
+    """Evaluation mode for what is inside; modes, dtypes and generators are put back after it, also after an error."""
+    args = trainer.args
+    dtype = torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None
+    with ExitStack() as stack:
+        stack.enter_context(whole(trainer))
+        stack.enter_context(_same_generators(args.device))
+        stack.enter_context(eval_mode(trainer.model))
+        stack.enter_context(_averaged_weights(trainer.optimizer))
+        if dtype is not None and not trainer.is_in_train:  # while training, autocast is what casts
+            stack.enter_context(_cast(trainer.model, dtype))
+        yield
+
+
+@contextmanager
+def _same_generators(device: torch.device) -> Generator[None]:
+    """A loader draws a seed from torch's generator, a collator masks tokens: training must not notice."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device]
+    device_type = "cuda" if device.type == "cpu" else device.type
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=device_type):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Generator[None]:
+    """`model.eval()` for what is inside; the modes are put back after it."""
+    with same_modes(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def same_modes(model: nn.Module) -> Generator[None]:
+    """Afterwards each submodule has the mode it had, which need not be its parent's."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _averaged_weights(optimizer: Any) -> Generator[None]:
+    """Schedule-free optimizers hold two sets of weights, and `eval()` swaps in the one to evaluate."""
+    groups = getattr(optimizer, "param_groups", [])
+    if not callable(getattr(optimizer, "eval", None)) or not any(group.get("train_mode") for group in groups):
+        yield
+        return
+    try:
+        optimizer.eval()
+        yield
+    finally:
+        optimizer.train()
+
+
+@contextmanager
+def _cast(model: nn.Module, dtype: torch.dtype) -> Generator[None]:
+    """The model in 16 bits. The tensors stay the same objects, so ties hold; their old storage comes back after."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    storage = [t.data for t in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in zip(tensors, storage, strict=True):
+            tensor.data = data
