@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from trainfn._plan import rank
-from trainfn._types import Mean, Metrics, StepInfo
+from trainfn._types import Callback, Mean, Metrics, StepInfo, Stop
+from trainfn.callbacks._plain import callback_of
 
 
 def values(metrics: Metrics) -> dict[str, float]:
@@ -46,7 +47,7 @@ def every(n: int, fn: Callable[[StepInfo], object]) -> Callable[[StepInfo], None
     return call
 
 
-class window:
+class window(Callback):
     """Like `every`, with the metrics and seconds of all steps since the last call, added up.
 
     The sum stays on the device; nothing waits until ``fn`` looks. A run that goes on from a checkpoint goes on with
@@ -63,9 +64,9 @@ class window:
     def __init__(self, n: int, fn: Callable[[StepInfo], object]) -> None:
         if n < 1:
             raise ValueError(f"window({n}, fn): the interval is 1 or more.")
-        self.n, self.fn, self._sum = n, fn, Sum()
+        self.n, self.fn, self._sum = n, callback_of(fn), Sum()
 
-    def __call__(self, info: StepInfo) -> object:
+    def __call__(self, info: StepInfo) -> Stop | None:
         """Add a step; call ``fn`` if it is time."""
         self._sum.add(info)
         return self.fn(self._sum.take(info)) if info.n % self.n == 0 else None
