@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import trainfn as tfn
-from trainfn._run._signals import termination, uninterrupted
+from trainfn.process import termination, uninterrupted
 
 OPTIMIZER = tfn.optim.sgd(0.1, momentum=0.9)
 
@@ -217,7 +217,7 @@ def test_a_handler_that_python_has_not_set_stays(monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     monkeypatch.setattr(signal, "signal", lambda number, handler: pytest.fail("could not be put back"))
     with uninterrupted() as ctrl_c, termination() as end:
-        assert not ctrl_c.pressed and not end.pressed
+        assert not ctrl_c.arrived and not end.arrived
 
 
 def test_fit_runs_in_a_thread():

@@ -25,7 +25,6 @@ from transformers.training_args import ParallelMode
 
 import trainfn as tfn
 from trainfn import Trainer, TrainingArguments
-from trainfn._run._signals import uninterrupted
 from trainfn.hf._parallel import _layout, _ranks
 from trainfn.hf._parallel import _parameters as _whole
 from trainfn.hf._parallel._sharding import Dealt, NoRows, Own, dealt, is_empty, no_rows
@@ -297,15 +296,15 @@ def test_the_whole_model_of_one_process_is_the_model():
 
 
 def test_ctrl_c_is_held_by_the_outermost_block():
-    with uninterrupted() as outer:
-        with uninterrupted() as inner:
+    with tfn.process.uninterrupted() as outer:
+        with tfn.process.uninterrupted() as inner:
             assert inner is outer
             os.kill(os.getpid(), signal.SIGINT)
-        assert outer.pressed
-        with pytest.raises(KeyboardInterrupt), uninterrupted():
+        assert outer.arrived
+        with pytest.raises(KeyboardInterrupt), tfn.process.uninterrupted():
             os.kill(os.getpid(), signal.SIGINT)
-    with uninterrupted() as other:
-        assert other is not outer and not other.pressed
+    with tfn.process.uninterrupted() as other:
+        assert other is not outer and not other.arrived
 
 
 def test_ctrl_c_after_the_last_step_ends_all_ranks():
@@ -313,7 +312,7 @@ def test_ctrl_c_after_the_last_step_ends_all_ranks():
     trainer._ranks = TWO
     with pytest.raises(KeyboardInterrupt), _train._holding_ctrl_c(trainer):
         os.kill(os.getpid(), signal.SIGINT)
-    assert not trainer._held.pressed
+    assert not trainer._held.arrived
     with _train._holding_ctrl_c(trainer):
         pass
 

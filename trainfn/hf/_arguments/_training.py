@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers.training_args import ParallelMode
 
-from trainfn._text import nearest
+from trainfn.errors import nearest
 from trainfn.hf._arguments._legacy import RULES, Collect, options, translate, warn
 from trainfn.hf._installed import RENAMED, Arguments, same_names
 from trainfn.hf._parallel import _layout

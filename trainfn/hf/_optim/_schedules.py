@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 import trainfn as tfn
-from trainfn._text import nearest
+from trainfn.errors import nearest
 
 Kwargs = dict[str, Any]
 Arguments = transformers.TrainingArguments

@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from trainfn._text import nearest
+from trainfn.errors import nearest
 from trainfn.hf._sft._packing import IGNORED, Row, pack_dataset
 
 
