@@ -477,7 +477,7 @@ def test_arguments_that_make_no_sense(options, match, tmp_path):
 
 def test_metrics_are_numbers_and_name_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, best="eval_loss")
-    with pytest.raises(ValueError, match=r"best='eval_loss' is not among the metrics. Did you mean \['eval/loss'\]"):
+    with pytest.raises(ValueError, match=r"the metrics \['eval/loss', 'n'\]. Did you mean 'eval/loss'\?"):
         checkpoints.save(small(1), metrics={"eval/loss": 1.0, "n": 2})
     with pytest.raises(TypeError, match=r"metrics\['eval_loss'\] is 'low', not a number"):
         checkpoints.save(small(1), metrics={"eval_loss": "low"})

@@ -499,7 +499,7 @@ def test_ragged_batches_do_not_compile_forever(tmp_path):
     assert trainer.state.global_step == 20 and trainer._step.explain().graphs <= 3
 
 
-def test_the_plan_says_what_will_happen(tmp_path):
+def test_the_summary_says_what_will_happen(tmp_path):
     options = arguments(
         tmp_path, per_device_train_batch_size=5, gradient_accumulation_steps=2, num_train_epochs=2.5,
         optim="adamw_torch", learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=0.1, save_strategy="steps",
