@@ -29,6 +29,7 @@ from trainfn._dtensor import local as local
 from trainfn._dtensor import on_full as on_full
 from trainfn._dtensor import split_like as split_like
 from trainfn._dtensor import sum_over as sum_over
+from trainfn._text import shortened
 from trainfn._types import Tree
 
 
@@ -66,7 +67,7 @@ def _flat_dict(tree: dict[Any, Any]) -> bool:
 
 
 def _differing(a: dict[Any, Any], b: dict[Any, Any]) -> str:
-    return ", ".join(sorted(repr(name) for name in a.keys() ^ b.keys())[:4])
+    return shortened(sorted(map(repr, a.keys() ^ b.keys())), write=str)
 
 
 def _unflat(like: Tree, values: Iterator[Any]) -> Tree:

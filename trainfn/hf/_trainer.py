@@ -14,7 +14,6 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from transformers.utils import can_return_loss, find_labels, logging
 
 import trainfn as tfn
-from trainfn._run._signals import Held
 from trainfn.hf._arguments._support import check_supported
 from trainfn.hf._arguments._training import TrainingArguments
 from trainfn.hf._callbacks import _events as _callbacks
@@ -26,9 +25,8 @@ from trainfn.hf._parallel import _parameters as _whole
 from trainfn.hf._parallel._layout import world_of
 from trainfn.hf._reporting._methods import Reporting, _hub, _logs
 from trainfn.hf._reporting._trackers import tracker_callbacks
-from trainfn.hf._run import _data, _search, _setup
+from trainfn.hf._run import _data, _search, _setup, _summary
 from trainfn.hf._run import _loop as _train
-from trainfn.hf._run import _summary as _plan
 from trainfn.hf._step import _loss, _manual
 
 logger = logging.get_logger(__name__)
@@ -145,7 +143,8 @@ class Trainer(Reporting):
         self._restored_losses: dict[str, Any] | None = None
         self._trial: Any = None
         self._terminated = self._interrupted = False
-        self._held = Held()  # Ctrl-C on this rank, of which the others have not heard
+        self._held = tfn.process.Pending()  # Ctrl-C on this rank, of which the others have not heard
+        self._sigterm = tfn.process.Pending()
         self._released = False  # whether the model's values are split over ranks, and not in it
         self._counted: list[float] = [0.0, 0]  # operations and tokens that only this rank knows of
         self._began = time.time()
@@ -268,9 +267,9 @@ class Trainer(Reporting):
         """Train with other arguments again and again; see `trainfn.hf._run._search.hyperparameter_search`."""
         return _search.hyperparameter_search(self, *args, **options)
 
-    def plan(self) -> str:
-        """What `train` is going to do: print it before a long run."""
-        return _plan.plan(self)
+    def summary(self) -> str:
+        """Describe the run that `train` would make; print it before a long run."""
+        return _summary.summary(self)
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 

@@ -37,12 +37,12 @@ def train_loader(trainer: Any) -> Any:
     n = len(dataset)
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     if strategy == "group_by_length":
-        plan = tfn.data.grouped_by_length(lengths(trainer, dataset), size, seed=seed, last=last)
+        sampler = tfn.data.grouped_by_length(lengths(trainer, dataset), size, seed=seed, last=last)
     elif strategy == "sequential":
-        plan = tfn.data.sequential(n, size, last=last)
+        sampler = tfn.data.sequential(n, size, last=last)
     else:
-        plan = tfn.data.shuffled(n, size, seed=seed, last=last)
-    return dealt(trainer._world, tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args)))
+        sampler = tfn.data.shuffled(n, size, seed=seed, last=last)
+    return dealt(trainer._world, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
 
 
 def eval_loader(trainer: Any, dataset: Any, description: str) -> Any:
@@ -54,8 +54,8 @@ def eval_loader(trainer: Any, dataset: Any, description: str) -> Any:
     _check_enough(trainer, dataset, description, "per_device_eval_batch_size", last, size)
     if _is_stream(dataset):
         return dealt(trainer._world, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
-    plan = tfn.data.sequential(len(dataset), size, last=last)
-    return dealt(trainer._world, tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args)))
+    sampler = tfn.data.sequential(len(dataset), size, last=last)
+    return dealt(trainer._world, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
 
 
 def together(trainer: Any, size: int) -> int:
@@ -327,31 +327,20 @@ class _Generators:
     """States of the global generators, put in place for a block."""
 
     def __init__(self, seed: int, epoch: int) -> None:
-        saved = _get()
         number = _number(seed, epoch)
-        torch.manual_seed(number)
-        np.random.seed(number)
-        random.seed(number)
-        self._mine = _get()
-        _set(saved)
+        with tfn.process.generators_kept():
+            torch.default_generator.manual_seed(number)  # `torch.manual_seed` reseeds those of devices too
+            np.random.seed(number)
+            random.seed(number)
+            self._mine = tfn.process.Generators.now()
 
     def __enter__(self) -> None:
-        self._theirs = _get()
-        _set(self._mine)
+        self._theirs = tfn.process.Generators.now()
+        self._mine.restore()
 
     def __exit__(self, *_: object) -> None:
-        self._mine = _get()
-        _set(self._theirs)
-
-
-def _get() -> tuple[Any, Any, Any]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def _set(states: tuple[Any, Any, Any]) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
+        self._mine = tfn.process.Generators.now()
+        self._theirs.restore()
 
 
 def prepared_inputs(trainer: Any, inputs: Any) -> dict[str, Any]:
