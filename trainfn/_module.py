@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[repor
 
 from trainfn import random, tree
 from trainfn._dtensor import full, is_distributed
-from trainfn._text import first_lines
+from trainfn._text import shortened
 from trainfn._types import Buffers, Params, TrainState, Transform
 
 
@@ -289,6 +289,5 @@ def _check_fit(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> None:
         if n in shapes and list(t.shape) != shapes[n]
     ]
     if wrong:
-        raise ValueError(
-            "export(state, model): the module does not fit the state:\n  " + "\n  ".join(first_lines(wrong, 10))
-        )
+        lines = shortened(wrong, 10, str, "\n  ")
+        raise ValueError(f"export(state, model): the module does not fit the state:\n  {lines}")

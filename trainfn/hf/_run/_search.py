@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.trainer_utils import BestRun, default_compute_objective, default_hp_space_optuna
 
-from trainfn._text import nearest
+from trainfn.errors import nearest
 
 
 def hyperparameter_search(
