@@ -64,6 +64,19 @@ class Mean(NamedTuple):
         """``total / weight``, a tensor; NaN where the weight is 0, for there is no mean of nothing."""
         return self.total / self.weight
 
+    def wide(self) -> Mean:
+        """The same mean in float64, in memory of its own, without a derivative: for sums over many steps.
+
+        A sum in float32 loses what is 2⁻²⁴ of it, so thousands of steps would not add up. A device without float64
+        (MPS) keeps float32. The copy outlives a donating step, which may overwrite its metrics.
+
+        >>> import torch
+        >>> Mean.of(torch.ones(2)).wide().total.dtype
+        torch.float64
+        """
+        dtype = torch.float32 if self.total.device.type == "mps" else torch.float64
+        return Mean(self.total.detach().to(dtype, copy=True), self.weight.detach().to(dtype, copy=True))
+
     def __add__(self, other: object) -> Mean:  # type: ignore[override]
         """Combine two means of disjoint rows into the mean of all of them."""
         if not isinstance(other, Mean):

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from trainfn._plan import Plan, agreed, check_together, divided, plan_of, told
+from trainfn._plan import Plan, agreed, check_together, divided, plan_of
 from trainfn._ranks._errors import launched
+from trainfn._ranks._group import ranks
 from trainfn._types import Batch, TrainState
 
 
@@ -65,7 +66,7 @@ class PlannedFeed(Feed):
 
     def end(self, until: int | None) -> int | None:
         """The same on all ranks: the latest, for a rank without rows takes part in the steps of the others."""
-        return None if until is None else max(told(until))
+        return None if until is None else max(ranks().gathered(until))
 
     def stream(self, batches: Iterable[Batch], what: str) -> Iterator[Batch]:
         """As many batches as the rank with the most of them has."""

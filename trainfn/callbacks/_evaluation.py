@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any, Literal, Self
 
 from trainfn import tree
 from trainfn._run._evaluate import evaluate
+from trainfn._text import nearest
 from trainfn._types import Batch, Callback, Metrics, StepInfo, Stop, TrainState
 from trainfn.callbacks._log import values
 from trainfn.callbacks._plain import callback_of
@@ -146,8 +146,7 @@ class Best:
         """Raise if the metric is not among the names."""
         known = list(names)
         if self.metric not in known:
-            near = difflib.get_close_matches(self.metric, known, n=1, cutoff=0.0)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = nearest(self.metric, known, likeness=0)
             raise ValueError(f"{type(self).__name__}({self.metric!r}): the metrics are {known}.{hint}")
 
 
@@ -180,7 +179,7 @@ class early_stopping(SavedBest, Callback):
     >>> for n, value in enumerate([3.0, 2.0, 2.5, 2.0]):
     ...     answer = stop(tfn.StepInfo(n, None, {"loss": tfn.Mean.of(torch.tensor([value]))}, 0.1))
     >>> answer
-    Stop(reason="'loss' was best at step 1 (2), and not better in 2 looks since")
+    Stop(reason="'loss' was best at step 1 (2), and has not improved in 2 looks since")
     """
 
     def __init__(self, metric: str, *, patience: int = 3, mode: Mode = "min", min_delta: float = 0.0) -> None:
@@ -196,8 +195,8 @@ class early_stopping(SavedBest, Callback):
             return None
         looks = "look" if self.waited == 1 else "looks"
         return Stop(
-            f"{self.metric!r} was best at step {self.n} ({self.value:.6g}), and not better in {self.waited} {looks}"
-            " since"
+            f"{self.metric!r} was best at step {self.n} ({self.value:.6g}), and has not improved in"
+            f" {self.waited} {looks} since"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def _kwargs(args: Arguments, name: str) -> Kwargs:
             raise ValueError(
                 f"`TrainingArguments(lr_scheduler_type={name!r}, lr_scheduler_kwargs={kwargs!r})` can't work: this"
                 f" schedule has no {key!r}, only {list(known) or 'what all schedules have'}."
-                f" {nearest(key, known, 'Write {!r}.') or 'Leave it out.'}"
+                f" {nearest(key, known, 'Write {!r}.', otherwise='Leave it out.')}"
             )
     return kwargs
 
