@@ -830,10 +830,10 @@ RUNS = [
 ]  # fmt: skip
 
 
-# --- plans --------------------------------------------------------------------------------------------------------
+# --- samplers --------------------------------------------------------------------------------------------------------
 
 
-class ShuffledPlan:
+class ShuffledSampler:
     """Every row once an epoch, each epoch in another order. The mistakes change one method."""
 
     num_rows, batch, steps_per_epoch = 12, 4, 3
@@ -849,17 +849,17 @@ class ShuffledPlan:
         return self.order(epoch)[n * self.batch : (n + 1) * self.batch]
 
 
-class RepeatsRows(ShuffledPlan):
+class RepeatsRows(ShuffledSampler):
     def order(self, epoch):
         return np.random.default_rng([self.seed, epoch]).integers(0, self.num_rows, self.num_rows)
 
 
-class ShuffledOnce(ShuffledPlan):
+class ShuffledOnce(ShuffledSampler):
     def order(self, epoch):
         return super().order(0)
 
 
-class Iterates(ShuffledPlan):
+class Iterates(ShuffledSampler):
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         self.rng = np.random.default_rng(seed)
@@ -868,40 +868,40 @@ class Iterates(ShuffledPlan):
         return self.rng.permutation(self.num_rows)
 
 
-class DrawsGlobally(ShuffledPlan):
+class DrawsGlobally(ShuffledSampler):
     def order(self, epoch):
         return np.random.permutation(self.num_rows)
 
 
-class CountsFromOne(ShuffledPlan):
+class CountsFromOne(ShuffledSampler):
     def order(self, epoch):
         return super().order(epoch) + 1
 
 
-class InFloatingPoint(ShuffledPlan):
+class InFloatingPoint(ShuffledSampler):
     def order(self, epoch):
         return super().order(epoch) * 1.0
 
 
-class LeavesOutAPart(ShuffledPlan):
+class LeavesOutAPart(ShuffledSampler):
     def order(self, epoch):
         return np.random.default_rng([self.seed, epoch]).permutation(2 * self.batch)
 
     steps_per_epoch = 2
 
 
-def planned(make: Any, seed: int = 0) -> None:
-    tt.check_plan(make(seed))
+def sampled(make: Any, seed: int = 0) -> None:
+    tt.check_sampler(make(seed))
 
 
-PLANS = [
-    Adversary("sampler repeats rows", planned, RepeatsRows, ShuffledPlan, "draws with replacement"),
-    Adversary("shuffled once for all", planned, ShuffledOnce, ShuffledPlan, "the epoch plays no part"),
-    Adversary("plan with a generator of its own", planned, Iterates, ShuffledPlan, "an iterator in disguise"),
-    Adversary("plan from the global generator", planned, DrawsGlobally, ShuffledPlan, "draws from a global one"),
-    Adversary("rows counted from 1", planned, CountsFromOne, ShuffledPlan, "rows are counted from 1"),
-    Adversary("rows in floating point", planned, InFloatingPoint, ShuffledPlan, "computed in floating point"),
-    Adversary("rows never asked for", planned, LeavesOutAPart, ShuffledPlan, "a part of the dataset is never"),
+SAMPLERS = [
+    Adversary("sampler repeats rows", sampled, RepeatsRows, ShuffledSampler, "draws with replacement"),
+    Adversary("shuffled once for all", sampled, ShuffledOnce, ShuffledSampler, "the epoch plays no part"),
+    Adversary("sampler with a generator of its own", sampled, Iterates, ShuffledSampler, "an iterator in disguise"),
+    Adversary("sampler from the global generator", sampled, DrawsGlobally, ShuffledSampler, "draws from a global one"),
+    Adversary("rows counted from 1", sampled, CountsFromOne, ShuffledSampler, "rows are counted from 1"),
+    Adversary("rows in floating point", sampled, InFloatingPoint, ShuffledSampler, "computed in floating point"),
+    Adversary("rows never asked for", sampled, LeavesOutAPart, ShuffledSampler, "a part of the dataset is never"),
 ]
 
-ADVERSARIES = [*LOSSES, *LOOPS, *FUNCTIONS, *STEPS, *OPTIMIZERS, *RUNS, *PLANS]
+ADVERSARIES = [*LOSSES, *LOOPS, *FUNCTIONS, *STEPS, *OPTIMIZERS, *RUNS, *SAMPLERS]

@@ -1,4 +1,4 @@
-"""The tables that the laws of the data plan run over."""
+"""The tables that the laws of samplers run over."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.utils.data import Dataset, IterableDataset
 from trainfn import data
 
 
-class PlanCase(NamedTuple):
+class SamplerCase(NamedTuple):
     """``make(n, batch_size, seed, last)``; ``covers``: an epoch has every row once, but for what "drop" drops."""
 
-    make: Callable[..., data.Plan]
+    make: Callable[..., data.Sampler]
     covers: bool = True
     seeded: bool = True
     infinite: bool = False
     lasts: tuple[str, ...] = ("drop", "pad", "short")
-    rows_of: Callable[[data.Plan, np.ndarray], np.ndarray] = lambda plan, indices: indices
+    rows_of: Callable[[data.Sampler, np.ndarray], np.ndarray] = lambda sampler, indices: indices
 
 
 def lengths(n):
@@ -35,25 +35,27 @@ def _mixture(n, batch_size, seed, last):
     return data.mixture(sources, [0.25, 0.75], seed=seed)
 
 
-def _members(plan, packs):
-    return np.concatenate([plan.packing.members(pack) for pack in packs]) if len(packs) else packs
+def _members(sampler, packs):
+    return np.concatenate([sampler.packing.members(pack) for pack in packs]) if len(packs) else packs
 
 
-PLANS = {
-    "sequential": PlanCase(lambda n, b, seed, last: data.sequential(n, b, last=last), seeded=False),
-    "shuffled": PlanCase(lambda n, b, seed, last: data.shuffled(n, b, seed=seed, last=last)),
-    "weighted": PlanCase(lambda n, b, seed, last: data.weighted(lengths(n), b, seed=seed, last=last), covers=False),
-    "grouped_by_length": PlanCase(
+SAMPLERS = {
+    "sequential": SamplerCase(lambda n, b, seed, last: data.sequential(n, b, last=last), seeded=False),
+    "shuffled": SamplerCase(lambda n, b, seed, last: data.shuffled(n, b, seed=seed, last=last)),
+    "weighted": SamplerCase(lambda n, b, seed, last: data.weighted(lengths(n), b, seed=seed, last=last), covers=False),
+    "grouped_by_length": SamplerCase(
         lambda n, b, seed, last: data.grouped_by_length(lengths(n), b, seed=seed, mega_batch=2, last=last)
     ),
-    "bucketed": PlanCase(
+    "bucketed": SamplerCase(
         lambda n, b, seed, last: data.bucketed(lengths(n), b, boundaries=(4, 9), seed=seed, last=last),
         lasts=("pad", "short"),
     ),
-    "mixture": PlanCase(_mixture, covers=False, infinite=True, lasts=("drop",)),
-    "packed": PlanCase(lambda n, b, seed, last: data.packed(lengths(n), 9, b, seed=seed, last=last), rows_of=_members),
+    "mixture": SamplerCase(_mixture, covers=False, infinite=True, lasts=("drop",)),
+    "packed": SamplerCase(
+        lambda n, b, seed, last: data.packed(lengths(n), 9, b, seed=seed, last=last), rows_of=_members
+    ),
 }
-TABLE = [(name, last) for name, case in PLANS.items() for last in case.lasts]
+TABLE = [(name, last) for name, case in SAMPLERS.items() for last in case.lasts]
 
 
 N = 23

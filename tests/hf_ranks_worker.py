@@ -103,7 +103,7 @@ def planned(folder, plan):
     options |= {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
     make, rows = MODELS["bert"]
     trainer = Trainer(make(), arguments(folder, **plan, **options), pad, rows())
-    lines = trainer.plan()
+    lines = trainer.summary()
     trainer.train()
     if WORLD > 1:
         stage = plan["deepspeed"]["zero_optimization"]["stage"]

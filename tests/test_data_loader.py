@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from data_helpers import DATASETS, PLANS, TABLE, Failing, Mapped, N, Noisy, X, Y, jitter, rows_as_dicts, same
+from data_helpers import DATASETS, SAMPLERS, TABLE, Failing, Mapped, N, Noisy, X, Y, jitter, rows_as_dicts, same
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ import trainfn as tfn
 from trainfn import data
 from trainfn.data import _rows
 
-PLAN = data.shuffled(N, 4, seed=0, last="pad")
+SAMPLER = data.shuffled(N, 4, seed=0, last="pad")
 EACH = pytest.mark.parametrize(("name", "last"), TABLE)
 
 
@@ -23,11 +23,11 @@ def take(batches, count):
     return list(itertools.islice(batches, count))
 
 
-def rows_for(plan):
-    """A dataset whose row i holds i, in the shape that the plan wants."""
-    if plan.packing is None:
-        return {"x": np.arange(plan.num_rows)}
-    sizes = np.arange(plan.num_rows) * 7 % 9 + 1
+def rows_for(sampler):
+    """A dataset whose row i holds i, in the shape that the sampler wants."""
+    if sampler.packing is None:
+        return {"x": np.arange(sampler.num_rows)}
+    sizes = np.arange(sampler.num_rows) * 7 % 9 + 1
     return [{"input_ids": [i] * int(size)} for i, size in enumerate(sizes)]
 
 
@@ -35,31 +35,31 @@ def rows_for(plan):
 
 
 @pytest.mark.parametrize("name", DATASETS)
-@pytest.mark.parametrize("plan", [PLAN, data.shuffled(N, 4, seed=0)], ids=["pad", "drop"])
-def test_every_kind_of_dataset_gives_the_same_batches(name, plan, untouched_rng):
-    batches = data.loader(DATASETS[name](), plan)
+@pytest.mark.parametrize("sampler", [SAMPLER, data.shuffled(N, 4, seed=0)], ids=["pad", "drop"])
+def test_every_kind_of_dataset_gives_the_same_batches(name, sampler, untouched_rng):
+    batches = data.loader(DATASETS[name](), sampler)
     for step in (0, 5, 10**7):
-        rows = plan.rows(step)
+        rows = sampler.rows(step)
         expected = {"x": X[rows.indices], "y": Y[rows.indices]}
-        if plan.last == "pad":
+        if sampler.last == "pad":
             expected["weights"] = torch.from_numpy(rows.weights)
         assert same(batches(step), expected)
-    with_transform = data.loader(DATASETS[name](), plan, transform=lambda row: {"y": row["y"]})
+    with_transform = data.loader(DATASETS[name](), sampler, transform=lambda row: {"y": row["y"]})
     assert same(with_transform(5)["y"], batches(5)["y"])
 
 
 def test_tuples_and_single_arrays():
-    plan = data.sequential(N, 4)
-    both = data.loader(torch.utils.data.TensorDataset(X, Y), plan)(1)
-    assert same(both, (X[4:8], Y[4:8])) and same(data.loader((X.numpy(), Y), plan)(1), both)
-    assert same(data.loader([(X[i], Y[i]) for i in range(N)], plan)(1), both)
-    assert same(data.loader(X, plan)(1), X[4:8])
+    sampler = data.sequential(N, 4)
+    both = data.loader(torch.utils.data.TensorDataset(X, Y), sampler)(1)
+    assert same(both, (X[4:8], Y[4:8])) and same(data.loader((X.numpy(), Y), sampler)(1), both)
+    assert same(data.loader([(X[i], Y[i]) for i in range(N)], sampler)(1), both)
+    assert same(data.loader(X, sampler)(1), X[4:8])
     padded = data.loader((X, Y), data.sequential(N, 4, last="pad"))(5)
     assert same(padded, (X[[20, 21, 22, 20]], Y[[20, 21, 22, 20]], torch.tensor([1.0, 1.0, 1.0, 0.0])))
 
 
 def test_weights_make_a_padded_epoch_exact():
-    batches = data.loader({"x": X, "y": Y}, PLAN, epochs=1, weights="row_weights")
+    batches = data.loader({"x": X, "y": Y}, SAMPLER, epochs=1, weights="row_weights")
     step = tfn.eval_step(lambda p, b: tfn.Mean.of(b["x"][:, 0] * p["w"], b["row_weights"]))
     state = tfn.init({"w": torch.tensor(1.0)}, tfn.optim.sgd(0.1))
     mean = tfn.evaluate(step, state, batches)["loss"]
@@ -79,7 +79,7 @@ def test_whole_batches_are_read_at_once_where_nothing_is_drawn():
             return [self[i] for i in indices]
 
     dataset = Whole()
-    assert same(data.loader(dataset, PLAN, getitems=True)(3), data.loader(Mapped(), PLAN)(3))
+    assert same(data.loader(dataset, SAMPLER, getitems=True)(3), data.loader(Mapped(), SAMPLER)(3))
     assert dataset.calls == 1
 
 
@@ -93,8 +93,8 @@ def test_a_transform_may_write_into_its_row():
         return row
 
     for dataset, transform in [(rows_as_dicts(), double), ({"x": X.clone(), "y": Y}, double_in_place)]:
-        batches = data.loader(dataset, PLAN, transform=transform)
-        assert same(batches(0), batches(0)) and same(batches(0)["x"], 2 * X[PLAN.indices(0)])
+        batches = data.loader(dataset, SAMPLER, transform=transform)
+        assert same(batches(0), batches(0)) and same(batches(0)["x"], 2 * X[SAMPLER.indices(0)])
 
 
 def test_memory_mapped_columns(tmp_path):
@@ -110,8 +110,8 @@ def test_memory_mapped_columns(tmp_path):
 @EACH
 @given(st.integers(0, 50), st.integers(1, 5))
 def test_starting_later_gives_the_tail(name, last, start, world):
-    plan = PLANS[name].make(30, 5, 3, last)
-    batches = data.loader(rows_for(plan), plan, collate=data.stack)
+    sampler = SAMPLERS[name].make(30, 5, 3, last)
+    batches = data.loader(rows_for(sampler), sampler, collate=data.stack)
     expected = [batches(n) for n in range(start, start + 4)]
     assert all(map(same, take(batches.start(start), 4), expected))
 
@@ -121,7 +121,7 @@ def test_a_stop_iteration_does_not_end_a_run_in_silence():
         raise StopIteration
 
     with pytest.raises(RuntimeError, match="raised StopIteration"):
-        list(data.loader({"x": X}, PLAN, transform=stop, epochs=1))
+        list(data.loader({"x": X}, SAMPLER, transform=stop, epochs=1))
 
 
 def test_a_run_ends_with_its_epochs():
@@ -140,8 +140,8 @@ def test_a_run_ends_with_its_epochs():
 @EACH
 @given(st.integers(0, 60), st.integers(1, 7))
 def test_the_ranks_rows_are_the_global_batch(name, last, step, world):
-    plan = PLANS[name].make(60, 6, 1, last)
-    batches = data.loader(rows_for(plan), plan)
+    sampler = SAMPLERS[name].make(60, 6, 1, last)
+    batches = data.loader(rows_for(sampler), sampler)
     if world > 1 and (last == "short" or (last == "drop" and 6 % world)):
         with pytest.raises(ValueError, match="batches of different shapes"):
             batches.shard(0, world)
@@ -159,15 +159,15 @@ def test_the_ranks_rows_are_the_global_batch(name, last, step, world):
 # --- randomness -------------------------------------------------------------------------------------------------
 
 RANDOM = {
-    "dataset": lambda plan: data.loader(Noisy(), plan),
-    "transform": lambda plan: data.loader(Mapped(), plan, transform=jitter),
-    "transform of columns": lambda plan: data.loader({"x": X, "y": Y}, plan, transform=jitter),
-    "key": lambda plan: data.loader(
-        rows_as_dicts(), plan, transform=lambda row, key: {**row, "x": tfn.random.uniform(key, (3,))}
+    "dataset": lambda sampler: data.loader(Noisy(), sampler),
+    "transform": lambda sampler: data.loader(Mapped(), sampler, transform=jitter),
+    "transform of columns": lambda sampler: data.loader({"x": X, "y": Y}, sampler, transform=jitter),
+    "key": lambda sampler: data.loader(
+        rows_as_dicts(), sampler, transform=lambda row, key: {**row, "x": tfn.random.uniform(key, (3,))}
     ),
-    "hf transform": lambda plan: data.loader(
+    "hf transform": lambda sampler: data.loader(
         DATASETS["hf"]().with_transform(lambda rows: {"x": [np.random.rand(3) for _ in rows["x"]], "y": rows["y"]}),
-        plan,
+        sampler,
     ),
 }
 
@@ -189,12 +189,12 @@ def test_a_rows_randomness_is_its_own(name, untouched_rng):
 
 
 def test_randomness_follows_the_seed_and_nothing_else():
-    plan = data.sequential(N, 4)
-    one, other = data.loader(Noisy(), plan, seed=1), data.loader(Noisy(), plan, seed=2)
+    sampler = data.sequential(N, 4)
+    one, other = data.loader(Noisy(), sampler, seed=1), data.loader(Noisy(), sampler, seed=2)
     before = one(3)
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     assert same(one(3), before) and not same(other(3), before)
-    assert same(before, data.loader(Noisy(), plan, seed=1)(3))
+    assert same(before, data.loader(Noisy(), sampler, seed=1)(3))
 
 
 def test_rows_drawn_twice_differ_in_their_randomness():
@@ -208,9 +208,9 @@ def test_generators_are_given_back_after_an_error(untouched_rng):
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        data.loader({"x": X}, PLAN, transform=fail)(0)
+        data.loader({"x": X}, SAMPLER, transform=fail)(0)
     with pytest.raises(RuntimeError, match="broken"):
-        data.loader({"x": X}, PLAN, collate=fail)(0)
+        data.loader({"x": X}, SAMPLER, collate=fail)(0)
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +236,8 @@ SENTENCES = [{"input_ids": [3 + (7 * i + j) % 50 for j in range(5 + i % 9)]} for
 
 
 def test_a_masking_collator_masks_by_row(masking, untouched_rng):
-    plan = data.shuffled(N, 6, seed=0)
-    batches = data.loader(SENTENCES, plan, collate=masking(16))
+    sampler = data.shuffled(N, 6, seed=0)
+    batches = data.loader(SENTENCES, sampler, collate=masking(16))
     whole = batches(2)
     assert type(whole) is dict and same(batches(2), whole) and not torch.equal(batches(1)["labels"], whole["labels"])
     assert (
@@ -271,8 +271,8 @@ def test_a_collator_with_a_generator_of_its_own_is_refused(masking):
 @pytest.mark.parametrize("start", [0, 10_000_000])
 def test_workers_change_nothing(start, untouched_rng):
     """Across the end of an epoch, with everything random there is."""
-    batches = data.loader(Noisy(), PLAN, transform=jitter, num_workers=2)
-    here = data.loader(Noisy(), PLAN, transform=jitter)
+    batches = data.loader(Noisy(), SAMPLER, transform=jitter, num_workers=2)
+    here = data.loader(Noisy(), SAMPLER, transform=jitter)
     assert all(map(same, take(batches.start(start), 8), take(here.start(start), 8)))
     assert same(batches(start), here(start))
 
@@ -280,7 +280,7 @@ def test_workers_change_nothing(start, untouched_rng):
 def test_workers_end_with_the_iterator():
     import multiprocessing
 
-    batches = data.loader({"x": X}, PLAN, num_workers=2, prefetch=1)
+    batches = data.loader({"x": X}, SAMPLER, num_workers=2, prefetch=1)
     iterator = batches.start(0)
     next(iterator)
     assert len(multiprocessing.active_children()) == 2
@@ -343,8 +343,8 @@ def test_a_packed_row_keeps_its_rows_apart():
 
 def test_packing_changes_no_loss():
     """The tokens predicted in packs are those predicted row by row, each with its own predecessor."""
-    plan = data.packed([len(row["input_ids"]) for row in SENTENCES], 16, 2, seed=0, last="pad")
-    batches = data.loader(SENTENCES, plan, epochs=1)
+    sampler = data.packed([len(row["input_ids"]) for row in SENTENCES], 16, 2, seed=0, last="pad")
+    batches = data.loader(SENTENCES, sampler, epochs=1)
     table = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     alone = [tfn.losses.next_token(table[t := torch.tensor([row["input_ids"]])], t) for row in SENTENCES]
     packs = [tfn.losses.next_token(table[b["input_ids"]], b["labels"], weights=b["weights"][:, None]) for b in batches]
@@ -356,9 +356,9 @@ def test_packing_changes_no_loss():
 
 
 def test_description():
-    batches = data.loader(DATASETS["hf"](), PLAN, collate=data.pad_collate({"x": 0}), transform=jitter)
+    batches = data.loader(DATASETS["hf"](), SAMPLER, collate=data.pad_collate({"x": 0}), transform=jitter)
     described = json.loads(json.dumps(batches.describe()))
-    assert described["plan"]["kind"] == "shuffled" and described["dataset"]["rows"] == N
+    assert described["sampler"]["kind"] == "shuffled" and described["dataset"]["rows"] == N
     assert described["dataset"]["fingerprint"] and described["transform"] == "data_helpers.jitter"
     assert described["collate"]["pad"] == {"x": 0}
     assert batches.shard(0, 2).describe() == batches.describe()
@@ -369,14 +369,14 @@ class Lazy:
         return iter([1])
 
 
-def load(dataset, plan=PLAN, step=0, **options):
-    return data.loader(dataset, plan, **options)(step)
+def load(dataset, sampler=SAMPLER, step=0, **options):
+    return data.loader(dataset, sampler, **options)(step)
 
 
 ONE = data.sequential(2, 2)
 ERRORS = [
     (lambda: load(Lazy()), TypeError, r"a Lazy has no rows by number.*Use tfn.data.stream\(dataset"),
-    (lambda: load({"x": X[:9]}), ValueError, r"has 9 rows and the plan is for 23. .* range\(9\)\)"),
+    (lambda: load({"x": X[:9]}), ValueError, r"has 9 rows and the sampler is for 23. .* range\(9\)\)"),
     (lambda: load({"x": [1, 2]}), TypeError, "'x/0' is of type int. Write np.asarray"),
     (lambda: load({"train": Mapped()}), TypeError, r"choose a split: dataset\[\"train\"\]"),
     (lambda: load({"x": X, "y": Y[:3]}), ValueError, "have {'x': 23, 'y': 3}"),
@@ -390,9 +390,9 @@ ERRORS = [
     (lambda: load({"x": X}, num_workers=1, prefetch=0), ValueError, "prefetch=0 is not 1 or more"),
     (lambda: load({"x": X}, epochs=0), ValueError, "epochs=0 is not 1 or more"),
     (lambda: load({"x": X}, epochs=1, step=6), IndexError, r"there are 6 batches, the last one is loader\(5\)"),
-    (lambda: data.loader({"x": X}, PLAN).start(-1), ValueError, "step=-1 is not 0 or more"),
-    (lambda: len(data.loader({"x": X}, PLAN)), TypeError, r"never ends. Say how long: loader\(..., epochs=1\)"),
-    (lambda: data.loader({"x": X}, PLAN).shard(2, 2), ValueError, "ranks go from 0 to world - 1 = 1"),
+    (lambda: data.loader({"x": X}, SAMPLER).start(-1), ValueError, "step=-1 is not 0 or more"),
+    (lambda: len(data.loader({"x": X}, SAMPLER)), TypeError, r"never ends. Say how long: loader\(..., epochs=1\)"),
+    (lambda: data.loader({"x": X}, SAMPLER).shard(2, 2), ValueError, "ranks go from 0 to world - 1 = 1"),
     (lambda: load({"weights": X}), ValueError, "adds the rows' weights as 'weights'.*Say weights="),
     (lambda: load(X), TypeError, "must be a dict or a tuple, not a Tensor"),
     (

@@ -51,11 +51,11 @@ SOURCES = {
 @pytest.mark.filterwarnings("ignore:stream. .* rows are read and dropped")
 def test_every_source_gives_the_same_batches(name, untouched_rng):
     batches = data.stream(SOURCES[name](), 4, last="pad")
-    plan = data.sequential(N, 4, last="pad")
+    sampler = data.sequential(N, 4, last="pad")
     assert len(list(batches)) == 6
     for start in (0, 1, 4):
         for n, batch in enumerate(batches.start(start), start):
-            rows = plan.rows(n)
+            rows = sampler.rows(n)
             weights = torch.from_numpy(rows.weights)
             assert same(batch, {"x": X[rows.indices], "y": Y[rows.indices], "weights": weights})
     assert list(batches.start(6)) == [] and same(batches(2), next(batches.start(2)))

@@ -245,15 +245,15 @@ def test_a_launchers_yaml_and_the_arguments_that_it_says(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "the DeepSpeed configuration of `accelerate launch`: runs natively" in said
     assert "max_grad_norm=0.7, as the configuration of `accelerate launch` says" in said
-    assert "clipping   global norm 0.7" in trainer_plan(trainer)
+    assert "clipping   global norm 0.7" in trainer_summary(trainer)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(ValueError, match=r"launch` can't work.*steps=2, .*: write `gradient_accumulation_steps=2`"):
         Trainer(gpt2(), arguments(gradient_accumulation_steps=4))
 
 
-def trainer_plan(trainer):
+def trainer_summary(trainer):
     trainer.train_dataset = tokens(4)
-    return trainer.plan()
+    return trainer.summary()
 
 
 def test_a_launchers_json_and_the_arguments(monkeypatch, tmp_path):

@@ -505,7 +505,7 @@ def test_the_plan_says_what_will_happen(tmp_path):
         optim="adamw_torch", learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=0.1, save_strategy="steps",
         save_steps=3,
     )  # fmt: skip
-    said = Trainer(gpt2(), options, train_dataset=tokens(13)).plan()
+    said = Trainer(gpt2(), options, train_dataset=tokens(13)).summary()
     for part in ("13 per epoch", "5 rows x 2 micro-batches = 10 rows per update", "5 in 2.5 epochs of 2",
                  "the last of an epoch has 1 micro-batch", "adamw_torch, cosine schedule from 0.001", "every 3 updates",
                  "eager: on a CPU"):  # fmt: skip

@@ -25,7 +25,7 @@ import trainfn.testing as tt
 ROWS = 12
 NET = MLP_NET
 DATA = NET.batch(ROWS)
-PLANS = {
+SAMPLERS = {
     "sequential": lambda: tfn.data.sequential(ROWS, 4),
     "shuffled": lambda: tfn.data.shuffled(ROWS, 5, seed=3, last="pad"),
     "dropped": lambda: tfn.data.shuffled(ROWS, 5, seed=3, last="drop"),
@@ -55,25 +55,25 @@ def masking(rows):
 OPTIMIZER_TABLE = {name: optimizer for name, optimizer, _ in OPTIMIZERS}
 
 
-def make_run(plan="shuffled", accumulate=1, workers=0, collate=None, optimizer="adamw clipped", dropout=0.2):
+def make_run(sampler="shuffled", accumulate=1, workers=0, collate=None, optimizer="adamw clipped", dropout=0.2):
     rule = OPTIMIZER_TABLE[optimizer]
     options = {"collate": collate} if collate else {}
-    batches = tfn.data.loader(Noisy(), PLANS[plan](), num_workers=workers, **options)
+    batches = tfn.data.loader(Noisy(), SAMPLERS[sampler](), num_workers=workers, **options)
     step = tfn.jit(tfn.train_step(NET.loss, rule, accumulate=accumulate), compile=False, donate=True)
     return step, tfn.init(NET.module(dropout), rule, seed=7), batches
 
 
 @settings(max_examples=30)
 @given(
-    plan=st.sampled_from(sorted(PLANS)),
+    sampler=st.sampled_from(sorted(SAMPLERS)),
     optimizer=st.sampled_from(sorted(OPTIMIZER_TABLE)),
     collate=st.sampled_from([None, masking]),
     accumulate=st.integers(1, 2),
     stop=st.integers(1, 6),
     more=st.integers(1, 3),
 )
-def test_resume_is_bit_exact(plan, optimizer, collate, accumulate, stop, more):
-    kinds = {"plan": plan, "optimizer": optimizer, "collate": collate, "accumulate": accumulate}
+def test_resume_is_bit_exact(sampler, optimizer, collate, accumulate, stop, more):
+    kinds = {"sampler": sampler, "optimizer": optimizer, "collate": collate, "accumulate": accumulate}
     step, state, batches = make_run(**kinds)
     whole = tfn.fit(step, state, batches, until=stop + more)
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +150,7 @@ def test_batches_that_can_not_start_anywhere_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("then", "now", "match"),
     [
-        ({"plan": "sequential"}, {"plan": "shuffled"}, r"changed: batches\.plan\.\S+ was .*other rows"),
+        ({"sampler": "sequential"}, {"sampler": "shuffled"}, r"changed: batches\.sampler\.\S+ was .*other rows"),
         ({"accumulate": 1}, {"accumulate": 2}, r"accumulate was 1, is 2: the same rows per step and the same update"),
         ({"collate": None}, {"collate": masking}, r"batches\.collate\S* was .*masking.*other rows"),
     ],

@@ -16,7 +16,7 @@ from adversaries import (
     PLAIN,
     SGD,
     ShuffledOnce,
-    ShuffledPlan,
+    ShuffledSampler,
     base,
     exact,
     mean_of_means,
@@ -479,7 +479,7 @@ def test_a_reference_may_be_a_list_of_values():
         tt.check_schedule(warm, total_steps=3, reference=[0.0, 0.2, 0.5, 0.6])
 
 
-class Padded(ShuffledPlan):
+class Padded(ShuffledSampler):
     """Ten rows in batches of four: the last batch is filled with rows of weight 0."""
 
     num_rows, last = 10, "pad"
@@ -495,51 +495,51 @@ class Unweighted(Padded):
     weights = property(lambda self: lambda step: np.ones(self.batch, np.float32))
 
 
-class Dropping(ShuffledPlan):
+class Dropping(ShuffledSampler):
     num_rows, steps_per_epoch = 10, 2
 
 
-class Endless(ShuffledPlan):
+class Endless(ShuffledSampler):
     steps_per_epoch = None
 
     def indices(self, step):
         return np.random.default_rng([self.seed, step]).integers(0, self.num_rows, self.batch)
 
 
-class AsTensors(ShuffledPlan):
+class AsTensors(ShuffledSampler):
     def indices(self, step):
         return torch.from_numpy(super().indices(step))
 
 
-class InOrder(ShuffledPlan):
+class InOrder(ShuffledSampler):
     def order(self, epoch):
         return np.arange(self.num_rows)
 
 
-class Backwards(ShuffledPlan):
+class Backwards(ShuffledSampler):
     def order(self, epoch):
         return np.arange(self.num_rows)[::-1]
 
 
-@pytest.mark.parametrize("plan", [Backwards, Padded, Dropping, Endless, AsTensors, InOrder])
-def test_plans_of_every_kind_hold(plan):
-    tt.check_plan(plan())
+@pytest.mark.parametrize("sampler", [Backwards, Padded, Dropping, Endless, AsTensors, InOrder])
+def test_samplers_of_every_kind_hold(sampler):
+    tt.check_sampler(sampler())
 
 
-def test_plans_that_cover_too_little_or_too_much():
+def test_samplers_that_cover_too_little_or_too_much():
     with pytest.raises(tt.LawViolation, match=r"rows that count"):
-        tt.check_plan(Unweighted())
+        tt.check_sampler(Unweighted())
     with pytest.raises(tt.LawViolation, match=r"(?s)left out of an epoch.*, 2 in all; 1 may be"):
-        tt.check_plan(Dropping(), drops=1)
+        tt.check_sampler(Dropping(), drops=1)
     with pytest.raises(tt.LawViolation, match=r"(?s)not in the dataset.*of a dataset of 11"):
-        tt.check_plan(ShuffledPlan(), rows=11)
+        tt.check_sampler(ShuffledSampler(), rows=11)
     with pytest.raises(tt.LawViolation, match=r"come more than once"):
-        tt.check_plan(WithReplacement())
-    tt.check_plan(WithReplacement(), once=False)
-    tt.check_plan(ShuffledOnce(), epochs=1)  # it says which order it means
+        tt.check_sampler(WithReplacement())
+    tt.check_sampler(WithReplacement(), once=False)
+    tt.check_sampler(ShuffledOnce(), epochs=1)  # it says which order it means
 
 
-class WithReplacement(ShuffledPlan):
+class WithReplacement(ShuffledSampler):
     def order(self, epoch):
         return np.random.default_rng([self.seed, epoch]).integers(0, self.num_rows, self.num_rows)
 

@@ -26,9 +26,8 @@ from trainfn.hf._parallel import _parameters as _whole
 from trainfn.hf._parallel._layout import ranks_of
 from trainfn.hf._reporting._methods import Reporting, _hub, _logs
 from trainfn.hf._reporting._trackers import tracker_callbacks
-from trainfn.hf._run import _data, _search, _setup
+from trainfn.hf._run import _data, _search, _setup, _summary
 from trainfn.hf._run import _loop as _train
-from trainfn.hf._run import _summary as _plan
 from trainfn.hf._step import _loss, _manual
 
 logger = logging.get_logger(__name__)
@@ -268,9 +267,9 @@ class Trainer(Reporting):
         """Train with other arguments again and again; see `trainfn.hf._run._search.hyperparameter_search`."""
         return _search.hyperparameter_search(self, *args, **options)
 
-    def plan(self) -> str:
-        """What `train` is going to do: print it before a long run."""
-        return _plan.plan(self)
+    def summary(self) -> str:
+        """Describe the run that `train` would make; print it before a long run."""
+        return _summary.summary(self)
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 

@@ -37,12 +37,12 @@ def train_loader(trainer: Any) -> Any:
     n = len(dataset)
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     if strategy == "group_by_length":
-        plan = tfn.data.grouped_by_length(lengths(trainer, dataset), size, seed=seed, last=last)
+        sampler = tfn.data.grouped_by_length(lengths(trainer, dataset), size, seed=seed, last=last)
     elif strategy == "sequential":
-        plan = tfn.data.sequential(n, size, last=last)
+        sampler = tfn.data.sequential(n, size, last=last)
     else:
-        plan = tfn.data.shuffled(n, size, seed=seed, last=last)
-    return dealt(trainer._ranks, tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args)))
+        sampler = tfn.data.shuffled(n, size, seed=seed, last=last)
+    return dealt(trainer._ranks, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
 
 
 def eval_loader(trainer: Any, dataset: Any, description: str) -> Any:
@@ -54,8 +54,8 @@ def eval_loader(trainer: Any, dataset: Any, description: str) -> Any:
     _check_enough(trainer, dataset, description, "per_device_eval_batch_size", last, size)
     if _is_stream(dataset):
         return dealt(trainer._ranks, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
-    plan = tfn.data.sequential(len(dataset), size, last=last)
-    return dealt(trainer._ranks, tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args)))
+    sampler = tfn.data.sequential(len(dataset), size, last=last)
+    return dealt(trainer._ranks, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
 
 
 def together(trainer: Any, size: int) -> int:

@@ -212,7 +212,7 @@ def compiles(trainer: Any) -> tuple[bool, str]:
 
 def _announce(trainer: Any, run: Run, folder: str | None) -> None:
     logger.info("***** Running training *****")
-    for line in trainer.plan().splitlines():
+    for line in trainer.summary().splitlines():
         logger.info(line)
     if folder is not None:
         logger.info(f"  Going on from {folder}, after step {trainer.state.global_step}")

@@ -36,7 +36,7 @@ def rows_of(windows: Any) -> int:
     """The rows of a micro-batch on all ranks; or batches, of somebody else's loader that does not tell its size."""
     loader = windows.loader
     if isinstance(loader, tfn.data.Loader):
-        return loader.plan.batch_size
+        return loader.sampler.batch_size
     found = [getattr(each, "batch_size", None) for each in (loader, getattr(loader, "batch_sampler", None))]
     size = next((size for size in found if isinstance(size, int)), 1)
     return size * loader.ranks.size if isinstance(loader, Dealt) else size
@@ -75,7 +75,7 @@ def go_to(windows: Any, then: dict[str, Any], *, skip: bool) -> None:
 
 
 def _same_order(loader: Any) -> bool:
-    return not isinstance(loader, tfn.data.Loader) or loader.plan.order.mixable
+    return not isinstance(loader, tfn.data.Loader) or loader.sampler.order.mixable
 
 
 def _sizes(windows: Any, then: dict[str, Any], rows: int) -> list[str]:

@@ -9,7 +9,7 @@ from trainfn.hf._run._data import Run, arithmetic, together
 from trainfn.hf._run._loop import compiles
 
 
-def plan(trainer: Any) -> str:
+def summary(trainer: Any) -> str:
     """The resolved run: rows, batches, updates, the schedule, and when it logs, evaluates and saves."""
     args = trainer.args
     loader = trainer._train_dataloader or trainer.get_train_dataloader()

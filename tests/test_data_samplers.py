@@ -1,4 +1,4 @@
-"""Every plan is a row of the table PLANS, and every row passes every law."""
+"""Every sampler is a row of the table SAMPLERS, and every row passes every law."""
 
 import json
 from collections import Counter
@@ -6,36 +6,36 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from data_helpers import PLANS, TABLE, lengths
+from data_helpers import SAMPLERS, TABLE, lengths
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainfn import data
 from trainfn.data import _bits
-from trainfn.testing import check_plan
+from trainfn.testing import check_sampler
 
 EACH = pytest.mark.parametrize(("name", "last"), TABLE)
-EACH_KIND = pytest.mark.parametrize("name", PLANS)
+EACH_KIND = pytest.mark.parametrize("name", SAMPLERS)
 SIZES = st.tuples(st.integers(1, 60), st.integers(1, 7), st.integers(0, 99))
 
 
 def made(name, last, sizes):
     n, batch_size, seed = sizes
-    n = max(n, 4 * batch_size)  # so that no plan is without a batch
-    return PLANS[name].make(n, batch_size, seed, last), n
+    n = max(n, 4 * batch_size)  # so that no sampler is without a batch
+    return SAMPLERS[name].make(n, batch_size, seed, last), n
 
 
-def epoch_of(plan, epoch):
-    per = plan.steps_per_epoch
-    return [plan.rows(step) for step in range(epoch * per, (epoch + 1) * per)]
+def epoch_of(sampler, epoch):
+    per = sampler.steps_per_epoch
+    return [sampler.rows(step) for step in range(epoch * per, (epoch + 1) * per)]
 
 
 @EACH
 @given(SIZES, st.lists(st.integers(0, 10**9), min_size=1, max_size=6))
 def test_pure(name, last, sizes, steps):
     """In whatever order steps are asked for, past or future, again or of another copy."""
-    plan, _ = made(name, last, sizes)
-    first = [plan.rows(step) for step in steps]
+    sampler, _ = made(name, last, sizes)
+    first = [sampler.rows(step) for step in steps]
     again, _ = made(name, last, sizes)
     for step, rows in reversed(list(zip(steps, first, strict=True))):
         for a, b in zip(again.rows(step), rows, strict=True):
@@ -46,13 +46,13 @@ def test_pure(name, last, sizes, steps):
 @EACH
 @given(SIZES, st.integers(0, 3))
 def test_arithmetic(name, last, sizes, epoch):
-    plan, _ = made(name, last, sizes)
-    if PLANS[name].infinite:
-        assert plan.steps_per_epoch is None and plan.epoch(10**9) == 0
+    sampler, _ = made(name, last, sizes)
+    if SAMPLERS[name].infinite:
+        assert sampler.steps_per_epoch is None and sampler.epoch(10**9) == 0
         return
-    per, size = plan.steps_per_epoch, plan.batch_size
-    assert [plan.epoch(epoch * per + k) for k in (0, per - 1, per)] == [epoch, epoch, epoch + 1]
-    for rows in epoch_of(plan, epoch):
+    per, size = sampler.steps_per_epoch, sampler.batch_size
+    assert [sampler.epoch(epoch * per + k) for k in (0, per - 1, per)] == [epoch, epoch, epoch + 1]
+    for rows in epoch_of(sampler, epoch):
         assert len(rows.indices) == len(rows.weights) == len(rows.visits)
         assert len(rows.indices) == size if last != "short" else 0 < len(rows.indices) <= size
         valid = int(rows.weights.sum())
@@ -64,29 +64,29 @@ def test_arithmetic(name, last, sizes, epoch):
 @EACH
 @given(SIZES, st.integers(0, 3))
 def test_an_epoch_covers_each_row_once(name, last, sizes, epoch):
-    case = PLANS[name]
+    case = SAMPLERS[name]
     if not case.covers:
         return
-    plan, n = made(name, last, sizes)
+    sampler, n = made(name, last, sizes)
     seen = Counter()
-    for rows in epoch_of(plan, epoch):
-        seen.update(case.rows_of(plan, rows.indices[rows.weights > 0]).tolist())
+    for rows in epoch_of(sampler, epoch):
+        seen.update(case.rows_of(sampler, rows.indices[rows.weights > 0]).tolist())
         assert (rows.visits == epoch).all()
-    assert set(seen.values()) == {1} and plan.num_rows == n
+    assert set(seen.values()) == {1} and sampler.num_rows == n
     if last != "drop":
         assert sorted(seen) == list(range(n))
     elif name != "packed":
-        assert len(seen) == n // plan.batch_size * plan.batch_size
+        assert len(seen) == n // sampler.batch_size * sampler.batch_size
 
 
 @EACH_KIND
 def test_seeds_and_epochs_differ(name):
-    case = PLANS[name]
-    plan, other = (case.make(400, 50, seed, case.lasts[0]) for seed in (0, 1))
+    case = SAMPLERS[name]
+    sampler, other = (case.make(400, 50, seed, case.lasts[0]) for seed in (0, 1))
     far = 10**7
-    assert case.seeded != np.array_equal(plan.indices(far), other.indices(far))
-    assert case.seeded != np.array_equal(plan.indices(0), plan.indices(8 * (plan.steps_per_epoch or 1)))
-    assert plan.seed == 0
+    assert case.seeded != np.array_equal(sampler.indices(far), other.indices(far))
+    assert case.seeded != np.array_equal(sampler.indices(0), sampler.indices(8 * (sampler.steps_per_epoch or 1)))
+    assert sampler.seed == 0
 
 
 @EACH_KIND
@@ -96,21 +96,21 @@ def test_any_step_costs_the_same(name, monkeypatch):
     network, bits = _bits._network, _bits.bits
     monkeypatch.setattr(_bits, "_network", lambda *args: work.append(len(args[-1])) or network(*args))
     monkeypatch.setattr(_bits, "bits", lambda *args: work.append(len(args[-1])) or bits(*args))
-    case = PLANS[name]
-    plan = case.make(1000, 8, 0, case.lasts[0])
+    case = SAMPLERS[name]
+    sampler = case.make(1000, 8, 0, case.lasts[0])
     costs = []
     for step in (0, 10**7, 10**12):
         work.clear()
-        plan.indices(step)
+        sampler.indices(step)
         costs.append(sum(work))
     assert max(costs) <= 2 * min(costs) + 50
 
 
 def test_a_trillion_rows():
     n = 10**12
-    plan = data.shuffled(n, 1000, seed=0)
+    sampler = data.shuffled(n, 1000, seed=0)
     for step in (0, 10**7, 10**15):
-        indices = plan.indices(step)
+        indices = sampler.indices(step)
         assert len(set(indices.tolist())) == 1000
         assert 0 <= indices.min() and indices.max() < n
         assert abs(indices.mean() / n - 0.5) < 0.05
@@ -118,24 +118,24 @@ def test_a_trillion_rows():
 
 @EACH
 def test_description(name, last):
-    make = PLANS[name].make
-    plan = make(40, 4, 0, last)
-    assert json.loads(json.dumps(plan.describe())) == make(40, 4, 0, last).describe()
+    make = SAMPLERS[name].make
+    sampler = make(40, 4, 0, last)
+    assert json.loads(json.dumps(sampler.describe())) == make(40, 4, 0, last).describe()
     numpy_ints = make(np.int64(40), np.int64(4), np.int64(0), last)
-    assert json.dumps(numpy_ints.describe()) == json.dumps(plan.describe())
-    assert plan.describe()["kind"] == ("shuffled" if name == "packed" else name)
+    assert json.dumps(numpy_ints.describe()) == json.dumps(sampler.describe())
+    assert sampler.describe()["kind"] == ("shuffled" if name == "packed" else name)
     for other in (make(41, 4, 0, last), make(40, 5, 0, last)):
-        assert other.describe() != plan.describe()
-    if PLANS[name].seeded:
-        assert make(40, 4, 1, last).describe() != plan.describe()
+        assert other.describe() != sampler.describe()
+    if SAMPLERS[name].seeded:
+        assert make(40, 4, 1, last).describe() != sampler.describe()
 
 
 def test_arguments_of_any_array_kind_and_a_copy_of_them():
     given_array = lengths(40)
-    plan = data.weighted(given_array, 4, seed=0)
-    before = plan.indices(3).tolist()
+    sampler = data.weighted(given_array, 4, seed=0)
+    before = sampler.indices(3).tolist()
     given_array[:] = 0
-    assert plan.indices(3).tolist() == before
+    assert sampler.indices(3).tolist() == before
     for other in (lengths(40).tolist(), torch.from_numpy(lengths(40)), lengths(40).astype(np.float32)):
         assert data.weighted(other, 4, seed=0).indices(3).tolist() == before
 
@@ -145,21 +145,21 @@ def test_arguments_of_any_array_kind_and_a_copy_of_them():
 
 def test_weighted_frequencies():
     weights = np.array([0.0, 1.0, 2.0, 0.0, 5.0, 0.0])
-    plan = data.weighted(weights, 1000, seed=3, rows_per_epoch=10_000)
-    counts = sum(np.bincount(plan.indices(step), minlength=6) for step in range(40))
+    sampler = data.weighted(weights, 1000, seed=3, rows_per_epoch=10_000)
+    counts = sum(np.bincount(sampler.indices(step), minlength=6) for step in range(40))
     expected = weights / weights.sum() * 40_000
     assert counts[weights == 0].sum() == 0
     assert (np.abs(counts - expected) <= 4 * np.sqrt(expected)).all()
-    rows = plan.rows(2)
+    rows = sampler.rows(2)
     assert len(set(rows.visits.tolist())) == 1000  # each draw has a visit, and so randomness, of its own
 
 
 @EACH
-def test_the_law_of_plans(name, last):
+def test_the_law_of_samplers(name, last):
     """The public law, on our own table: pure, any order of questions, every row once per epoch."""
-    case = PLANS[name]
+    case = SAMPLERS[name]
     kinds = {} if case.covers or case.infinite else {"once": False}
-    check_plan(case.make(23, 4, 5, last), epochs=1 if name == "sequential" else 3, **kinds)
+    check_sampler(case.make(23, 4, 5, last), epochs=1 if name == "sequential" else 3, **kinds)
 
 
 @pytest.mark.parametrize(("word", "row"), [(0, 1), (2**64 - 1, 4)])
@@ -169,16 +169,16 @@ def test_weighted_never_draws_weight_0_at_either_end(word, row, monkeypatch):
 
 
 def test_weighted_epoch_length():
-    plan = data.weighted([1.0, 1.0], 3, seed=0, rows_per_epoch=10, last="short")
-    assert [len(plan.indices(step)) for step in range(5)] == [3, 3, 3, 1, 3]
+    sampler = data.weighted([1.0, 1.0], 3, seed=0, rows_per_epoch=10, last="short")
+    assert [len(sampler.indices(step)) for step in range(5)] == [3, 3, 3, 1, 3]
 
 
 @given(st.integers(0, 20), st.integers(0, 99))
 def test_grouped_batches_have_similar_lengths(epoch, seed):
     values = np.random.default_rng(seed).integers(1, 500, 64 * 8)
-    plan = data.grouped_by_length(values, 8, seed=seed, mega_batch=16)
-    first = epoch * plan.steps_per_epoch
-    batches = [values[plan.indices(first + k)] for k in range(plan.steps_per_epoch)]
+    sampler = data.grouped_by_length(values, 8, seed=seed, mega_batch=16)
+    first = epoch * sampler.steps_per_epoch
+    batches = [values[sampler.indices(first + k)] for k in range(sampler.steps_per_epoch)]
     assert batches[0].max() == values.max()
     assert all((np.diff(batch) <= 0).all() for batch in batches)
     for chunk in range(4):
@@ -192,44 +192,44 @@ def test_grouped_batches_have_similar_lengths(epoch, seed):
 def test_batches_are_of_one_bucket(sizes, last):
     n, batch_size, seed = sizes
     buckets = np.repeat([-3, 7, 10**9], max(n, batch_size))
-    plan = data.bucketed(buckets, batch_size, seed=seed, last=last)
-    epoch = [buckets[plan.indices(step)] for step in range(plan.steps_per_epoch)]
+    sampler = data.bucketed(buckets, batch_size, seed=seed, last=last)
+    epoch = [buckets[sampler.indices(step)] for step in range(sampler.steps_per_epoch)]
     assert all(len(set(batch.tolist())) == 1 for batch in epoch)
-    if plan.steps_per_epoch >= 30:  # and the buckets take turns
+    if sampler.steps_per_epoch >= 30:  # and the buckets take turns
         assert len({int(batch[0]) for batch in epoch[: len(epoch) // 3]}) > 1
 
 
 def test_buckets_are_shuffled_each_for_itself():
-    plan = data.bucketed([0] * 40 + [1] * 40, 40, seed=0)
-    one, two = sorted((plan.indices(step).tolist() for step in range(2)), key=min)
+    sampler = data.bucketed([0] * 40 + [1] * 40, 40, seed=0)
+    one, two = sorted((sampler.indices(step).tolist() for step in range(2)), key=min)
     assert [row + 40 for row in one] != two
 
 
 def test_a_bucket_per_boundary():
-    plan = data.bucketed([1, 10, 11, 20, 5, 15], 1, boundaries=(10, 20), seed=0)
-    assert np.diff(plan.order.starts).tolist() == [3, 3]
+    sampler = data.bucketed([1, 10, 11, 20, 5, 15], 1, boundaries=(10, 20), seed=0)
+    assert np.diff(sampler.order.starts).tolist() == [3, 3]
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 9), st.integers(0, 10**6))
 def test_mixture_proportions_are_exact(weights, batch_size, step):
-    plans = [data.shuffled(100 + k, batch_size, seed=k) for k in range(len(weights))]
-    plan = data.mixture(plans, weights, seed=0)
-    block, total = plan.order.block, sum(weights)
+    samplers = [data.shuffled(100 + k, batch_size, seed=k) for k in range(len(weights))]
+    sampler = data.mixture(samplers, weights, seed=0)
+    block, total = sampler.order.block, sum(weights)
     taken = np.zeros(len(weights), int)
-    ends = np.cumsum([p.num_rows for p in plans])
+    ends = np.cumsum([p.num_rows for p in samplers])
     for k in range(3 * batch_size):  # whole blocks, wherever they begin
         slots = (step * 3 * batch_size + k) * block + np.arange(block)
-        rows, _ = plan.order.at(0, slots)
+        rows, _ = sampler.order.at(0, slots)
         taken += np.bincount(np.searchsorted(ends, rows, side="right"), minlength=len(weights))
         assert (np.abs(taken - np.array(weights) / total * (k + 1) * block) < 2).all()
     start = step * 3 * batch_size
-    assert plan.order._taken(start)[-1] == start * block
+    assert sampler.order._taken(start)[-1] == start * block
 
 
 def test_mixture_uses_every_row_of_a_source_once_an_epoch():
     sources = [data.shuffled(12, 4, seed=1), data.sequential(40, 4)]
-    plan = data.mixture(sources, [0.5, 0.5], seed=0)
-    rows = [plan.rows(step) for step in range(60)]
+    sampler = data.mixture(sources, [0.5, 0.5], seed=0)
+    rows = [sampler.rows(step) for step in range(60)]
     indices = np.concatenate([r.indices for r in rows])
     visits = np.concatenate([r.visits for r in rows])
     small = Counter(zip(indices[indices < 12].tolist(), visits[indices < 12].tolist(), strict=True))
@@ -239,22 +239,22 @@ def test_mixture_uses_every_row_of_a_source_once_an_epoch():
 
 def test_mixtures_nest_and_rare_sources_are_met():
     inner = data.mixture([data.sequential(5, 4), data.sequential(5, 4)], [1, 1], seed=0)
-    plan = data.mixture([inner, data.sequential(5, 4)], [0.999, 0.001], seed=0)
-    assert plan.num_rows == 15 and plan.order.block == 1000
-    seen = np.concatenate([plan.indices(step) for step in range(500)])
+    sampler = data.mixture([inner, data.sequential(5, 4)], [0.999, 0.001], seed=0)
+    assert sampler.num_rows == 15 and sampler.order.block == 1000
+    seen = np.concatenate([sampler.indices(step) for step in range(500)])
     assert np.bincount(seen // 5).tolist() == [999, 999, 2]
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=80), st.integers(30, 50))
 def test_packs_hold_each_row_once_and_fit(sizes, length):
-    plan = data.packed(sizes, length, 1, seed=0)
-    packs = [plan.packing.members(k) for k in range(plan.steps_per_epoch)]
+    sampler = data.packed(sizes, length, 1, seed=0)
+    packs = [sampler.packing.members(k) for k in range(sampler.steps_per_epoch)]
     assert sorted(np.concatenate(packs).tolist()) == list(range(len(sizes)))
     room = [length - sum(sizes[row] for row in pack) for pack in packs]
     assert min(room) >= 0 and all(len(pack) for pack in packs)
     # Best fit decreasing opens a pack only for a row that fits nowhere else: at most 11/9 of the optimum and 1 more.
     assert len(packs) <= 11 / 9 * -(-sum(sizes) // length) * 1.25 + 1
-    assert plan.packing.fill == pytest.approx(sum(sizes) / (len(packs) * length))
+    assert sampler.packing.fill == pytest.approx(sum(sizes) / (len(packs) * length))
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=40))
@@ -295,7 +295,7 @@ ERRORS = [
     (lambda: data.bucketed([0, 0, 1], 2, seed=0), ValueError, r'never show .*\{1: 1\}.*Use last="pad"'),
     (lambda: data.bucketed([5], 1, boundaries=(2, 4), seed=0), ValueError, "1 rows are longer than .* 4; .* has 5"),
     (lambda: data.bucketed([5], 1, boundaries=(4, 2), seed=0), ValueError, "don't increase"),
-    (lambda: data.mixture([], [], seed=0), ValueError, "0 plans and 0 weights"),
+    (lambda: data.mixture([], [], seed=0), ValueError, "0 samplers and 0 weights"),
     (lambda: data.mixture([data.sequential(4, 2)], [0], seed=0), ValueError, "positive and finite"),
     (
         lambda: data.mixture([data.sequential(4, 2), data.sequential(4, 1)], [1, 1], seed=0),

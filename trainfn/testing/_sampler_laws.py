@@ -1,4 +1,4 @@
-"""The law of a data plan: which rows a step sees is a function of the step, and an epoch covers the dataset."""
+"""The law of a sampler: which rows a step sees is a function of the step, and an epoch covers the dataset."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from trainfn.testing._purity import generators_seeded
 from trainfn.testing._violation import violation
 
 _FAR = 1_000_003  # a step far from the others, asked for in between: an iterator could not go there and come back
-_STEPS = 20  # looked at of a plan without epochs
+_STEPS = 20  # looked at of a sampler without epochs
 _CHANCE = 5  # fewer rows than this may be in the same order in several epochs by chance
 
 
-def check_plan(
-    plan: Any, *, rows: int | None = None, once: bool = True, drops: int | None = None, epochs: int = 3
+def check_sampler(
+    sampler: Any, *, rows: int | None = None, once: bool = True, drops: int | None = None, epochs: int = 3
 ) -> None:
-    """Law: a plan is a pure function of the step, and shows every row exactly once in each epoch.
+    """Law: a sampler is a pure function of the step, and shows every row exactly once in each epoch.
 
     Steps are asked for in any order, twice, and with the global generators at other places. Rows of weight 0, which
-    only fill a batch, do not count. A plan that shuffles has another order in another epoch.
+    only fill a batch, do not count. A sampler that shuffles has another order in another epoch.
 
     Args:
-        plan: An object with ``indices(step) -> int64[batch]``, such as those of `trainfn.data`, and
+        sampler: An object with ``indices(step) -> int64[batch]``, such as those of `trainfn.data`, and
             ``steps_per_epoch``; None there means that there are no epochs.
-        rows: The rows of the dataset; by default ``plan.num_rows``. Those of a packed plan are its packs.
-        once: False for a plan that draws with replacement.
-        drops: The most rows that an epoch may leave out; by default fewer than a batch if ``plan.last`` is ``"drop"``
-            or absent, and none otherwise.
-        epochs: How many to look at; 1 for a plan whose order, neither forwards nor backwards, is to stay.
+        rows: The rows of the dataset; by default ``sampler.num_rows``. Those of a packed sampler are its packs.
+        once: False for a sampler that draws with replacement.
+        drops: The most rows that an epoch may leave out; by default fewer than a batch if ``sampler.last`` is
+            ``"drop"`` or absent, and none otherwise.
+        epochs: How many to look at; 1 for a sampler whose order, neither forwards nor backwards, is to stay.
 
     Raises:
         LawViolation: Naming the step or the epoch, and the rows.
@@ -40,21 +40,21 @@ def check_plan(
     ...     num_rows, steps_per_epoch = 6, 3
     ...     def indices(self, step):
     ...         return 5 - (2 * step + np.arange(2)) % 6
-    >>> check_plan(Backwards())
+    >>> check_sampler(Backwards())
     """
     if rows is None:
-        packed = getattr(plan, "packing", None) is not None
-        rows = int(plan.order.num_rows if packed else plan.num_rows)
-    per_epoch = plan.steps_per_epoch
-    seen = _seen(plan, epochs * per_epoch if per_epoch else _STEPS)
+        packed = getattr(sampler, "packing", None) is not None
+        rows = int(sampler.order.num_rows if packed else sampler.num_rows)
+    per_epoch = sampler.steps_per_epoch
+    seen = _seen(sampler, epochs * per_epoch if per_epoch else _STEPS)
     for step, indices in seen.items():
         _check_batch(step, indices, rows)
     if not per_epoch:
         return
-    shown = [[_shown(plan, n, seen[n]) for n in range(e * per_epoch, (e + 1) * per_epoch)] for e in range(epochs)]
+    shown = [[_shown(sampler, n, seen[n]) for n in range(e * per_epoch, (e + 1) * per_epoch)] for e in range(epochs)]
     orders = [np.concatenate(batches) for batches in shown]
     if once:
-        allowed = _drops(plan, len(seen[0])) if drops is None else drops
+        allowed = _drops(sampler, len(seen[0])) if drops is None else drops
         for epoch, order in enumerate(orders):
             _check_cover(epoch, order, rows, allowed)
     same = all(np.array_equal(order, orders[0]) for order in orders[1:])
@@ -69,19 +69,19 @@ def check_plan(
         )
 
 
-def _seen(plan: Any, steps: int) -> dict[int, Any]:
+def _seen(sampler: Any, steps: int) -> dict[int, Any]:
     """The batches of the steps, asked for again backwards, with other steps in between."""
     with generators_seeded(1):
-        seen = {n: _array(plan.indices(n)) for n in range(steps)}
+        seen = {n: _array(sampler.indices(n)) for n in range(steps)}
     with generators_seeded(2):
         for n in reversed(range(steps)):
-            plan.indices(_FAR)
-            again = _array(plan.indices(n))
+            sampler.indices(_FAR)
+            again = _array(sampler.indices(n))
             if not np.array_equal(again, seen[n]):
                 raise _wrong(
                     f"asked again, step {n} has other rows.",
                     {"at first": _few(seen[n]), "then": _few(again)},
-                    "the plan is an iterator in disguise: it keeps a position or a generator, or draws from a global"
+                    "the sampler is an iterator in disguise: it keeps a position or a generator, or draws from a global"
                     " one.",
                     "compute the rows from the seed and the step alone",
                 )
@@ -110,13 +110,13 @@ def _check_batch(step: int, indices: Any, rows: int) -> None:
         )
 
 
-def _shown(plan: Any, step: int, indices: Any) -> Any:
+def _shown(sampler: Any, step: int, indices: Any) -> Any:
     """The rows that count in a step."""
-    return indices[np.asarray(plan.weights(step)) > 0] if hasattr(plan, "weights") else indices
+    return indices[np.asarray(sampler.weights(step)) > 0] if hasattr(sampler, "weights") else indices
 
 
-def _drops(plan: Any, batch_size: int) -> int:
-    return batch_size - 1 if getattr(plan, "last", "drop") == "drop" else 0
+def _drops(sampler: Any, batch_size: int) -> int:
+    return batch_size - 1 if getattr(sampler, "last", "drop") == "drop" else 0
 
 
 def _check_cover(epoch: int, order: Any, rows: int, drops: int) -> None:
@@ -145,4 +145,4 @@ def _few(rows: Any) -> str:
 
 
 def _wrong(headline: str, facts: dict[str, str], cause: str, fix: str) -> Exception:
-    return violation("check_plan", headline, facts, cause, fix)
+    return violation("check_sampler", headline, facts, cause, fix)

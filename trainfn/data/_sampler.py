@@ -1,6 +1,6 @@
-"""A plan: which rows a step sees, as a function of the step's number.
+"""A sampler: which rows a step sees, as a function of the step's number.
 
-An `Order` says which row stands in which slot of which epoch; a `Plan` cuts the slots into batches and decides what
+An `Order` says which row stands in which slot of which epoch; a `Sampler` cuts the slots into batches and decides what
 becomes of the end of an epoch. Both are frozen data: a step in the past or in the future is asked for like any other.
 """
 
@@ -79,7 +79,7 @@ class Order(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class Sampler:
     """Which rows each step sees: made by `shuffled`, `mixture` and the other factories of `trainfn.data`.
 
     Attributes:
@@ -87,13 +87,13 @@ class Plan:
         batch_size: Rows of a whole (global) batch, whatever the number of ranks.
         last: What becomes of the last rows of an epoch, when they don't fill a batch: ``"drop"``; ``"pad"`` fills
             the batch with rows of weight 0; ``"short"`` makes a smaller batch.
-        packing: What `packed` adds: the rows that each of the plan's "rows" consists of.
+        packing: What `packed` adds: the rows that each of the sampler's "rows" consists of.
 
     >>> import trainfn as tfn
-    >>> plan = tfn.data.shuffled(10, 4, seed=0, last="pad")
-    >>> plan.steps_per_epoch, plan.epoch(5), len(plan.indices(10_000_000))
+    >>> sampler = tfn.data.shuffled(10, 4, seed=0, last="pad")
+    >>> sampler.steps_per_epoch, sampler.epoch(5), len(sampler.indices(10_000_000))
     (3, 1, 4)
-    >>> plan.weights(2).tolist()
+    >>> sampler.weights(2).tolist()
     [1.0, 1.0, 0.0, 0.0]
     """
 
@@ -115,7 +115,7 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
-        """The rows of the dataset that the plan is for."""
+        """The rows of the dataset that the sampler is for."""
         return self.order.num_rows if self.packing is None else len(self.packing.rows)
 
     @property
@@ -125,13 +125,13 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Batches in an epoch; None for a plan without epochs."""
+        """Batches in an epoch; None for a sampler without epochs."""
         if self.order.size is None:
             return None
         return self.order.size // self.batch_size if self.last == "drop" else -(-self.order.size // self.batch_size)
 
     def epoch(self, step: int) -> int:
-        """The epoch that a step is in; 0 for a plan without epochs."""
+        """The epoch that a step is in; 0 for a sampler without epochs."""
         return self._place(step)[0]
 
     def indices(self, step: int) -> Ints:
@@ -153,13 +153,13 @@ class Plan:
         return filled(indices[taken], visits[taken], self.batch_size if self.last == "pad" else int(taken.sum()))
 
     def describe(self) -> dict[str, Any]:
-        """What the plan is made of, for JSON: arrays as digests. Equal descriptions mean equal batches."""
+        """What the sampler is made of, for JSON: arrays as digests. Equal descriptions mean equal batches."""
         out = {**described(self.order), "batch_size": self.batch_size, "last": self.last}
         return out if self.packing is None else {**out, "packing": described(self.packing)}
 
     def _place(self, step: int) -> tuple[int, int]:
         """The epoch of a step and the step's first slot there."""
-        step = natural("plan.indices(step)", "step", step, least=0)
+        step = natural("sampler.indices(step)", "step", step, least=0)
         epoch, step = (0, step) if self.steps_per_epoch is None else divmod(step, self.steps_per_epoch)
         return epoch, step * self.batch_size
 
@@ -175,7 +175,7 @@ def described(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         digest = hashlib.sha256(np.ascontiguousarray(value).data).hexdigest()[:16]
         return f"{value.dtype}{list(value.shape)} {digest}"
-    if isinstance(value, Plan):
+    if isinstance(value, Sampler):
         return value.describe()
     if isinstance(value, tuple):
         return [described(item) for item in value]
