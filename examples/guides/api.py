@@ -32,8 +32,8 @@ def ours(value: object) -> bool:
 
 
 def names(space: ModuleType) -> Iterator[str]:
-    """The public names of a namespace, in the order of the alphabet."""
-    for name, value in sorted(vars(space).items()):
+    """The public names of a namespace: functions in the order of the alphabet, then classes."""
+    for name, value in sorted(vars(space).items(), key=lambda item: item[0].swapcase()):
         if name.startswith("_") or not ours(value):
             continue
         home = getattr(value, "__module__", "") if callable(value) and not typing.get_origin(value) else ""

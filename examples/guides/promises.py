@@ -22,14 +22,13 @@ def placed(markdown: str, folder: Path) -> str:
     """The page, with the file before the name of each test.
 
     Raises:
-        LookupError: If a test is not there, or two have the name.
+        LookupError: If a test is not there.
     """
     known = tests(folder)
 
     def place(found: re.Match[str]) -> str:
-        files = known.get(found[1], [])
-        if len(files) != 1:
-            raise LookupError(f"{found[1]} is in {files or 'no file'} of {folder.name}/: name one test that exists.")
-        return f"`{files[0]}::{found[1]}`"
+        if found[1] not in known:
+            raise LookupError(f"{found[1]} is in no file of {folder.name}/: name a test that exists.")
+        return ", ".join(f"`{file}::{found[1]}`" for file in known[found[1]])
 
     return NAMED.sub(place, markdown)
