@@ -3,14 +3,14 @@
 import copy
 
 import pytest
-import test_transformers_models as models
 import torch
-from device import ACCELERATOR, DEVICE, exact_products, jit, no_waiting, on_an_accelerator, on_cuda, put
-from helpers import EACH_NET, MLP_NET, NETS, adamw, assert_close, assert_identical, seeded
-from optimizers import OPTIMIZERS, Net
 from torch import nn
 
 import trainfn as tfn
+from tests.compile import test_transformers_models as models
+from tests.device import ACCELERATOR, DEVICE, exact_products, jit, no_waiting, on_an_accelerator, on_cuda, put
+from tests.helpers import EACH_NET, MLP_NET, NETS, adamw, assert_close, assert_identical, seeded
+from tests.optim.table import OPTIMIZERS, Net
 from trainfn import testing, tree
 
 ROWS = 16

@@ -16,10 +16,12 @@
     NonFiniteWarning          a step with a NaN or infinite loss was skipped, or let through as asked
 
 A wrong argument is a plain ``ValueError`` or ``TypeError``. Every message says what was called, with what,
-why that can't work, and the line to write instead.
+why that can't work, and the line to write instead; `nearest` finds the word that a misspelt one was meant to be.
 """
 
 from __future__ import annotations
+
+from trainfn._text import nearest as nearest
 
 
 class TrainfnError(Exception):

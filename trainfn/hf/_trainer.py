@@ -14,7 +14,6 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from transformers.utils import can_return_loss, find_labels, logging
 
 import trainfn as tfn
-from trainfn._run._signals import Held
 from trainfn.hf._arguments._support import check_supported
 from trainfn.hf._arguments._training import TrainingArguments
 from trainfn.hf._callbacks import _events as _callbacks
@@ -144,7 +143,8 @@ class Trainer(Reporting):
         self._restored_losses: dict[str, Any] | None = None
         self._trial: Any = None
         self._terminated = self._interrupted = False
-        self._held = Held()  # Ctrl-C on this rank, of which the others have not heard
+        self._held = tfn.process.Pending()  # Ctrl-C on this rank, of which the others have not heard
+        self._sigterm = tfn.process.Pending()
         self._released = False  # whether the model's values are split over ranks, and not in it
         self._counted: list[float] = [0.0, 0]  # operations and tokens that only this rank knows of
         self._began = time.time()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
+from trainfn._text import first_lines
 from trainfn.errors import LawViolation
 
 
@@ -84,5 +85,4 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
 
 def listed(found: Mapping[str, str], most: int = 4) -> str:
     """The first few differences, one a line."""
-    lines = [f"{name or 'the value'}: {said}" for name, said in list(found.items())[:most]]
-    return "\n".join(lines + ([f"… and {len(found) - most} more leaves"] if len(found) > most else []))
+    return "\n".join(first_lines((f"{name or 'the value'}: {said}" for name, said in found.items()), most))

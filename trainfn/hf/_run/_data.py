@@ -327,31 +327,20 @@ class _Generators:
     """States of the global generators, put in place for a block."""
 
     def __init__(self, seed: int, epoch: int) -> None:
-        saved = _get()
         number = _number(seed, epoch)
-        torch.manual_seed(number)
-        np.random.seed(number)
-        random.seed(number)
-        self._mine = _get()
-        _set(saved)
+        with tfn.process.generators_kept():
+            torch.default_generator.manual_seed(number)  # `torch.manual_seed` reseeds those of devices too
+            np.random.seed(number)
+            random.seed(number)
+            self._mine = tfn.process.Generators.now()
 
     def __enter__(self) -> None:
-        self._theirs = _get()
-        _set(self._mine)
+        self._theirs = tfn.process.Generators.now()
+        self._mine.restore()
 
     def __exit__(self, *_: object) -> None:
-        self._mine = _get()
-        _set(self._theirs)
-
-
-def _get() -> tuple[Any, Any, Any]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def _set(states: tuple[Any, Any, Any]) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
+        self._mine = tfn.process.Generators.now()
+        self._theirs.restore()
 
 
 def prepared_inputs(trainer: Any, inputs: Any) -> dict[str, Any]:

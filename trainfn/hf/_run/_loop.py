@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Generator
 from typing import Any
@@ -15,7 +14,6 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 from transformers.utils import logging
 
 import trainfn as tfn
-from trainfn._run._signals import Held, handled, uninterrupted
 from trainfn.hf._callbacks._events import DECISIONS
 from trainfn.hf._checkpoints import _folders as _checkpoints
 from trainfn.hf._installed import attribute
@@ -102,11 +100,7 @@ def _surroundings(trainer: Any) -> Generator[None]:
 def _saving_at_sigterm(trainer: Any) -> Generator[None]:
     """Save and stop after the step at hand when a cluster says that the machine is about to go."""
     trainer._terminated = False
-
-    def note(number: int, frame: object) -> None:
-        trainer._terminated = True
-
-    with handled(signal.SIGTERM, note):
+    with tfn.process.termination() as trainer._sigterm:
         yield
 
 
@@ -116,13 +110,13 @@ def _holding_ctrl_c(trainer: Any) -> Generator[None]:
     if trainer._ranks.plan is None:
         yield
         return
-    with uninterrupted() as held:
+    with tfn.process.uninterrupted() as held:
         trainer._held = held
         try:
             yield
         finally:
-            trainer._held = Held()
-    if trainer._ranks.any([held.pressed])[0]:  # after the last step
+            trainer._held = tfn.process.Pending()
+    if trainer._ranks.any([held.arrived])[0]:  # after the last step
         raise KeyboardInterrupt
 
 
@@ -280,10 +274,11 @@ def _changing(trainer: Any, windows: Windows) -> Any:
 def agree(trainer: Any) -> None:
     """What any rank has decided, all have; and what each has counted is added up."""
     ranks: Ranks = trainer._ranks
+    trainer._terminated |= trainer._sigterm.arrived
     if ranks.plan is None:
         return
     control = trainer.control
-    flags = [*(bool(getattr(control, name)) for name in DECISIONS), trainer._terminated, trainer._held.pressed]
+    flags = [*(bool(getattr(control, name)) for name in DECISIONS), trainer._terminated, trainer._held.arrived]
     *found, trainer._terminated, trainer._interrupted = ranks.any(flags)
     for name, value in zip(DECISIONS, found, strict=True):
         setattr(control, name, value)

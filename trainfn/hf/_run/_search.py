@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import BestRun, default_compute_objective, default_hp_space_optuna
+
+from trainfn._text import nearest
 
 
 def hyperparameter_search(
@@ -88,8 +89,8 @@ def with_values(args: Any, values: Mapping[str, Any]) -> Any:
     known = [field.name for field in dataclasses.fields(args)]
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            raise ValueError(f"hyperparameter_search: {name!r} is no TrainingArguments field. Did you mean {near!r}?")
+            near = nearest(name, known, likeness=0)
+            raise ValueError(f"hyperparameter_search: {name!r} is not a field of TrainingArguments.{near}")
         old = getattr(args, name)
         setattr(new, name, type(old)(value) if type(old) in (int, float, str, bool) else value)
     return new
