@@ -8,8 +8,8 @@ from types import ModuleType
 import trainfn
 
 NAMESPACES = (
-    *("callbacks", "data", "deepspeed", "errors", "hf", "launch", "losses", "metrics", "optim", "random"),
-    *("schedules", "testing", "transforms", "tree"),
+    *("callbacks", "data", "deepspeed", "errors", "hf", "launch", "losses", "metrics", "optim", "process"),
+    *("random", "schedules", "testing", "transforms", "tree"),
 )
 MIXED = ("trainfn.hf.Trainer", "trainfn.hf.Seq2SeqTrainer", "trainfn.hf.SFTTrainer")  # methods in several files
 PAGE = """# {title}

@@ -123,11 +123,12 @@ class Callers:
         return found
 
     def public(self, name: str) -> tuple[str, ...]:
-        """The public calls that are the fewest steps away; none if nothing public uses it."""
+        """The public calls that reach a place through private ones, the nearest first."""
+        found: list[str] = []
         seen, edge = {name}, {name}
         while edge:
-            if found := sorted({self.names[place] for place in edge if place in self.names}):
-                return tuple(found)
-            edge = {caller for place in edge for caller in self.by[place]} - seen
+            found += sorted(self.names[place] for place in edge if place in self.names)
+            private = (place for place in edge if place not in self.names)
+            edge = {caller for place in private for caller in self.by[place]} - seen
             seen |= edge
-        return ()
+        return tuple(dict.fromkeys(found))

@@ -23,8 +23,8 @@ hide: [toc]
 This page is generated from the code: it has every error and every warning of the package, {count} in all. A message
 names the call, the value that it received, the reason, and the line to write instead; `…` stands for a value.
 
-Paste a message, or a part of it, and the nearest entries are shown. Without JavaScript, search this page for some of its
-fixed words.
+Paste a message, or a part of it, and the nearest entries are shown. Without JavaScript, search this page for some of
+its fixed words.
 
 <textarea id="message" rows="3" aria-label="A message" placeholder="Paste a message here"></textarea>
 <p id="message-count" role="status"></p>
@@ -136,7 +136,11 @@ def heading(message: Message) -> tuple[str, str]:
 
 def shown(text: str) -> str:
     """A message as HTML; what stands between backticks is code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False)).replace("*", "&#42;").replace("_", "&#95;")
+    return (
+        re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+        .replace("*", "&#42;")
+        .replace("_", "&#95;")
+    )
 
 
 def entry(message: Message) -> str:
