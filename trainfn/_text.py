@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from itertools import islice
 from typing import Any
 
 
@@ -36,24 +35,13 @@ def nearest(
     return sentence.format(found[0]) if found else otherwise
 
 
-def shortened(items: Iterable[Any], most: int = 4, write: Callable[[Any], str] = repr) -> str:
+def shortened(items: Iterable[Any], most: int = 4, write: Callable[[Any], str] = repr, between: str = ", ") -> str:
     """The first items, and how many more there are.
 
     >>> shortened("abcdef", 2)
     "'a', 'b' and 4 more"
     """
     items = list(items)
-    text = ", ".join(map(write, items[:most]))
-    return f"{text} and {len(items) - most} more" if len(items) > most else text
-
-
-def first_lines(lines: Iterable[str], most: int) -> list[str]:
-    """The first lines, and one that says how many more there are.
-
-    >>> first_lines(["one", "two", "three"], 2)
-    ['one', 'two', '… and 1 more']
-    """
-    lines = iter(lines)
-    shown = list(islice(lines, most))
-    more = sum(1 for _ in lines)
-    return [*shown, f"… and {more} more"] if more else shown
+    text = between.join(map(write, items[:most]))
+    last = " " if between == ", " else between  # with lines, the number of the others is a line, too
+    return f"{text}{last}and {len(items) - most} more" if len(items) > most else text

@@ -1,6 +1,7 @@
 """A captured graph is cut where it repeats itself: equal parts are compiled once, and every bit stays."""
 
 import gc
+import operator
 import random
 import weakref
 
@@ -319,3 +320,22 @@ def test_compiled(graph):
     assert (AsyncCompile.cpp_pybinding, AsyncCompile.wait) == before
     pairs = zip(run(compiled, leaves()), run(graph, leaves()), strict=True)
     assert max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs) < 2e-6
+
+
+def test_seeds_of_attention_kernels_are_returned():
+    """Else inductor would write later results of a GPU into them, which the kernels may have put on the processor."""
+    from trainfn._compile._inductor import _seeds_kept
+
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    shapes = ((2, 4), (2, 4), (), ())  # the attention, its sums, two seeds
+    graph = torch.fx.Graph()
+    q = graph.placeholder("q")
+    call = graph.call_function(kernel, (q, q, q, None, True))
+    parts = [graph.call_function(operator.getitem, (call, i)) for i in range(4)]
+    for part, shape in zip(parts, shapes, strict=True):
+        part.meta["val"] = torch.empty(shape)
+    graph.output([parts[0]])
+    module, count = _seeds_kept(torch.fx.GraphModule({}, graph))
+    returned = next(iter(reversed(module.graph.nodes))).args[0]
+    assert count == 1
+    assert [node.args[1] for node in returned] == [0, 2, 3]

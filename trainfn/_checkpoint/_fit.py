@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from trainfn._checkpoint._format import DTYPES, Leaf
-from trainfn._text import closest, first_lines, nearest, shortened
+from trainfn._text import closest, nearest, shortened
 from trainfn.errors import CheckpointError
 
 Only = str | Collection[str] | Callable[[str], bool] | None
@@ -43,7 +43,7 @@ def fit(
     if problems:
         warnings.warn(
             f"{call}: {len(fitting)} leaves restored; these were not, and are as in `like`:\n  "
-            + "\n  ".join(first_lines(problems.values(), _SHOWN)),
+            + shortened(problems.values(), _SHOWN, str, "\n  "),
             stacklevel=3,
         )
     return fitting
@@ -71,12 +71,12 @@ def _refusal(
     if nothing:
         return (
             f"{call}: no leaf of the checkpoint fits the state:\n  "
-            + "\n  ".join(first_lines(problems.values(), _SHOWN))
+            + shortened(problems.values(), _SHOWN, str, "\n  ")
             + '\nNames can be changed as they are read: `rename={"old prefix": "new prefix"}`.'
         )
     return (
         f"{call}: the checkpoint does not fit the state:\n  "
-        + "\n  ".join(first_lines(problems.values(), _SHOWN))
+        + shortened(problems.values(), _SHOWN, str, "\n  ")
         + "\nBuild `like` with the model and optimizer that wrote it. Or take a part of it, explicitly:\n"
         "  tfn.restore(path, like=state, strict=False)              # all that fits\n"
         '  tfn.restore(path, like=state, only=r"^model/")           # leaves whose name matches: the weights\n'

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from trainfn._text import shortened
+from trainfn.errors import shortened
 from trainfn.testing._purity import generators_seeded
 from trainfn.testing._violation import violation
 

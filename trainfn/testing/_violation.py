@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._text import first_lines
-from trainfn.errors import LawViolation
+from trainfn.errors import LawViolation, shortened
 
 
 def violation(law: str, headline: str, facts: Mapping[str, str], cause: str, fix: str) -> LawViolation:
@@ -85,4 +84,4 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
 
 def listed(found: Mapping[str, str], most: int = 4) -> str:
     """The first few differences, one a line."""
-    return "\n".join(first_lines((f"{name or 'the value'}: {said}" for name, said in found.items()), most))
+    return shortened((f"{name or 'the value'}: {said}" for name, said in found.items()), most, str, "\n")

@@ -27,7 +27,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils.import_utils import is_in_notebook
 
 import trainfn as tfn
-from trainfn._text import nearest
+from trainfn.errors import nearest
 from trainfn.hf._callbacks._readonly import StateView
 
 EVENTS = tuple(name for name in vars(TrainerCallback) if name.startswith("on_"))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 import trainfn as tfn
-from trainfn._text import shortened
+from trainfn.errors import shortened
 from trainfn.hf._optim._named import decay_names
 
 logger = logging.get_logger(__name__)

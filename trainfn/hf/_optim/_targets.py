@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from trainfn._text import shortened
+from trainfn.errors import shortened
 
 _logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import is_liger_kernel_available
 
-from trainfn._text import nearest
+from trainfn.errors import nearest
 
 
 def report_misspelt(cls: type, base: type) -> None:
