@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import trainfn as tfn
 from tests.checkpoint.damage import Target, sealed
 from tests.checkpoint.states import assert_same, same, small
-from trainfn._checkpoint import _contents, _disk, _format, _goal, _pieces, _write
+from trainfn._checkpoint import _contents, _disk, _format, _pieces, _read, _write
 from trainfn.errors import CheckpointError
 
 STATE = {"w": torch.arange(12.0).reshape(3, 4), "half": torch.arange(5).bfloat16(), "none": torch.ones(0, 2)}
@@ -191,8 +191,8 @@ def test_any_pieces_fill_any_box(data):
     like = whole[box.within(everything)].clone()
     leaf = _format.Leaf("I64", tuple(shape), "", tuple(_format.Piece(str(i), *cell) for i, cell in enumerate(cells)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_goal, "box_of", lambda like: box)
-        goal = _goal.Goal(leaf, like)
+        patch.setattr(_read, "box_of", lambda like: box)
+        goal = _read.Goal(leaf, like)
     for part in goal.parts:
         values = whole[part.box.within(everything)].contiguous()
         goal.read(part, lambda place, values=values: place.__setitem__(slice(None), _write.bytes_of(values)))

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from trainfn import tree
 from trainfn._checkpoint import _disk, _leaves
 from trainfn._checkpoint._contents import SHARD, contents_of
-from trainfn._checkpoint._fit import Only, Rename, fit
 from trainfn._checkpoint._format import Manifest
-from trainfn._checkpoint._read import inspect, read_leaves
+from trainfn._checkpoint._leaves import Only, Rename, matched
+from trainfn._checkpoint._read import filled, inspect
 from trainfn._checkpoint._write import sweep, write
 from trainfn._compile._donate import check_alive
 from trainfn._dtensor import is_distributed
@@ -112,18 +109,8 @@ def restore(
         return folder, inspect(folder)
 
     folder, manifest = ranks.first(found)
-    sources = fit(call, manifest.tree, expected, strict=strict, only=only, rename=rename)
+    sources = matched(call, manifest.tree, expected, strict=strict, only=only, rename=rename)
     return ranks.agreed(lambda: filled(folder, manifest, like, expected, sources))
-
-
-def filled(
-    folder: Path, manifest: Manifest, like: TrainState, expected: dict[str, Tensor], sources: dict[str, str]
-) -> TrainState:
-    """``like`` with the leaves named in ``sources`` from the checkpoint, and copies of the others."""
-    values: dict[str, Any] = read_leaves(folder, manifest, {old: expected[new] for new, old in sources.items()})
-    found = {new: values[old] for new, old in sources.items()}
-    kept = {name: leaf.detach().clone() for name, leaf in expected.items() if name not in found}
-    return _leaves.refilled(like, {**kept, **found})
 
 
 def manifest(path: str | os.PathLike[str]) -> Manifest:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from trainfn._checkpoint import _leaves
-from trainfn._checkpoint._format import CODES, MANIFEST, NAME, STATE_FILE, Leaf, Manifest
-from trainfn._checkpoint._pieces import is_split, local
-from trainfn._checkpoint._spread import spread
+from trainfn._checkpoint._format import CODES, MANIFEST, MODEL, NAME, STATE_FILE, Leaf, Manifest, Piece
+from trainfn._checkpoint._pieces import holders, is_split, local
 from trainfn._compile._donate import check_alive
 from trainfn._ranks._group import ALONE, Ranks
 from trainfn._types import Mean, TrainState
@@ -97,7 +96,7 @@ def _files(
     A model of which any leaf is split has no file of its own: one with the others would look whole, and not be.
     """
     unsaved = _leaves.unsaved_buffers(state)
-    model = [name for name in leaves if name.startswith(_leaves.MODEL) and name not in unsaved]
+    model = [name for name in leaves if name.startswith(MODEL) and name not in unsaved]
     if not split.isdisjoint(model):
         return {name: "" if name in split else STATE_FILE for name in leaves}, {}
     shards = _shards({name: leaves[name].nbytes for name in model}, max_shard_size)
@@ -111,7 +110,7 @@ def _files(
         "total_parameters": sum(leaves[name].numel() for name in model),
         "total_size": sum(leaves[name].nbytes for name in model),
     }
-    placed = {name.removeprefix(_leaves.MODEL): files[name] for name in sorted(model)}
+    placed = {name.removeprefix(MODEL): files[name] for name in sorted(model)}
     text = json.dumps({"metadata": total, "weight_map": placed}, indent=2) + "\n"
     return files, {"model.safetensors.index.json": text.encode()}
 
@@ -134,6 +133,38 @@ def _config(config: Any, architecture: str) -> bytes:
     if not found.get("architectures"):
         found["architectures"] = [architecture]  # as `save_pretrained` does
     return (json.dumps(found, indent=2, sort_keys=True) + "\n").encode()
+
+
+# --- which rank writes what -----------------------------------------------------------------------------------------
+
+
+def spread(
+    split: Mapping[str, Tensor], leaves: Mapping[str, Tensor], places: Mapping[str, str], ranks: int
+) -> tuple[dict[str, tuple[Piece, ...]], dict[str, int]]:
+    """The pieces of each leaf that is split, and the rank that writes each file.
+
+    Every rank finds the same without asking the others: the next one to write is always one with the least to write.
+    """
+    load = [0] * ranks
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    writers: dict[str, int] = {}
+    for name, leaf in split.items():
+        found: list[Piece] = []
+        for box, having in holders(leaf).items():
+            rank = min(having, key=lambda r: (load[r], r))
+            load[rank] += box.numel * leaf.dtype.itemsize
+            found.append(Piece(f"rank-{rank}-of-{ranks}.safetensors", box.offsets, box.shape))
+            writers[found[-1].file] = rank
+        pieces[name] = tuple(found)
+    sizes: dict[str, int] = {}
+    for name, file in places.items():
+        if file:
+            sizes[file] = sizes.get(file, 0) + leaves[name].numel() * leaves[name].dtype.itemsize
+    for file, size in sizes.items():  # what is whole on every rank, any rank can write
+        rank = min(range(ranks), key=lambda r: (load[r], r))
+        load[rank] += size
+        writers[file] = rank
+    return pieces, writers
 
 
 # --- what the user adds -------------------------------------------------------------------------------------------

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from trainfn._checkpoint import _disk, _leaves
-from trainfn._checkpoint._api import filled
-from trainfn._checkpoint._fit import fit
 from trainfn._checkpoint._format import Manifest
-from trainfn._checkpoint._read import inspect, verify
+from trainfn._checkpoint._leaves import matched
+from trainfn._checkpoint._read import filled, inspect, verify
 from trainfn._compile._donate import check_alive
 from trainfn._ranks._group import ALONE, Ranks
 from trainfn._types import TrainState
@@ -93,7 +92,9 @@ class Folder:
             manifest = self._attempt(at, lambda at=at, path=path: ranks.first(lambda: _inspect(at, path)), damages)
             if manifest is None:
                 continue
-            sources = fit(f"restore({str(path)!r}, like=state)", manifest.tree, expected)  # what does not fit raises
+            sources = matched(
+                f"restore({str(path)!r}, like=state)", manifest.tree, expected
+            )  # what does not fit raises
             read = lambda m=manifest, p=path, s=sources: filled(p, m, like, expected, s)  # noqa: E731
             state = self._attempt(at, lambda read=read: ranks.agreed(read), damages)
             if state is not None:

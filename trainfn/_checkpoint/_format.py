@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 
 from trainfn._checkpoint._disk import Written
-from trainfn._checkpoint._leaves import MODEL
 from trainfn._checkpoint._pieces import Box, check_grid, whole_box
 
 FORMAT, SPLIT_FORMAT = 2, 3  # the second one has leaves in pieces; a checkpoint without any is of the first
 MANIFEST = "manifest.json"
 STATE_FILE = "state.safetensors"
+MODEL = "model/"  # begins the names of what the module holds
 RANK_FILE = re.compile(r"rank-[0-9]+-of-[0-9]+\.safetensors")  # of a split state, what one rank wrote
 LIMIT = 64 * 2**20  # bytes of a manifest or a header: a hundred leaves of a megabyte each, or half a million small ones
 

@@ -137,3 +137,9 @@ def check_grid(shape: Sequence[int], boxes: Sequence[Box]) -> None:
         cells *= len(cuts)
     if len(boxes) != cells or len(set(boxes)) != cells:
         raise ValueError("are not each part of it once")
+
+
+def bytes_of(value: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    flat = value.as_strided((value.numel(),), (1,))  # `reshape(-1)` would keep any stride of a dimension of size 1
+    return flat.view(torch.uint8).numpy().data

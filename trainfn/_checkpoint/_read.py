@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
-from trainfn._checkpoint import _disk
-from trainfn._checkpoint._format import LIMIT, MANIFEST, Leaf, Manifest, header, parsed_manifest
-from trainfn._checkpoint._goal import Goal
+from trainfn._checkpoint import _disk, _leaves
+from trainfn._checkpoint._format import DTYPES, LIMIT, MANIFEST, Leaf, Manifest, Piece, header, parsed_manifest
+from trainfn._checkpoint._pieces import box_of, bytes_of, local
+from trainfn._dtensor import spread_like
 from trainfn._ranks._group import ALONE, Ranks
+from trainfn._types import TrainState
 from trainfn.errors import CheckpointError
 
 
@@ -63,6 +66,16 @@ def verify(folder: Path, manifest: Manifest | None = None, ranks: Ranks = ALONE)
     manifest = inspect(folder) if manifest is None else manifest
     _read(folder, manifest, list(manifest.files)[ranks.rank :: ranks.size], {})
     return manifest
+
+
+def filled(
+    folder: Path, manifest: Manifest, like: TrainState, expected: dict[str, Tensor], sources: dict[str, str]
+) -> TrainState:
+    """``like`` with the leaves named in ``sources`` from the checkpoint, and copies of the others."""
+    values: dict[str, Any] = read_leaves(folder, manifest, {old: expected[new] for new, old in sources.items()})
+    found = {new: values[old] for new, old in sources.items()}
+    kept = {name: leaf.detach().clone() for name, leaf in expected.items() if name not in found}
+    return _leaves.refilled(like, {**kept, **found})
 
 
 def read_leaves(folder: Path, manifest: Manifest, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,6 +125,50 @@ def _fill(file: _Hashed, leaves: Mapping[str, Leaf], name: str, goals: Mapping[s
             file.skip(leaf.nbytes)
         else:
             goal.read(part, file.fill)
+
+
+# --- a leaf that is filled, and a file that is hashed -------------------------------------------------------------
+
+
+class Goal:
+    """One leaf, or this rank's part of it.
+
+    Args:
+        leaf: What the checkpoint says of it.
+        like: What it is to be like; of the same shape and dtype.
+    """
+
+    def __init__(self, leaf: Leaf, like: Tensor) -> None:
+        self._like, self._dtype = like, DTYPES[leaf.dtype]
+        self._box = box_of(like)
+        self.parts = [part for part in leaf.parts if part.box == self._box or part.box.overlap(self._box)]
+        self._direct = [part.box for part in self.parts] == [self._box]
+        # Parts are read by several threads: each into its own place.
+        self._value = torch.empty(() if self._direct else self._box.shape, dtype=self._dtype, device="cpu")
+
+    def read(self, part: Piece, fill: Callable[[memoryview], None]) -> None:
+        """Read a part that stands in a file; what is not of this rank's box is dropped."""
+        value = torch.empty(part.shape, dtype=self._dtype, device="cpu")
+        fill(bytes_of(value))
+        if self._direct:
+            self._value = self._placed(value)  # at once, so that host memory holds few leaves at a time
+            return
+        common = part.box.overlap(self._box)
+        assert common is not None
+        self._value[common.within(self._box)] = value[common.within(part.box)]
+
+    @property
+    def value(self) -> Tensor:
+        """The leaf; only when all of its parts are read, and their files' checksums were right."""
+        value = self._value if self._direct else self._placed(self._value)
+        return spread_like(value, self._like)
+
+    def _placed(self, value: Tensor) -> Tensor:
+        like = local(self._like)
+        place = torch.empty_like(like, device="meta")  # of `like` only its order of dimensions is kept, not its gaps
+        if like.device.type == "cpu" and place.stride() == value.stride():
+            return value
+        return torch.empty_like(like).copy_(value)
 
 
 class _Hashed:

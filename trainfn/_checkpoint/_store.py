@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 from trainfn._checkpoint import _disk
 from trainfn._checkpoint._contents import SHARD, Contents, contents_of
 from trainfn._checkpoint._folder import STEP, Folder, best_of, expired
-from trainfn._checkpoint._lock import Lock
 from trainfn._checkpoint._snapshot import Gathered, Snapshot
 from trainfn._checkpoint._write import explained, sweep, write
 from trainfn._ranks import _group
@@ -82,7 +81,7 @@ class Checkpoints:
         self.best, self.asynchronous, self.max_shard_size, self.full = best, asynchronous, max_shard_size, full
         self.mode: Literal["min", "max"] = mode
         self._found = Folder(self.folder)
-        self._lock: Lock | None = None
+        self._lock: _disk.Lock | None = None
         self._snapshot = Snapshot()
         self._ranks, self._writers = ALONE, ALONE  # for this thread, and for that of a write in the background
         self._thread: threading.Thread | None = None
@@ -224,7 +223,7 @@ class Checkpoints:
         if self._lock is None or not self._lock.held:
             try:
                 _disk.make_folders(self.folder)
-                self._lock = Lock(self.folder)
+                self._lock = _disk.Lock(self.folder)
             except OSError as error:
                 raise CheckpointError(explained(error, self.folder / "checkpoint", nbytes)) from error
 

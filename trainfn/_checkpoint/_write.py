@@ -10,13 +10,13 @@ import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from trainfn._checkpoint import _disk
 from trainfn._checkpoint._contents import Contents
 from trainfn._checkpoint._disk import Written
 from trainfn._checkpoint._format import LIMIT, MANIFEST, Leaf, Manifest, header, manifest_bytes
+from trainfn._checkpoint._pieces import bytes_of
 from trainfn._checkpoint._snapshot import Gathered
 from trainfn._ranks._group import ALONE, Ranks
 from trainfn.errors import CheckpointError
@@ -131,12 +131,6 @@ def _file(leaves: dict[str, Leaf], values: Mapping[str, Tensor]) -> Iterator[mem
     yield header(leaves)
     for name in leaves:
         yield bytes_of(values[name].detach().cpu().contiguous().resolve_conj().resolve_neg())
-
-
-def bytes_of(value: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    flat = value.as_strided((value.numel(),), (1,))  # `reshape(-1)` would keep any stride of a dimension of size 1
-    return flat.view(torch.uint8).numpy().data
 
 
 # --- what an earlier crash left -----------------------------------------------------------------------------------
