@@ -99,22 +99,25 @@ HOSTILE = {
     "empty": (lambda f: piece(f, 1).update(shape=[2, 0]), "are empty"),
     "negative": (lambda f: piece(f, 0).update(offsets=[-1, 0]), "a dimension of 'model/w' is -1"),
     "enormous": (lambda f: piece(f, 0).update(shape=[2**62, 2**62]), "overlap, or leave a gap"),
-    "of other dimensions": (lambda f: piece(f, 0).update(offsets=[0]), "has offsets, a shape or a file that can't be"),
+    "of other dimensions": (
+        lambda f: piece(f, 0).update(offsets=[0]),
+        "has invalid offsets, an invalid shape or",
+    ),
     "no numbers": (lambda f: piece(f, 0).update(offsets=["0", 0]), "a dimension of 'model/w' is 0"),
-    "no list": (lambda f: f["tree"]["model/w"].update(pieces={}), "'pieces' is missing or of another kind"),
-    "no object": (lambda f: pieces(f).__setitem__(0, []), "'file' is missing or of another kind"),
-    "none": (lambda f: pieces(f).clear(), "is in pieces, but has none, or is in a file as well"),
+    "no list": (lambda f: f["tree"]["model/w"].update(pieces={}), "'pieces' is missing, or is not a list"),
+    "no object": (lambda f: pieces(f).__setitem__(0, []), "'file' is missing, or is not a str"),
+    "none": (lambda f: pieces(f).clear(), "is in pieces, but has no piece, or has a file as well"),
     "in a file as well": (
         lambda f: f["tree"]["model/w"].update(file="state.safetensors"),
-        "is in pieces, but has none, or is in a file as well",
+        "is in pieces, but has no piece, or has a file as well",
     ),
-    "no such file": (lambda f: piece(f, 0).update(file="../evil"), "a file that can't be"),
+    "no such file": (lambda f: piece(f, 0).update(file="../evil"), "an invalid file"),
     "two in one file": (lambda f: piece(f, 0).update(file=piece(f, 1)["file"]), "has two pieces in one file"),
     "in another's file": (
         lambda f: f["tree"]["model/half"]["pieces"][0].update(file="rank-3-of-4.safetensors"),
-        "can't have .* bytes and the leaves that it says are in it",
+        "has .* bytes, which is not the size of the leaves in it",
     ),
-    "in the older format": (lambda f: f.update(format=2), "'file' is missing or of another kind"),
+    "in the older format": (lambda f: f.update(format=2), "'file' is missing, or is not a str"),
     "in a newer format": (lambda f: f.update(format=4), "format 4; this version of trainfn reads 2 and 3"),
 }
 

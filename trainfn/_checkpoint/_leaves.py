@@ -27,13 +27,13 @@ _SHOWN = 20
 
 
 def named(state: TrainState, call: str) -> dict[str, Tensor]:
-    """Every leaf of a state; ``call`` is for the errors."""
+    """Every leaf of a state by name; errors begin with ``call``."""
     rest = tree.named_leaves(_without_model(state))
     found = {**{MODEL + name: t for name, t in {**state.buffers, **state.params}.items()}, **rest}
     if len(found) != len(tree.leaves(state)):
         raise ValueError(
-            f"{call}: two leaves of the state have one name. Names of dict keys are joined with '/', so a key that"
-            " contains one can meet another leaf's path; and params and buffers may not share a name."
+            f"{call}: two leaves of the state have the same name. A key with '/' in it can equal another leaf's path,"
+            " for keys are joined by '/'; or a parameter and a buffer share a name. Rename one of them."
         )
     for name, leaf in found.items():
         where = _place(state, name)
@@ -51,14 +51,14 @@ def _check_layout(leaf: Any, which: str) -> None:
     world = torch.distributed.get_world_size()
     if not all(p.is_shard() or p.is_replicate() for p in leaf.placements) or leaf.device_mesh.size() != world:
         raise TypeError(
-            f"{which} is laid out as {tuple(leaf.placements)} over {leaf.device_mesh.size()} of {world} ranks. Only"
-            " what `tfn.shard` makes can be saved and restored in parts: Shard(dim) and Replicate() over all ranks."
-            " Bring it together first: `tfn.gather(state)`."
+            f"{which} is placed as {tuple(leaf.placements)} over {leaf.device_mesh.size()} of {world} ranks. Only"
+            " the layouts of `tfn.shard` can be saved and restored in parts: Shard(dim) and Replicate() over all ranks."
+            " Gather it first: `tfn.gather(state)`."
         )
 
 
 def refilled(like: TrainState, values: Mapping[str, Tensor]) -> TrainState:
-    """A state of the structure of ``like`` with these leaves."""
+    """The state with the structure of ``like`` and these leaves."""
     params = {name: values[MODEL + name] for name in like.params}
     buffers = {name: values[MODEL + name] for name in like.buffers}
     return tree.with_leaves(_without_model(like), values)._replace(params=params, buffers=buffers)
@@ -69,7 +69,7 @@ def _without_model(state: TrainState) -> TrainState:
 
 
 def _place(state: TrainState, name: str) -> str:
-    """Where a user finds a leaf."""
+    """The expression by which a user finds a leaf."""
     if not name.startswith(MODEL):
         return f"state.{name}"
     own = name.removeprefix(MODEL)
@@ -77,7 +77,7 @@ def _place(state: TrainState, name: str) -> str:
 
 
 def unsaved_buffers(state: TrainState) -> set[str]:
-    """Leaves of the module that its own state_dict leaves out (``persistent=False``), so that no one else expects."""
+    """The buffers that the module's own state_dict leaves out (``persistent=False``); transformers expects none."""
     kept = {site.name for site in state.sites if site.attribute not in site.owner._non_persistent_buffers_set}
     return {MODEL + site.name for site in state.sites if site.name not in kept}
 
@@ -94,11 +94,11 @@ def matched(
     only: Only = None,
     rename: Rename = None,
 ) -> dict[str, str]:
-    """The checkpoint's own name of each leaf of the state that is to be filled.
+    """For each leaf of the state to be filled, the name of its leaf in the checkpoint.
 
     Raises:
-        CheckpointError: Naming each leaf that does not fit, where ``strict``; or if none does.
-        ValueError: If ``only`` or ``rename`` choose nothing, or two leaves for one name.
+        CheckpointError: With the name of each leaf that does not fit, if ``strict``; or if no leaf fits.
+        ValueError: If ``only`` or ``rename`` match no leaf, or give two leaves one name.
     """
     sources = _renamed(call, found, rename)
     chosen = _chosen(call, only, [*like, *(name for name in sources if name not in like)])
@@ -109,7 +109,7 @@ def matched(
         raise CheckpointError(_refusal(call, problems, have, like, nothing=not fitting))
     if problems:
         warnings.warn(
-            f"{call}: {len(fitting)} leaves restored; these were not, and are as in `like`:\n  "
+            f"{call}: {len(fitting)} leaves restored; these were not restored, and are as in `like`:\n  "
             + shortened(problems.values(), _SHOWN, str, "\n  "),
             stacklevel=3,
         )
@@ -161,7 +161,7 @@ def _renamed(call: str, found: Iterable[str], rename: Rename) -> dict[str, str]:
     for name in found:
         new = change(name)
         if new in sources:
-            raise ValueError(f"{call}: rename= calls both {sources[new]!r} and {name!r} {new!r}.")
+            raise ValueError(f"{call}: rename= gives {sources[new]!r} and {name!r} one name, {new!r}.")
         sources[new] = name
         changed |= new != name
     if not changed:
@@ -171,7 +171,7 @@ def _renamed(call: str, found: Iterable[str], rename: Rename) -> dict[str, str]:
 
 
 def _prefixes(rename: Mapping[str, str]) -> Callable[[str], str]:
-    """``{"encoder.": "body."}`` is for ``model/encoder.weight`` and for ``opt_state/0/mu/encoder.weight`` alike."""
+    """A function from name to name: ``{"encoder.": "body."}`` also changes ``opt_state/0/mu/encoder.weight``."""
     patterns = [(re.compile(rf"(^|/){re.escape(old)}"), new) for old, new in rename.items()]
 
     def change(name: str) -> str:
@@ -194,9 +194,12 @@ def _chosen(call: str, only: Only, names: list[str]) -> list[str]:
         unknown = sorted(set(only) - set(names))
         if unknown:
             near = ", ".join(closest(unknown[0], names, 3, likeness=0.3))
-            raise ValueError(f"{call}: only= names {unknown[0]!r}, which is in neither. Near it: {near}.")
+            raise ValueError(
+                f"{call}: only= has {unknown[0]!r}, which is neither in the state nor in the checkpoint. Near it:"
+                f" {near}."
+            )
         choose = set(only).__contains__
     chosen = [name for name in names if choose(name)]
     if not chosen:
-        raise ValueError(f"{call}: only= chooses none of the {len(names)} leaves: {shortened(names, 3, str)}.")
+        raise ValueError(f"{call}: only= matches none of the {len(names)} leaves: {shortened(names, 3, str)}.")
     return chosen
