@@ -80,7 +80,7 @@ def test_replay_proves_a_run_or_names_what_differs(tmp_path):
         tfn.replay(tmp_path, 2, 4, step=STEP, batches=lambda n: batch(n + 1), like=state())
     with pytest.raises(tfn.errors.CheckpointError, match="no checkpoint"):
         tfn.replay(tmp_path, 3, 4, step=STEP, batches=batch, like=state())
-    with pytest.raises(ValueError, match=r"from an earlier step to a later one"):
+    with pytest.raises(ValueError, match=r"give an earlier step and a later one"):
         tfn.replay(tmp_path, 4, 4, step=STEP, batches=batch, like=state())
     with pytest.raises(ValueError, match=r"can't be started in the middle"):
         tfn.replay(tmp_path, 2, 4, step=STEP, batches=[batch(2)], like=state())

@@ -193,7 +193,7 @@ def goes_on(plans, folder):
         run(plan, base / "b", 3, options)
         *found, text = said(run, plan, base / "b", 5, options)
         assert found[:2] == one_go[:2], name
-        assert ("going on from" in text) if rank() == 0 else text == ""
+        assert ("resuming from" in text) if rank() == 0 else text == ""
     return True
 
 

@@ -50,7 +50,7 @@ def write(target: Path, contents: Contents, ranks: Ranks = ALONE, prepare: Calla
         with _explaining(target, contents):
             for files in of_each[1:]:
                 _check_visible(beside, files)
-            # The manifest comes last, for it makes a folder a checkpoint. Then the folder is flushed, then it gets its name.
+            # The manifest comes last, for it makes a folder a checkpoint. The folder is flushed before it is renamed.
             _seal(beside, contents.manifest._replace(files={n: w for files in of_each for n, w in files.items()}))
             _disk.flush_folder(beside)
             _disk.publish(beside, target)

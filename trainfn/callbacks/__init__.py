@@ -1,4 +1,4 @@
-"""What happens after a step: functions of a `StepInfo`, for `trainfn.fit`.
+"""Callbacks for `trainfn.fit`: log, show progress, evaluate, stop early, keep the best.
 
 ::
 
