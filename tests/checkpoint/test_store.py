@@ -462,12 +462,12 @@ def test_any_json_comes_back(extra, tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"every": 0}, r"every=0\): a whole number from 1 on"),
+        ({"every": 0}, r"every=0\): give a whole number from 1 on"),
         ({"keep": -1}, r"keep=-1\)"),
         ({"keep": True}, r"keep=True\)"),
         ({"keep_every": 1.5}, r"keep_every=1.5\)"),
         ({"max_shard_size": "5GB"}, r"max_shard_size='5GB'\)"),
-        ({"mode": "least"}, r"mode='least'\): 'min' or 'max'"),
+        ({"mode": "least"}, r"mode='least'\): give 'min' or 'max'"),
     ],
 )
 def test_arguments_that_make_no_sense(options, match, tmp_path):
@@ -492,7 +492,7 @@ def test_text_files_stand_beside_the_state_and_are_sealed(tmp_path):
     file = store.newest() / "trainer_state.json"
     assert file.read_text() == '{"epoch": 1.0}'
     file.write_text('{"epoch": 2.0}')
-    with pytest.warns(UserWarning, match=r"trainer_state\.json: its bytes are not those that were written"):
+    with pytest.warns(UserWarning, match=r"trainer_state\.json: checksum mismatch: its bytes are not those that were written"):
         assert store.newest() is None
     for name in ("../x.json", ".hidden", "manifest.json", "more.safetensors", "a/b"):
         with pytest.raises(ValueError, match=r"is not a valid name for a file"):

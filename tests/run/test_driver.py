@@ -111,7 +111,7 @@ def test_batches_that_end_early_are_told():
     [
         (batch, {}, ValueError, r"never ends. Write `until=1000`"),
         (3, {}, TypeError, r"batches is a int. Give an iterable of batches"),
-        ([batch(0)], {"nonfinite": "ignore"}, ValueError, r"nonfinite='ignore': choose"),
+        ([batch(0)], {"nonfinite": "ignore"}, ValueError, r"nonfinite='ignore': give"),
         ([batch(0)], {"nonfinite": "skip"}, ValueError, r"this step does not skip.*skip_nonfinite"),
     ],
 )

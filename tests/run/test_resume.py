@@ -160,7 +160,7 @@ def test_what_changed_is_told_with_its_consequence(then, now, match, tmp_path, c
     go(tmp_path, 4, **now)
     err = capsys.readouterr().err
     assert re.search(match, err), err
-    assert "until was 2, is 4: the run ends elsewhere" in err
+    assert "until was 2, is 4: the run ends at another step" in err
 
 
 def test_an_unchanged_run_has_nothing_to_tell(tmp_path, capsys):
