@@ -1,8 +1,8 @@
 """Arithmetic on trees of tensors, so that an optimizer reads like its equations.
 
-A tree is any nesting of dicts, lists, tuples and NamedTuples. The vector operations (`add`, `mul`, `lerp`, …)
-take trees of one structure and use PyTorch's multi-tensor kernels: one launch, one graph node, for all leaves.
-`map` is for everything else.
+A tree is any nesting of dicts, lists, tuples and NamedTuples. The vector operations (`add`, `mul`, `lerp`, …) take
+trees of one structure and use PyTorch's multi-tensor kernels. All leaves take one launch and one graph node. `map` is
+for everything else.
 
 optree walks the trees of `map`; the vector operations walk plain dicts, lists, tuples and NamedTuples themselves.
 """
@@ -275,7 +275,7 @@ def global_norm(tree: Tree) -> Tensor:
 
 
 def _norm_over_ranks(flat: list[Any]) -> Tensor:
-    """Of distributed tensors: the parts' sums of squares, added up once for all that lie alike."""
+    """The sums of squares of sharded tensors, added up over ranks once for all that have one layout."""
     alike: dict[Any, list[Tensor]] = {}
     for x in flat:
         alike.setdefault(x.placements, []).append(x.to_local())
@@ -304,7 +304,7 @@ def whole(x: Any) -> Any:
 
 
 def split_like(x: Tensor, like: Any) -> Any:
-    """The inverse of `whole`: this rank's part of ``x``, laid out like ``like``.
+    """The inverse of `whole`: this rank's part of ``x``, sharded like ``like``.
 
     >>> import torch
     >>> split_like(torch.zeros(2), torch.ones(2))
@@ -331,7 +331,7 @@ def of_whole(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def sum_over(x: Tensor, group: Any) -> Tensor:
-    """The sum of ``x`` over the ranks of a group (a mesh of one axis, say), as a new tensor; in a graph it is one node.
+    """The sum of ``x`` over the ranks of a group (a mesh of one axis, say), as a new tensor. In a graph it is one node.
 
     >>> import trainfn as tfn
     >>> log = lambda x, mesh: tfn.tree.sum_over(x, mesh["replicate"])
@@ -366,7 +366,7 @@ def row_count(batch: Tree) -> int:
 def split(batch: Tree, num: int) -> Iterator[tuple[Tree, int]]:
     """Cut a batch into ``num`` pieces along the rows, sizes as equal as can be; yield (piece, first row).
 
-    Tensors without dimensions and values that are no tensors go to every piece.
+    Tensors without dimensions, and values of other types, go to every piece.
 
     Raises:
         ValueError: If the batch has fewer rows than pieces, or its tensors disagree on the number of rows.
@@ -379,8 +379,8 @@ def split(batch: Tree, num: int) -> Iterator[tuple[Tree, int]]:
     for name, leaf in named_leaves(batch).items():
         if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] != rows:
             raise ValueError(
-                f"a batch is split along its rows, but its tensors disagree on how many there are: {rows} in the first"
-                f" and {leaf.shape[0]} in batch[{name!r}] of shape {list(leaf.shape)}. Give every tensor the rows as"
+                f"a batch is split along its rows, but its first tensor has {rows} rows and batch[{name!r}]"
+                f" {leaf.shape[0]}, with the shape {list(leaf.shape)}. Give every tensor the rows as"
                 " its first dimension, or make it a scalar, which every micro-batch gets whole."
             )
     if rows < num:
