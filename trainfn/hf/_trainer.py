@@ -22,7 +22,7 @@ from trainfn.hf._evaluation import _loop as _evaluation
 from trainfn.hf._evaluation import _prediction
 from trainfn.hf._optim import _resolve as _optimization
 from trainfn.hf._parallel import _parameters as _whole
-from trainfn.hf._parallel._layout import ranks_of
+from trainfn.hf._parallel._layout import world_of
 from trainfn.hf._reporting._methods import Reporting, _hub, _logs
 from trainfn.hf._reporting._trackers import tracker_callbacks
 from trainfn.hf._run import _data, _search, _setup, _summary
@@ -80,7 +80,7 @@ class Trainer(Reporting):
         _setup.report_misspelt(cls, Trainer)
 
     # What a step looks at: the rest, such as the newest state and the logs, changes while it trains.
-    _steps_read: ClassVar = frozenset(("args", "model", "compute_loss_func", "label_smoother", "label_names", "_ranks"))
+    _steps_read: ClassVar = frozenset(("args", "model", "compute_loss_func", "label_smoother", "label_names", "_world"))
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Trainer(Reporting):
         self._device = self.args.device
         self.model_init = model_init
         self.model = _setup.first_model(model, model_init, self.args)
-        self._ranks = ranks_of(self.args, self.model)
+        self._world = world_of(self.args, self.model)
         self.processing_class = _setup.renamed("tokenizer", tokenizer, "processing_class", processing_class)
         self.data_collator = data_collator or _setup.default_collator(self.processing_class)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset

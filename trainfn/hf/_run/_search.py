@@ -43,10 +43,10 @@ def hyperparameter_search(
         ValueError: If there is no ``model_init``, the backend is another one, or an argument does not exist.
         ImportError: If optuna is not installed.
     """
-    if trainer._ranks.plan is not None:
+    if trainer._world.plan is not None:
         raise ValueError(
-            f"hyperparameter_search on {trainer._ranks.world} processes: each would draw trials of its own. Start the"
-            " search with `python script.py`, and train what it finds on all of them."
+            f"hyperparameter_search on {trainer._world.ranks.size} processes: each would draw trials of its own. Start"
+            " the search with `python script.py`, and train what it finds on all of them."
         )
     if trainer.model_init is None:
         raise ValueError(
