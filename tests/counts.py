@@ -101,7 +101,9 @@ def sentences(text: str) -> Iterator[str]:
         literal = paragraph.rstrip().endswith("::")
         flat = re.sub(r"\s+", " ", re.sub(r">>>.*", "", paragraph, flags=re.DOTALL)).strip()
         flat = re.sub(r"``.*?``|`[^`]*`", "code", flat)
-        yield from (s for s in re.split(r"(?<=[.!?])[\")'*]*\s+(?=[A-Z0-9(\"*]|code\b)", flat) if s)
+        yield from (
+            s for s in re.split(r"(?<!e\.g\.)(?<!i\.e\.)(?<=[.!?])[\")'*]*\s+(?=[A-Z0-9(\"*]|code\b)", flat) if s
+        )
 
 
 def words(sentence: str) -> int:
