@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
