@@ -325,7 +325,7 @@ def test_files_of_which_nothing_is_wanted_are_not_read(tmp_path):
     file = tmp_path / "c" / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     assert tfn.restore(tmp_path / "c", like=small(0), only=r"^model/").params["w"].tolist() == [4.0] * 3
-    with pytest.raises(CheckpointError, match=r"state.safetensors: checksum mismatch: its bytes are not those that were written"):
+    with pytest.raises(CheckpointError, match=r"state.safetensors: checksum mismatch"):
         tfn.restore(tmp_path / "c", like=small(0))
 
 

@@ -492,7 +492,7 @@ def test_text_files_stand_beside_the_state_and_are_sealed(tmp_path):
     file = store.newest() / "trainer_state.json"
     assert file.read_text() == '{"epoch": 1.0}'
     file.write_text('{"epoch": 2.0}')
-    with pytest.warns(UserWarning, match=r"trainer_state\.json: checksum mismatch: its bytes are not those that were written"):
+    with pytest.warns(UserWarning, match=r"trainer_state\.json: checksum mismatch"):
         assert store.newest() is None
     for name in ("../x.json", ".hidden", "manifest.json", "more.safetensors", "a/b"):
         with pytest.raises(ValueError, match=r"is not a valid name for a file"):
