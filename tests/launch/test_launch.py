@@ -187,7 +187,7 @@ OTHERS = [  # variables, the field, what becomes of it, why
     ({"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_TP_DEGREE": "2"}, "use_megatron_lm", "refused", "Megatron"),
     ({"ACCELERATE_WHAT": "1"}, "what", "ignored", "nothing here knows it"),
     ({**DS, "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}, "zero3_init_flag", "not needed", "meta device"),
-    ({**DS, "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}, "zero3_save_16bit_model", "not needed", "whole"),
+    ({**DS, "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}, "zero3_save_16bit_model", "not needed", "full"),
     ({**DS, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "offload_param_device", "ignored", "stage 3"),
     ({**DS, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "offload_optimizer_device", "refused", "engine"),
     ({**DS, "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "Moe"}, "deepspeed_moe_layer_cls_names", "refused", "engine"),
@@ -349,7 +349,7 @@ def test_deepspeed_is_an_explicit_choice(env, tmp_path):
     env(**DS, ACCELERATE_DEEPSPEED_CONFIG_FILE="nowhere.json")
     with pytest.raises(ValueError, match=r"deepspeed_config_file='nowhere.json': there is no such file"):
         tfn.launch.settings(deepspeed="native")
-    for content, said in (("{", "is no json"), ("[]", "holds a list")):
+    for content, said in (("{", "is not valid JSON"), ("[]", "the JSON is a list")):
         (tmp_path / "bad.json").write_text(content)
         env(ACCELERATE_DEEPSPEED_CONFIG_FILE=str(tmp_path / "bad.json"))
         with pytest.raises(ValueError, match=said):

@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from trainfn._grad import GradientFunction
-from trainfn._plan import _agree, _apply
+from trainfn._plan import _apply, _batches, _no_rows
 from trainfn._plan._layout import Layout, Stage
 from trainfn._types import Batch, Loss, Metrics, TrainState
 
@@ -77,11 +77,11 @@ class Plan(Layout):
     def check(self, state: TrainState) -> None:
         """Raise if a state is not laid out by this plan."""
         if self.world > 1:
-            _apply.check_laid_out(self, state)
+            _apply.check_sharded(self, state)
 
     def loss(self, loss: Loss) -> Loss:
         """The loss, which of a rank without rows is 0 of weight 0."""
-        return _apply.idle(loss)
+        return _no_rows.idle(loss)
 
     def gradients(self, gradients: GradientFunction) -> GradientFunction:
         """The gradients of this rank's rows."""
@@ -101,4 +101,4 @@ class Plan(Layout):
 
     def pieces(self, state: TrainState, batch: Batch, accumulate: int | str) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's micro-batches, each with the place of its first row among those of all ranks."""
-        return _agree.pieces_on(self, state, batch, accumulate)
+        return _batches.pieces_on(self, state, batch, accumulate)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from trainfn._plan import agreed, divided, plan_of
+from trainfn._plan import aligned, divided, plan_of
 from trainfn._run._batches import placed
 from trainfn._types import Batch, Mean, Metrics, TrainState
 
@@ -32,7 +32,7 @@ def evaluate(eval_step: Callable[[TrainState, Batch], Metrics], state: TrainStat
     plan = plan_of(eval_step)
     if plan is not None:
         part, equal = divided(plan, batches)
-        batches = agreed(iter(part), "evaluate(eval_step, state, batches)", equal=equal, parts=plan.data_size)
+        batches = aligned(iter(part), "evaluate(eval_step, state, batches)", equal=equal, parts=plan.data_size)
     total: Metrics = {}
     for batch in batches:
         metrics = {name: _wide(mean) for name, mean in eval_step(state, placed(batch, device)).items()}

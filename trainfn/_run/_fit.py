@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 
 from trainfn._checkpoint import Checkpoints, ranks_of
-from trainfn._plan import agreed, check_together, divided, plan_of
+from trainfn._plan import aligned, check_same_run, divided, plan_of
 from trainfn._ranks._errors import explained, launched
 from trainfn._ranks._group import ranks
 from trainfn._run._batches import Batches, placed, source
@@ -74,12 +74,12 @@ def _run(
         _check_alone()
     batches, equal = (batches, True) if plan is None else divided(plan, batches)
     if plan is not None:
-        check_together(plan, latest[0], until)
+        check_same_run(plan, latest[0], until)
     stream, until = source(batches, n, until)
     if plan is not None:
         until = None if until is None else max(ranks().gathered(until))
         what = f"steps(step, state, batches), step {n + 1} or later"
-        stream = agreed(stream, what, equal=equal, parts=plan.data_size)
+        stream = aligned(stream, what, equal=equal, parts=plan.data_size)
     watch = Watch(nonfinite)
     last = time.perf_counter()
     try:

@@ -10,6 +10,7 @@ import torch
 from trainfn._plan import Precision
 from trainfn._text import nearest
 from trainfn.launch._fields import Fate, Field, is_true
+from trainfn.launch._fsdp import VALID, strategy
 
 _GATHERED = "every operation gathers the parameters that it uses, so no module is wrapped"
 _PREFETCH = "no module is wrapped, so there is no next one to fetch"
@@ -46,7 +47,6 @@ _OWN = {
     *("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"),
     *("ACCELERATE_ALLOW_CP_STANDALONE", "ACCELERATE_USE_SAGEMAKER", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE"),
 }
-_STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -79,22 +79,22 @@ class Reading:
         self.seen: set[str] = set()
 
     def get(self, variable: str) -> str | None:
-        """The value, where the launcher said anything: it writes None for what nobody did."""
+        """The value; None if the launcher was not given one, for which it exports the word None."""
         value = self.env.get(variable)
         return None if value in (None, "", "None", "none") else value
 
-    def lay_out(self, **arguments: Any) -> None:
-        """Say how the plan lays a state out."""
+    def shard_by(self, **arguments: Any) -> None:
+        """Set the arguments by which the plan shards a state."""
         kept = {name: value for name, value in self.plan.items() if name in ("precision", "offload", "rules")}
         self.plan = {**kept, **arguments}
 
     def note(self, variable: str, fate: Fate, detail: str) -> None:
-        """Say what became of a variable."""
+        """Record what became of a variable."""
         self.seen.add(variable)
         self.fields.append(Field(shown(variable), self.env[variable], fate, detail))
 
     def unread(self, *prefixes: str) -> list[str]:
-        """The variables with a value that nothing was said about yet."""
+        """The variables with a value whose fate is not recorded yet."""
         return [
             name
             for name in sorted(self.env)
@@ -153,7 +153,7 @@ def _fsdp(reading: Reading) -> None:
     version = reading.env.get("FSDP_VERSION", "1")
     if "FSDP_VERSION" in reading.env:
         reading.note("FSDP_VERSION", "mapped", f"how its other fields are read: {_V2 if version == '2' else _V1}")
-    reading.lay_out(shard=-1, stage=3)
+    reading.shard_by(shard=-1, stage=3)
     (_fsdp_2 if version == "2" else _fsdp_1)(reading)
     _offload(reading)
     _state_dict(reading)
@@ -163,32 +163,11 @@ def _fsdp(reading: Reading) -> None:
 
 
 def _fsdp_1(reading: Reading) -> None:
-    given = (reading.get("FSDP_SHARDING_STRATEGY") or "FULL_SHARD").upper()
-    named = {str(i + 1): name for i, name in enumerate(_STRATEGIES)}
-    strategy = named.get(given, given)
-    plans: dict[str, tuple[dict[str, Any], str]] = {
-        "FULL_SHARD": ({"shard": -1, "stage": 3}, "Plan.fsdp()"),
-        "SHARD_GRAD_OP": (
-            {"shard": -1, "stage": 3, "reshard": False},
-            "Plan.fsdp(reshard=False): parameters are split between steps, and whole from the forward pass to the"
-            " backward's end",
-        ),
-        "NO_SHARD": ({"replicate": -1}, "Plan.replicated()"),
-        "HYBRID_SHARD": (
-            {"replicate": reading.nodes, "shard": -1, "stage": 3},
-            f"Plan.fsdp(replicate={reading.nodes}): split within each machine",
-        ),
-        "HYBRID_SHARD_ZERO2": (
-            {"replicate": reading.nodes, "shard": -1, "stage": 3, "reshard": False},
-            f"Plan.fsdp(replicate={reading.nodes}, reshard=False): split within each machine",
-        ),
-    }
-    if strategy in plans:
-        layout, detail = plans[strategy]
-        reading.lay_out(**layout)
-        fate: Fate = "mapped"
-    else:
-        fate, detail = "refused", f"one of {', '.join(_STRATEGIES)}, or its number from 1 on."
+    found = strategy(reading.get("FSDP_SHARDING_STRATEGY") or "FULL_SHARD", reading.nodes)
+    fate: Fate = "refused" if found is None else "mapped"
+    detail = VALID if found is None else found.detail
+    if found is not None:
+        reading.shard_by(**{name: getattr(found.plan, name) for name in ("replicate", "shard", "stage", "reshard")})
     if "FSDP_SHARDING_STRATEGY" in reading.env:
         reading.note("FSDP_SHARDING_STRATEGY", fate, detail)
     if reading.get("FSDP_RESHARD_AFTER_FORWARD") is not None:
@@ -318,8 +297,8 @@ def _compilation(reading: Reading) -> None:
     dynamic = reading.get("ACCELERATE_DYNAMO_USE_DYNAMIC")
     if dynamic is not None:
         options |= {"dynamic": True} if is_true(dynamic) else {}
-        said = "dynamic=True" if is_true(dynamic) else "dynamic=None: for any size once a size has changed"
-        reading.note("ACCELERATE_DYNAMO_USE_DYNAMIC", "mapped", f"Launch.compile: {said}")
+        detail = "dynamic=True" if is_true(dynamic) else "dynamic=None: for any size once a size has changed"
+        reading.note("ACCELERATE_DYNAMO_USE_DYNAMIC", "mapped", f"Launch.compile: {detail}")
     regional = reading.get("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
     if regional is not None:
         fate: Fate = "ignored" if asked and is_true(regional) else "not needed"
