@@ -204,7 +204,7 @@ def test_one_process_trains_the_same_and_is_told_once(tmp_path, capsys):
         assert torch.equal(one, other)
     said = capsys.readouterr().out
     assert "runs natively, as a plan of the same ZeRO stage. DeepSpeed's own engine is `tfn.deepspeed.init(mo" in said
-    assert "as the training arguments say: train_batch_size=8, " in said
+    assert "from the training arguments: train_batch_size=8, " in said
     assert "the warm-up is linear; DeepSpeed's, without" in said and "biases and norms don't decay" in said
     assert "zero_optimization.stage               3      mapped      Plan.zero(3)" in said
     Trainer(gpt2(), trainer.args)
@@ -244,7 +244,7 @@ def test_a_launchers_yaml_and_the_arguments_that_it_says(monkeypatch, capsys):
     assert (args.max_grad_norm, args.gradient_accumulation_steps, args.bf16) == (0.7, 1, True)
     said = capsys.readouterr().out
     assert "the DeepSpeed configuration of `accelerate launch`: runs natively" in said
-    assert "max_grad_norm=0.7, as the configuration of `accelerate launch` says" in said
+    assert "max_grad_norm=0.7, from the configuration of `accelerate launch`" in said
     assert "clipping   global norm 0.7" in trainer_summary(trainer)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(ValueError, match=r"launch` can't work.*steps=2, .*: write `gradient_accumulation_steps=2`"):

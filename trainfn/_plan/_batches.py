@@ -132,7 +132,7 @@ def _borrowed(batch: Batch, full: list[int], last: Batch) -> Batch:
     if not full:
         raise ValueError("step(state, batch): no rank has a row, and none had one before: there is nothing to compute.")
     mine = tree.map(lambda x: x.cpu() if isinstance(x, Tensor) else x, batch) if rank() == full[0] else None
-    # A whole batch of one rank, to all; only when a rank has no rows before it ever had any.
+    # All bytes of one rank's batch, to all; only when a rank has no rows before it ever had any.
     theirs = ranks().gathered(mine)[full[0]]
     return theirs if last is None else last
 

@@ -22,10 +22,10 @@ _GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
 
 def autos(config: Mapping[str, Any] | str | Path | None = None) -> list[str]:
-    """The entries of a configuration that say ``"auto"`` and that `init` needs a value for, by their dotted names.
+    """Return the dotted names of the ``"auto"`` entries that `init` needs a value for.
 
     Args:
-        config: What `init` takes.
+        config: As for `init`.
 
     >>> autos({"gradient_clipping": "auto", "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}})
     ['gradient_clipping', 'optimizer.params.lr']
@@ -34,7 +34,7 @@ def autos(config: Mapping[str, Any] | str | Path | None = None) -> list[str]:
 
 
 def resolved(config: Mapping[str, Any] | str | Path | None, values: Mapping[str, Any], model: nn.Module) -> Config:
-    """The configuration with every ``auto`` replaced.
+    """Return the configuration with a value for every ``auto``.
 
     Raises:
         ValueError: If an ``auto`` is left, or a value contradicts the configuration.
@@ -47,8 +47,8 @@ def resolved(config: Mapping[str, Any] | str | Path | None, values: Mapping[str,
     if left:
         given = ", ".join(f'"{name}": …' for name in left)
         raise ValueError(
-            f'init(model, config=...): {", ".join(left)} {"is" if len(left) == 1 else "are"} "auto", and nothing here'
-            f" says what that is. Write `tfn.deepspeed.init(model, ..., values={{{given}}})`, or the number in the"
+            f'init(model, config=...): {", ".join(left)} {"is" if len(left) == 1 else "are"} "auto", and no value'
+            f" is given. Write `tfn.deepspeed.init(model, ..., values={{{given}}})`, or the number in the"
             " configuration."
         )
     if "train_batch_size" not in out and "train_micro_batch_size_per_gpu" not in out:

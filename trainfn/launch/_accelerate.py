@@ -1,4 +1,4 @@
-"""From what ``accelerate launch`` exports to a plan, and to what is beside it."""
+"""From the variables that ``accelerate launch`` exports to a plan, and to settings beside it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SHOWN = {  # where the key of the yaml is not the variable's name
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
     "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "deepspeed_moe_layer_cls_names",
 }
-# Of the machine and of Accelerate itself; `join` and Accelerate read them.
+# Variables of the machine and of Accelerate itself, which `join` and Accelerate read.
 _OWN = {
     *("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_TORCH_DEVICE"),
     *("ACCELERATE_LOG_LEVEL", "ACCELERATE_ENABLE_RICH", "ACCELERATE_DISABLE_RICH", "ACCELERATE_DEBUG_RDV_FILE"),
@@ -51,7 +51,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def shown(variable: str) -> str:
-    """The name that the user gave what became this variable.
+    """Return the name that the user wrote for a variable.
 
     >>> shown("FSDP_STATE_DICT_TYPE"), shown("ACCELERATE_DYNAMO_BACKEND"), shown("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     ('fsdp_state_dict_type', 'dynamo_backend', 'zero_stage')
@@ -61,14 +61,14 @@ def shown(variable: str) -> str:
 
 
 class Reading:
-    """The variables of a launcher, as far as they were read.
+    """The variables of a launcher, and the settings that were read from them.
 
     Attributes:
         env: Their values.
         nodes: The number of machines.
         plan: The arguments of the plan.
-        rest: Those of `Launch` beside it.
-        fields: What became of each.
+        rest: The arguments of `Launch` beside the plan.
+        fields: The fate of each variable.
     """
 
     def __init__(self, env: Mapping[str, str], nodes: int = 1) -> None:
@@ -103,7 +103,7 @@ class Reading:
 
 
 def read(reading: Reading) -> None:
-    """Read all but DeepSpeed's variables, and the sizes of axes."""
+    """Read all variables but DeepSpeed's and the sizes of axes."""
     _megatron(reading)
     _precision(reading)
     _fsdp(reading)
@@ -111,12 +111,12 @@ def read(reading: Reading) -> None:
 
 
 def finish(reading: Reading) -> None:
-    """Name what was not read."""
+    """Record the variables that were not read."""
     others = ("FSDP_SHARDING_STRATEGY", "FSDP_STATE_DICT_TYPE", "FSDP_RESHARD_AFTER_FORWARD", "FSDP_OFFLOAD_PARAMS")
     known = {shown(variable) for variable in (*_NOT_NEEDED, *reading.seen, *others)}
     for name in reading.unread("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_"):
         off = _switched_off(reading, name)
-        reading.note(name, "ignored", off or f"nothing here knows it.{nearest(shown(name), known)}")
+        reading.note(name, "ignored", off or f"the name is unknown.{nearest(shown(name), known)}")
 
 
 def _switched_off(reading: Reading, name: str) -> str | None:
@@ -137,8 +137,8 @@ def _megatron(reading: Reading) -> None:
         reading.note(
             "ACCELERATE_USE_MEGATRON_LM",
             "refused",
-            "Megatron-LM is not here. For tensor parallelism, `distributed_type: FSDP` with `fsdp_version: 2` and a"
-            " `parallelism_config`.",
+            "there is no Megatron-LM here. For tensor parallelism, write `distributed_type: FSDP`, `fsdp_version: 2`"
+            " and a `parallelism_config`.",
         )
         for name in reading.unread("MEGATRON_LM_"):
             reading.note(name, "ignored", "as is Megatron-LM")
@@ -210,7 +210,7 @@ def _ignored_modules(reading: Reading) -> None:
     pattern = reading.get("FSDP_IGNORED_MODULES")
     if pattern is not None:
         reading.plan["rules"] = ((rf"^(?:{pattern})\.", "replicate"),)
-        reading.note("FSDP_IGNORED_MODULES", "mapped", f"Plan(rules={reading.plan['rules']}): whole on every rank")
+        reading.note("FSDP_IGNORED_MODULES", "mapped", f"Plan(rules={reading.plan['rules']}): full on every rank")
 
 
 def _recomputation(reading: Reading) -> None:
@@ -302,7 +302,7 @@ def _compilation(reading: Reading) -> None:
     regional = reading.get("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
     if regional is not None:
         fate: Fate = "ignored" if asked and is_true(regional) else "not needed"
-        reading.note("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", fate, "the step is compiled whole")
+        reading.note("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", fate, "the step is compiled as one graph")
     _rest(reading, "ACCELERATE_DYNAMO_")
     if asked:
         reading.rest["compile"] = options

@@ -32,7 +32,7 @@ _TUNING = "how DeepSpeed's own communication is cut up; the result is the same"
 _YOURS = "is what you give the step"
 _ENGINE = "Only the engine has it: `tfn.deepspeed.init(model, config=...)`."
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_STATIC: list[tuple[str, Fate, str]] = [  # a pattern for names; the first that matches
+_STATIC: list[tuple[str, Fate, str]] = [  # (pattern of names, fate, reason); the first that matches counts
     (r"^(train_batch_size|train_micro_batch_size_per_gpu)$", "ignored", f"the batch {_YOURS}"),
     (r"^zero3_init_flag$", "not needed", "`tfn.shard` splits a model that is on the meta device on the other ranks"),
     (r"stage3_gather_(16bit|fp16)_weights_on_model_save$", "not needed", "what is saved for users is full"),
@@ -61,7 +61,7 @@ _STATIC: list[tuple[str, Fate, str]] = [  # a pattern for names; the first that 
         "ignored",
         "of DeepSpeed's engine only",
     ),
-    (r"^activation_checkpointing(\.|$)", "ignored", "say it to the model: `model.gradient_checkpointing_enable()`"),
+    (r"^activation_checkpointing(\.|$)", "ignored", "write `model.gradient_checkpointing_enable()`"),
     (
         r"^zero_optimization\.(zero_hpz_partition_size|zero_quantized_\w+|mics_\w+|zeropp_\w+|param_persistence\w*)$",
         "refused",
@@ -125,7 +125,7 @@ class _Native:
             self.note(entry, "not needed", "nothing is float16")
         elif found is None:
             known = [name for name in (*_HANDLERS, *_NAMES.values(), "train_batch_size", "zero_optimization")]
-            self.note(entry, "refused", f"nobody knows it.{nearest(entry.name, known)}")
+            self.note(entry, "refused", f"the name is unknown.{nearest(entry.name, known)}")
         elif found[1] != "not needed" and harmless:
             self.note(entry, "not needed", "it asks for nothing")
         else:
@@ -152,7 +152,7 @@ def configured(reading: Reading) -> dict[str, Any]:
 
 
 def _value(written: Any) -> Any:
-    """A number or a flag that was exported as text."""
+    """The value of a number or a flag that was exported as text."""
     try:
         return json.loads(written) if isinstance(written, str) else written
     except json.JSONDecodeError:
@@ -221,14 +221,16 @@ def _half(name: str, dtype: torch.dtype) -> Callable[[_Native, Entry], None]:
         launched = native.reading.rest.get("mixed_precision", "no")
         on = launched == name if entry.value == "auto" else is_true(text(entry.value))
         if on and launched not in ("no", name):
-            native.note(entry, "refused", f"mixed_precision={launched} says something else. Leave one of them out.")
+            native.note(entry, "refused", f"mixed_precision={launched} contradicts it. Leave one of them out.")
             return
         if on:
             native.reading.plan["precision"] = Precision(compute=dtype)
             native.reading.rest["mixed_precision"] = name
             if name == "fp16":
                 native.reading.rest.setdefault("loss_scale", {})
-        native.note(entry, "mapped", f"Plan(precision=Precision(compute={dtype}))" if on else "as mixed_precision says")
+        native.note(
+            entry, "mapped", f"Plan(precision=Precision(compute={dtype}))" if on else "decided by mixed_precision"
+        )
 
     return handle
 
@@ -265,7 +267,7 @@ def _number(argument: str, convert: Callable[[Any], Any], line: str) -> Callable
 
 
 def _chosen(native: _Native, entry: Entry) -> None:
-    """An optimizer or a scheduler: all auto is what the user gives; a number is one that would be lost."""
+    """An entry of an optimizer or a scheduler: if all are auto, the step's own counts; a number would be lost."""
     section = entry.name.partition(".")[0]
     auto = all(
         value in ("auto", None, [])

@@ -91,7 +91,7 @@ def report(found: Configured, args: Any) -> None:
         ' `tfn.deepspeed.init(model)`: see "The real DeepSpeed, as a step" in the README.'
     )
     filled = ", ".join(f"{name}={value}" for name, value in found.filled.items())
-    for line in ([f"as the training arguments say: {filled}"] if filled else []) + found.notes:
+    for line in ([f"from the training arguments: {filled}"] if filled else []) + found.notes:
         print(f"  {line}")
 
 
@@ -133,7 +133,7 @@ def _rest(config: DeepSpeedJson, filled: Mapping[str, Any]) -> Config:
     return rest.content
 
 
-# --- what the arguments say ---------------------------------------------------------------------------------------
+# --- the values of the arguments -----------------------------------------------------------------------------------
 
 
 def _take(args: Any) -> list[str]:
@@ -147,7 +147,7 @@ def _take(args: Any) -> list[str]:
         given = os.environ.get(variable, "auto").lower()
         if given not in ("auto", "none", "") and kind(given) != getattr(args, name) == fields[name].default:
             setattr(args, name, kind(given))
-            notes.append(f"{name}={kind(given)}, as the configuration of `accelerate launch` says")
+            notes.append(f"{name}={kind(given)}, from the configuration of `accelerate launch`")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Somebody else's loader on several ranks: whose batches are whose."""
+"""Loaders on several ranks, also those of others: the batches that each rank gets."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from trainfn.hf._parallel._world import World
 
 
 def dealt(world: World, loader: Any) -> Any:
-    """A loader's part for this rank.
+    """Return a loader's part for this rank.
 
     ======================================= ==========================================================================
-    of the Trainer, or one of `trainfn`      its rows of every batch; all ranks together have the whole one
-    with a ``DistributedSampler``            all: it is this rank's part already
+    of the Trainer, or one of `trainfn`      its rows of every batch
+    with a ``DistributedSampler``            all batches: the loader is this rank's part already
     prepared by Accelerate                   the same
-    any other                                every N-th batch, as Accelerate deals them out; the others are read, too
+    any other                                every N-th batch, as in Accelerate; the others are read, too
     ======================================= ==========================================================================
     """
     if world.plan is None:
@@ -40,7 +40,7 @@ def is_divided(loader: Any) -> bool:
 
 
 class Dealt:
-    """Every N-th batch of a loader that all ranks read; what it has besides is the loader's.
+    """Every N-th batch of a loader that all ranks read; other attributes are the loader's.
 
     Args:
         world: The processes of the run.
@@ -64,19 +64,20 @@ class Dealt:
 
 
 class Own(Dealt):
-    """A loader of this rank's part. It goes on until no rank has a batch, with batches of no rows."""
+    """A loader of this rank's part, which gives batches of no rows until no rank has a batch."""
 
     def __iter__(self) -> Generator[Any]:
         last, batches = None, iter(self.loader)
         while True:
             batch = next(batches, None)
+            # 4 bytes a rank, once a batch: a rank that stopped earlier would leave the others waiting.
             if not self.world.ranks.any([batch is not None])[0]:
                 return
             last = batch if batch is not None else last
             if last is None:
                 raise ValueError(
                     f"Trainer: this rank's loader, a {type(self.loader).__name__}, has no batch at all, and another's"
-                    " has. Give all ranks the whole dataset, `Trainer(train_dataset=...)`, and it is divided."
+                    " has. Give all ranks the same full dataset, `Trainer(train_dataset=...)`, and it is divided."
                 )
             yield last if batch is not None else tfn.data.no_rows(last)
 
