@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from trainfn.launch._json import Config, DeepSpeedJson
+from trainfn.launch import DeepSpeedJson
+
+Config = dict[str, Any]
 
 _SIZES = {  # DeepSpeed's own advice, in hidden sizes; without one, its defaults
     "zero_optimization.reduce_bucket_size": lambda hidden: hidden * hidden,
