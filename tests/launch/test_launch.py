@@ -260,6 +260,25 @@ def zero(tmp_path, **changes):
     return path
 
 
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("full_shard", tfn.Plan.fsdp()),
+        ("2", tfn.Plan.fsdp(reshard=False)),
+        ("NO_SHARD", tfn.Plan.replicated()),
+        ("HYBRID_SHARD", tfn.Plan.fsdp(replicate=3)),
+        ("5", tfn.Plan.fsdp(replicate=3, reshard=False)),
+    ],
+)
+def test_strategies_of_fsdp(name, plan):
+    assert tfn.launch.fsdp_plan(name, nodes=3) == plan
+
+
+def test_a_strategy_that_fsdp_does_not_have():
+    with pytest.raises(ValueError, match=r"fsdp_plan\('6'\): that is not a strategy. Write one of FULL_SHARD, "):
+        tfn.launch.fsdp_plan("6")
+
+
 def test_the_usual_zero_3_json(env, tmp_path, capsys):
     with pytest.warns(UserWarning, match="not honoured: steps_per_print=2000"):
         launch = tfn.launch.settings(config=zero(tmp_path), deepspeed="native")
