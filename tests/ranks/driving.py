@@ -278,7 +278,7 @@ def cases(plan):
     yield "rule", partial(refused, tfn.Plan.fsdp(rules=(("zz", "rows"),)), "matches none")
     split = tfn.Plan(tensor=2, rules=(("conv.weight", "columns"),))
     yield "columns", partial(refused, split, "can't be split into 2 equal columns")
-    yield "no rule", partial(refused, tfn.Plan(tensor=2), "no rule says which layers")
+    yield "no rule", partial(refused, tfn.Plan(tensor=2), "no rule names the layers")
     yield "batch statistics", partial(batch_statistics, plan)
     yield "values on rank 0 alone", partial(meta_case, plan)
     yield "NaN on one rank", partial(nan_case, plan)
