@@ -1,4 +1,4 @@
-"""What a loader and a stream have in common: from a batch's rows to the batch."""
+"""From a batch's rows to the batch: the part that a loader and a stream share."""
 
 from __future__ import annotations
 

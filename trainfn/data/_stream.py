@@ -119,7 +119,7 @@ class Stream:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What the batches are made of, for JSON."""
+        """The description of all batches, for JSON."""
         fields = ("batch_size", "last", "shuffle", "seed", "length", "epochs")
         return {
             "kind": "stream",
@@ -243,7 +243,7 @@ def stream(
             makes any position as near as the first. A source with ``skip(rows)``, as Hugging Face has it, is skipped
             with that. Otherwise rows are read and dropped to get to a step.
         batch_size: Rows of a global batch.
-        last: What becomes of the last rows of a pass; see `Sampler`.
+        last: How the last rows of a pass are used; see `Sampler`.
         shuffle: Shuffle blocks of so many rows, keyed by (seed, epoch, block); 0 for not. A block is held in memory,
             and starting inside of one costs reading it.
         seed: Any 64-bit integer.
