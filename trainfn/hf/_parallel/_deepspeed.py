@@ -89,7 +89,7 @@ def tell(found: Configured, args: Any) -> None:
     """Print what becomes of the configuration, all but the table of the plan's fields."""
     print(
         f"{_source(args)}: runs natively, as a plan of the same ZeRO stage. DeepSpeed's own engine is"
-        ' `tfn.deepspeed.init(model)`: see "The real DeepSpeed, as a step" in the README.'
+        ' `tfn.deepspeed.init(model)`: see the guide `deepspeed.md`.'
     )
     filled = ", ".join(f"{name}={value}" for name, value in found.filled.items())
     for line in ([f"as the training arguments say: {filled}"] if filled else []) + found.notes:
