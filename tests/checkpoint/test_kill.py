@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import takes_long
+
 SCRIPT = Path(__file__).with_name("kill_training.py")
 
 
@@ -24,6 +26,6 @@ def test_a_killed_run_ends_with_the_same_bits():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("TRAINFN_LONG"), reason="takes minutes: set TRAINFN_LONG=1 to run it")
+@takes_long
 def test_a_run_killed_anywhere_ends_with_the_same_bits():
     run(400, 1200)

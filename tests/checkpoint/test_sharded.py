@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import takes_long
+
 HERE = Path(__file__).parent
 CASES = (
     *("every_layout", "a_run_goes_on", "signals", "rotation", "a_full_disk", "mistakes", "damage", "another_run"),
@@ -60,6 +62,6 @@ def test_a_rank_that_is_killed_takes_nothing_with_it():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("TRAINFN_LONG"), reason="takes minutes: set TRAINFN_LONG=1 to run it")
+@takes_long
 def test_a_rank_killed_anywhere_takes_nothing_with_it():
     run("kill_ranks.py", "--kills", 180, "--seed", 1, timeout=1800)

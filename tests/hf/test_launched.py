@@ -21,6 +21,7 @@ from transformers import BatchEncoding, BertForSequenceClassification, EarlyStop
 from transformers.training_args import ParallelMode
 
 import trainfn as tfn
+from tests.helpers import takes_long
 from tests.hf.models import bert, gpt2, tokens
 from tests.hf.script_folders import write_all
 from tests.launch.test_launch import adapted
@@ -358,6 +359,7 @@ def test_a_script_by_accelerate_launch(tmp_path):
     assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
 
 
+@takes_long
 @pytest.mark.slow
 def test_the_functional_script_by_torchrun(tmp_path):
     """Two processes go on where one was, and end where it ends."""

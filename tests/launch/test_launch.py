@@ -18,6 +18,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig, T5Config
 
 import trainfn as tfn
+from tests.helpers import long
 from trainfn.__main__ import main
 from trainfn.launch._config import exported
 from trainfn.launch._settings import fields_of, read_environment
@@ -485,9 +486,9 @@ def stand_in(tmp_path):
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
-        ("ddp", "replicate=-1, shard=1, tensor=1, stage=0"),
+        long("ddp", "replicate=-1, shard=1, tensor=1, stage=0"),
         ("fsdp", "replicate=1, shard=-1, tensor=1, stage=3"),
-        ("deepspeed_file", "replicate=1, shard=-1, tensor=1, stage=3"),
+        long("deepspeed_file", "replicate=1, shard=-1, tensor=1, stage=3"),
         ("deepspeed", "replicate=1, shard=-1, tensor=1, stage=2"),
     ],
 )
