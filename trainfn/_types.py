@@ -102,8 +102,8 @@ Schedule: TypeAlias = Callable[[Tensor], Tensor]
 class TrainState(NamedTuple):
     """Everything a training step reads and writes, as one immutable tree of tensors.
 
-    Made by `trainfn.init`, which returns a subclass that remembers the module: structure lives in the
-    type, numbers in the value, so `_replace`, `optree.tree_map` and friends keep it.
+    Made by `trainfn.init`, which returns a subclass that remembers the module. Structure lives in the type and numbers
+    in the value, so `_replace`, `optree.tree_map` and friends keep it.
 
     Attributes:
         step: Completed optimizer updates, ``int64[]``.
@@ -171,7 +171,7 @@ class Step(Protocol):
 
 
 class StepInfo(NamedTuple):
-    """What the driver yields after each step, and what callbacks see.
+    """One finished step: `steps` yields it, and callbacks get it.
 
     Attributes:
         n: Completed steps: the value of ``state.step``.
@@ -190,7 +190,7 @@ class StepInfo(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """What a callback returns to end the run after the step at hand.
+    """A callback returns this to end the run after the current step.
 
     Attributes:
         reason: Why; `fit` prints it.

@@ -662,3 +662,23 @@ def test_an_error_leaves_nothing_of_the_trace_on_the_module():
     with pytest.raises(ZeroDivisionError, match="mine"):
         step(state, batch())
     assert not hasattr(module.aux, "fake_mode")
+
+
+def test_numbers_are_written_on_the_device_where_they_are_used():
+    """A copy from the host would make a step wait, and a CUDA graph can't record it."""
+    from trainfn._compile._graph import lift_constants
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    held = graph.get_attr("held")
+    fresh = graph.call_function(torch.ops.aten.lift_fresh_copy.default, (held,))
+    options = {"dtype": torch.bfloat16, "device": torch.device("meta")}
+    moved = graph.call_function(torch.ops.aten._to_copy.default, (fresh,), options)
+    graph.output([graph.call_function(torch.ops.aten.mul.Tensor, (x, moved))])
+    module = torch.fx.GraphModule({"held": torch.tensor(1.5)}, graph)
+    assert lift_constants(module, lambda value: value) == []
+    names = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+    assert names == ["aten.full.default", "aten.mul.Tensor"]
+    full = next(iter(module.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)))
+    assert full.args == ([], 1.5)
+    assert (full.kwargs["dtype"], full.kwargs["device"]) == (torch.bfloat16, torch.device("meta"))

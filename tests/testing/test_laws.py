@@ -274,7 +274,7 @@ def test_a_loss_is_a_function(law):
 
 
 def test_padding_must_be_known():
-    with pytest.raises(ValueError, match=r"can't tell what marks a row of \['x'\] as padding.*pad="):
+    with pytest.raises(ValueError, match=r"can't guess the value that marks a row of \['x'\] as padding.*pad="):
         tt.check_padding_invariant(lambda model, b: tfn.Mean.of(model(b["x"])), None, {"x": tt.floats(4)})
 
 
