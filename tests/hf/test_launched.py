@@ -7,8 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +23,7 @@ from tests.helpers import takes_long
 from tests.hf.models import bert, gpt2, tokens
 from tests.hf.script_folders import write_all
 from tests.launch.test_launch import adapted
+from tests.processes import printed
 from trainfn import Trainer, TrainingArguments
 from trainfn.data import NoRows, is_empty, no_rows
 from trainfn.hf._parallel import _layout, _world
@@ -324,12 +323,8 @@ def test_ctrl_c_after_the_last_step_ends_all_ranks():
 
 
 def run(*command, cwd, **variables):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", **variables}
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=170, env=env, cwd=cwd, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
+    variables = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", **variables}
+    return printed(*command, timeout=170, cwd=cwd, **variables)
 
 
 @pytest.mark.slow
