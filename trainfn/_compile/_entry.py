@@ -11,11 +11,11 @@ from torch import Tensor
 
 from trainfn._compile._ahead import Helper
 from trainfn._compile._backend import Built
-from trainfn._compile._donate import local
 from trainfn._compile._outside import Outside
 from trainfn._compile._straight import emptier, maker, taker
 from trainfn._compile._structure import Row, Structure
 from trainfn._compile._trace import Trace
+from trainfn._dtensor import held
 from trainfn._types import TrainState
 
 
@@ -120,10 +120,10 @@ class Entry:
         """Run; return the result, and the leaves of the new state as `Known` takes them."""
         tensors = leaves if self._inputs is None else [leaves[i] for i in self._inputs]
         if self._sharded:
-            tensors = [local(x) for x in tensors]
+            tensors = [held(x) for x in tensors]
         out = self.run(*tensors, *self.constants) if self.constants else self.run(*tensors)
         if self._sharded:
-            out = [x if how is None else how.whole(x) for x, how in zip(out, self._layouts, strict=True)]
+            out = [x if how is None else how.of_local(x) for x, how in zip(out, self._layouts, strict=True)]
         made = (self._finish or self._finisher(out, leaves))(leaves, out)
         if self._retire is not None:
             self._retire(state)

@@ -12,14 +12,16 @@ from trainfn import tree
 from trainfn._compile._ahead import Helper, order
 from trainfn._compile._backend import Built, Settings, build, is_built
 from trainfn._compile._capture import capture
-from trainfn._compile._donate import local, overwrite
+from trainfn._compile._donate import overwrite
 from trainfn._compile._entry import Early, Entry, Known, largest
 from trainfn._compile._outside import Outside, environment
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import Seen, dimensions
 from trainfn._compile._straight import taker
 from trainfn._compile._structure import Misfit, Row, Structure, flatten, structure
-from trainfn._compile._trace import Trace, donation, layout_of
+from trainfn._compile._trace import Trace, donation
+from trainfn._dtensor import held, spec_of
+from trainfn._text import shortened
 from trainfn.errors import RecompileError
 
 _Signature = tuple[Hashable, ...]
@@ -235,7 +237,7 @@ class Program:
     def _built(self, found: Trace, outside: Outside, args: tuple[Any, ...], leaves: list[Any]) -> Entry:
         key = _key(found)
         if key not in self._programs:
-            inputs = [local(leaves[i]) for i in found.inputs] + found.constants
+            inputs = [held(leaves[i]) for i in found.inputs] + found.constants
             self._programs[key] = build(found, inputs, self.settings, self.report)
             shapes = self._shapes.setdefault(key, _shapes(args[1:]))
             shown = ", ".join(f"{k}: {v}" for k, v in shapes.items()) if self.name != "update" else ""
@@ -273,7 +275,7 @@ def _separate(donated: list[bool], leaves: list[Any]) -> None:
     seen: set[int] = set()
     for i, yes in enumerate(donated):
         if yes and isinstance(leaves[i], Tensor) and leaves[i].numel():
-            memory = local(leaves[i]).untyped_storage()._cdata
+            memory = held(leaves[i]).untyped_storage()._cdata
             leaves[i] = leaves[i].clone() if memory in seen else leaves[i]
             seen.add(memory)
 
@@ -292,7 +294,7 @@ def _kind(x: Any) -> Hashable:
     """All that Python can see of a leaf."""
     if isinstance(x, Tensor):
         kind = (x.shape, x.dtype, x.device, x.stride(), x.requires_grad)
-        spread = None if type(x) is Tensor else layout_of(x)
+        spread = None if type(x) is Tensor else spec_of(x)
         conjugate = x.dtype.is_complex and x.is_conj()
         return kind if spread is None and not conjugate else (kind, spread, conjugate)
     try:
@@ -321,4 +323,4 @@ def _difference(new: dict[str, str], known: list[dict[str, str]]) -> str:
     changes = [
         f"{name} from {nearest.get(name, 'absent')} to {new[name]}" for name in new if nearest.get(name) != new[name]
     ]
-    return ", ".join(changes[:4])
+    return shortened(changes, write=str)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from trainfn._compile._ahead import Helper
-from trainfn._compile._donate import local
 from trainfn._compile._program import Program
+from trainfn._dtensor import held
 from trainfn._types import TrainState
 
 EAGER_STEPS = 100  # of ``warm="eager"``
@@ -79,7 +79,7 @@ class Warm:
             )
         if state.step is self._passed():
             return False
-        if int(local(state.step)) < self.until:
+        if int(held(state.step)) < self.until:
             return True
         self._passed = weakref.ref(state.step)
         return False

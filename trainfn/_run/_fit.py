@@ -11,13 +11,15 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 
 from trainfn._checkpoint import Checkpoints, ranks_of
-from trainfn._plan import agreed, check_together, divided, plan_of, told
+from trainfn._plan import agreed, check_together, divided, plan_of
 from trainfn._ranks._errors import explained, launched
+from trainfn._ranks._group import ranks
 from trainfn._run._batches import Batches, placed, source
 from trainfn._run._nonfinite import Policy, Watch
+from trainfn._run._requests import Requests
 from trainfn._run._session import Callback, Session
-from trainfn._run._signals import Requests, uninterrupted
 from trainfn._types import Step, StepInfo, Stop, TrainState
+from trainfn.process import uninterrupted
 
 
 def steps(
@@ -75,7 +77,7 @@ def _run(
         check_together(plan, latest[0], until)
     stream, until = source(batches, n, until)
     if plan is not None:
-        until = None if until is None else max(told(until))
+        until = None if until is None else max(ranks().gathered(until))
         what = f"steps(step, state, batches), step {n + 1} or later"
         stream = agreed(stream, what, equal=equal, parts=plan.data_size)
     watch = Watch(nonfinite)
@@ -91,7 +93,7 @@ def _run(
                 state, metrics = step(latest.pop(), batch)
                 latest.append(state)
             n += 1
-            requests.interrupted |= held.pressed
+            requests.interrupted |= held.arrived
             watch.see(n, metrics)
             now = time.perf_counter()
             yield StepInfo(n, state, metrics, now - last, until)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from trainfn._text import shortened
 from trainfn._types import Batch
 from trainfn.data import _batch, _seeding, _workers
 from trainfn.data._batch import Transform
@@ -89,7 +90,7 @@ class Loader:
                 return _batch.no_rows(self._collated(everything.part(slice(1)), n, first))
             batch = self._collated(rows, n, first)
         except Exception as error:
-            error.add_note(f"In the batch of step {n}, of the rows {_few(rows.indices.tolist())}.")
+            error.add_note(f"In the batch of step {n}, of the rows {shortened(rows.indices.tolist())}.")
             raise
         return batch if self.sampler.last != "pad" else _batch.weighted(batch, rows.weights, self.weights)
 
@@ -159,10 +160,6 @@ class Loader:
 
     def _one(self, rows: Rows, place: int) -> Any:
         return self.source.rows(rows.indices[place : place + 1])[0]
-
-
-def _few(indices: list[int]) -> str:
-    return ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
 
 
 def loader(

@@ -14,7 +14,6 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from transformers.utils import can_return_loss, find_labels, logging
 
 import trainfn as tfn
-from trainfn._run._signals import Held
 from trainfn.hf._arguments._support import check_supported
 from trainfn.hf._arguments._training import TrainingArguments
 from trainfn.hf._callbacks import _events as _callbacks
@@ -23,7 +22,7 @@ from trainfn.hf._evaluation import _loop as _evaluation
 from trainfn.hf._evaluation import _prediction
 from trainfn.hf._optim import _resolve as _optimization
 from trainfn.hf._parallel import _parameters as _whole
-from trainfn.hf._parallel._layout import ranks_of
+from trainfn.hf._parallel._layout import world_of
 from trainfn.hf._reporting._methods import Reporting, _hub, _logs
 from trainfn.hf._reporting._trackers import tracker_callbacks
 from trainfn.hf._run import _data, _search, _setup, _summary
@@ -81,7 +80,7 @@ class Trainer(Reporting):
         _setup.report_misspelt(cls, Trainer)
 
     # What a step looks at: the rest, such as the newest state and the logs, changes while it trains.
-    _steps_read: ClassVar = frozenset(("args", "model", "compute_loss_func", "label_smoother", "label_names", "_ranks"))
+    _steps_read: ClassVar = frozenset(("args", "model", "compute_loss_func", "label_smoother", "label_names", "_world"))
 
     def __init__(
         self,
@@ -108,7 +107,7 @@ class Trainer(Reporting):
         self._device = self.args.device
         self.model_init = model_init
         self.model = _setup.first_model(model, model_init, self.args)
-        self._ranks = ranks_of(self.args, self.model)
+        self._world = world_of(self.args, self.model)
         self.processing_class = _setup.renamed("tokenizer", tokenizer, "processing_class", processing_class)
         self.data_collator = data_collator or _setup.default_collator(self.processing_class)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
@@ -144,7 +143,8 @@ class Trainer(Reporting):
         self._restored_losses: dict[str, Any] | None = None
         self._trial: Any = None
         self._terminated = self._interrupted = False
-        self._held = Held()  # Ctrl-C on this rank, of which the others have not heard
+        self._held = tfn.process.Pending()  # Ctrl-C on this rank, of which the others have not heard
+        self._sigterm = tfn.process.Pending()
         self._released = False  # whether the model's values are split over ranks, and not in it
         self._counted: list[float] = [0.0, 0]  # operations and tokens that only this rank knows of
         self._began = time.time()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from trainfn.errors import shortened
 from trainfn.testing._purity import generators_seeded
 from trainfn.testing._violation import violation
 
@@ -140,8 +141,7 @@ def _check_cover(epoch: int, order: Any, rows: int, drops: int) -> None:
 
 
 def _few(rows: Any) -> str:
-    said = ", ".join(str(row) for row in rows[:8].tolist())
-    return f"[{said}{', …' if len(rows) > 8 else ''}]"
+    return f"[{shortened(rows.tolist(), 8)}]"
 
 
 def _wrong(headline: str, facts: dict[str, str], cause: str, fix: str) -> Exception:

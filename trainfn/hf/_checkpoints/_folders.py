@@ -24,8 +24,9 @@ import trainfn as tfn
 from trainfn.hf._checkpoints._transformers import from_transformers, load_weights
 from trainfn.hf._optim._resolve import control_again, metric_name
 from trainfn.hf._parallel._parameters import plain, see, whole
-from trainfn.hf._parallel._ranks import ALONE, Ranks
+from trainfn.hf._parallel._world import ALONE
 from trainfn.hf._run._position import go_to, position
+from trainfn.launch import Ranks
 
 logger = logging.get_logger(__name__)
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -45,7 +46,7 @@ class Saving:
         self.trainer, self.windows = trainer, windows
         best = metric_name(args) if args.load_best_model_at_end else None
         mode = "max" if args.greater_is_better else "min"
-        full = not trainer._ranks.sharded_files  # else each rank writes its part, and there is no model.safetensors
+        full = not trainer._world.sharded_files  # else each rank writes its part, and there is no model.safetensors
         self.store = tfn.Checkpoints(trainer._output_dir(), keep=args.save_total_limit, best=best, mode=mode, full=full)
 
     def __enter__(self) -> Self:
@@ -70,7 +71,7 @@ class Saving:
         folder = Path(trainer._output_dir()) / f"checkpoint-{trainer.state.global_step}"
         if trainer.push_in_progress is not None and trainer.args.save_total_limit:
             trainer.push_in_progress.wait_until_done()  # what is being uploaded must not be rotated away
-        ranks = trainer._ranks
+        ranks = trainer._world.ranks
         if trainer.args.save_only_model:
             trainer._save(str(folder))
             ranks.first(lambda: _rotate(trainer, folder))
@@ -151,19 +152,19 @@ def to_resume(trainer: Any, asked: str | bool | None) -> str | None:
     if asked is None or asked is False:
         return None
     if asked is True:
-        folder = last_checkpoint(trainer._output_dir(), trainer._ranks)
+        folder = last_checkpoint(trainer._output_dir(), trainer._world.ranks)
         if folder is None:
             raise ValueError(
                 f"train(resume_from_checkpoint=True): no valid checkpoint found in output directory"
                 f" ({trainer._output_dir()}). Leave it out to begin a run, or give a checkpoint's path."
             )
         return folder
-    if not trainer._ranks.first(Path(asked).is_dir):
+    if not trainer._world.ranks.first(Path(asked).is_dir):
         raise ValueError(f"train(resume_from_checkpoint={str(asked)!r}): there is no such folder.")
     return str(asked)
 
 
-def last_checkpoint(folder: str, ranks: Ranks = ALONE) -> str | None:
+def last_checkpoint(folder: str, ranks: Ranks = ALONE.ranks) -> str | None:
     """The newest complete checkpoint in a folder: ours by its seal, or one of transformers with its state file."""
     newest = tfn.Checkpoints(folder).newest()
     foreign = ranks.first(lambda: [p for p in _numbered(folder).values() if _is_foreign(p)])
@@ -207,7 +208,7 @@ def resume(trainer: Any, folder: str, windows: Any) -> None:
 def place(trainer: Any, saved: tfn.TrainState) -> None:
     """Take a restored state; its parameters and buffers go into the model's own memory."""
     mine = trainer.train_state
-    if trainer._ranks.plan is not None:
+    if trainer._world.plan is not None:
         trainer.train_state = saved
         see(trainer)
         return
@@ -222,7 +223,7 @@ def set_aside(trainer: Any) -> None:
 
     They are not removed, for they may be all there is of a long run that was started again by mistake.
     """
-    trainer._ranks.first(lambda: _set_aside(trainer))
+    trainer._world.ranks.first(lambda: _set_aside(trainer))
 
 
 def _set_aside(trainer: Any) -> None:
@@ -297,7 +298,7 @@ def save_model(trainer: Any, folder: str) -> None:
         if trainer.args.should_save:
             _save_model(trainer, folder)
     if trainer.is_in_train:
-        trainer._ranks.wait()
+        trainer._world.ranks.wait()
 
 
 def _save_model(trainer: Any, folder: str) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 import trainfn as tfn
+from trainfn.errors import shortened
 from trainfn.hf._optim._named import decay_names
 
 logger = logging.get_logger(__name__)
@@ -55,8 +56,8 @@ def load_weights(model: Any, folder: str) -> None:
     missing = [name for name in found.missing_keys if name not in tied]
     if missing or found.unexpected_keys:
         raise tfn.errors.CheckpointError(
-            f"load({folder!r}): the weights do not fit the model. Missing: {missing[:5]};"
-            f" unexpected: {found.unexpected_keys[:5]}."
+            f"load({folder!r}): the weights do not fit the model. Missing: {shortened(missing) or 'none'};"
+            f" unexpected: {shortened(found.unexpected_keys) or 'none'}."
         )
 
 

@@ -23,23 +23,23 @@ logger = logging.get_logger(__name__)
 
 def see(trainer: Any) -> None:
     """Let the model have the memory of the state, as far as this rank has it."""
-    if trainer._ranks.plan is None:
+    if trainer._world.plan is None:
         return
     trainer._released = False
     for tensor, leaf in _pairs(trainer):
-        if _is_split(leaf):
+        if tfn.tree.is_split(leaf):
             tensor.data = torch.full((), torch.nan, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
             trainer._released = True
         else:
-            tensor.data = _local(leaf)
+            tensor.data = tfn.tree.local(leaf).detach()
 
 
 def fill(trainer: Any) -> None:
     """Bring together what is split; every rank calls this. It takes the memory of the whole parameters."""
     if trainer._released:
         for tensor, leaf in _pairs(trainer):
-            if _is_split(leaf):
-                tensor.data = leaf.detach().full_tensor()
+            if tfn.tree.is_split(leaf):
+                tensor.data = tfn.tree.full(leaf.detach())
         trainer._released = False
 
 
@@ -59,7 +59,7 @@ def whole(trainer: Any) -> Generator[None]:
 @contextlib.contextmanager
 def plain(trainer: Any) -> Generator[None]:
     """The state as it would be in one process, which the model shares; afterwards laid out again."""
-    plan = trainer._ranks.plan
+    plan = trainer._world.plan
     if plan is None:
         yield
         return
@@ -86,7 +86,7 @@ def check_whole(trainer: Any) -> None:
 
 def warn_of_callbacks(trainer: Any) -> None:
     """Say once which callbacks take a model that has no values when they are called."""
-    if not trainer._released or trainer._ranks.rank > 0:
+    if not trainer._released or trainer._world.ranks.rank > 0:
         return
     for callback in trainer.callback_handler.callbacks:
         kind = type(callback)
@@ -112,11 +112,3 @@ def _pairs(trainer: Any) -> list[tuple[Tensor, Any]]:
         **dict(model.named_parameters(remove_duplicate=False)),
     }
     return [(held[name], leaf) for name, leaf in {**state.params, **state.buffers}.items()]
-
-
-def _is_split(leaf: Any) -> bool:
-    return hasattr(leaf, "placements") and any(placement.is_shard() for placement in leaf.placements)
-
-
-def _local(leaf: Any) -> Tensor:
-    return (leaf.to_local() if hasattr(leaf, "placements") else leaf).detach()

@@ -33,7 +33,7 @@ def train_loader(trainer: Any) -> Any:
     _check_enough(trainer, dataset, "training", "per_device_train_batch_size", last, size)
     if _is_stream(dataset):
         stream = tfn.data.stream(dataset, size, last=last, seed=seed, collate=collate, **_reader(args))
-        return dealt(trainer._ranks, stream)
+        return dealt(trainer._world, stream)
     n = len(dataset)
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     if strategy == "group_by_length":
@@ -42,7 +42,7 @@ def train_loader(trainer: Any) -> Any:
         sampler = tfn.data.sequential(n, size, last=last)
     else:
         sampler = tfn.data.shuffled(n, size, seed=seed, last=last)
-    return dealt(trainer._ranks, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
+    return dealt(trainer._world, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
 
 
 def eval_loader(trainer: Any, dataset: Any, description: str) -> Any:
@@ -53,15 +53,15 @@ def eval_loader(trainer: Any, dataset: Any, description: str) -> Any:
     last = "drop" if args.dataloader_drop_last and not _is_stream(dataset) else "short"
     _check_enough(trainer, dataset, description, "per_device_eval_batch_size", last, size)
     if _is_stream(dataset):
-        return dealt(trainer._ranks, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
+        return dealt(trainer._world, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
     sampler = tfn.data.sequential(len(dataset), size, last=last)
-    return dealt(trainer._ranks, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
+    return dealt(trainer._world, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
 
 
 def together(trainer: Any, size: int) -> int:
     """The rows of a micro-batch on all ranks, of which each has ``size``; or ``size``, if that is to be split."""
     split = getattr(trainer.args.accelerator_config, "split_batches", False)
-    return size if split else size * trainer._ranks.size
+    return size if split else size * trainer._world.parts
 
 
 def _is_stream(dataset: Any) -> bool:
@@ -70,7 +70,7 @@ def _is_stream(dataset: Any) -> bool:
 
 def _check_enough(trainer: Any, dataset: Any, description: str, name: str, last: str, size: int) -> None:
     """Raise if there is no batch of ``size`` rows, in the words of the arguments; ``name`` is the one for its rows."""
-    ranks: int = trainer._ranks.size
+    ranks: int = trainer._world.parts
     rows = len(dataset) if hasattr(dataset, "__len__") else None
     if rows == 0:
         raise ValueError(f"Trainer: the {description} set has no rows.")
@@ -230,7 +230,7 @@ class Windows:
         if self.run.accumulate == 1 and not self.trainer.args.auto_find_batch_size:
             return window[0]
         # On ranks a stream: each is asked whether it has rows for a micro-batch.
-        return window if self.trainer._ranks.plan is None else iter(window)
+        return window if self.trainer._world.plan is None else iter(window)
 
     def end_epoch(self) -> None:
         """What belongs to the end of an epoch; what is saved there begins with the next one."""
@@ -252,7 +252,7 @@ class Windows:
         for batch in batches:
             if isinstance(batch, NoRows):
                 raise TypeError(
-                    f"Trainer.train() on {self.trainer._ranks.size} ranks: the loader has no batch for this one where"
+                    f"Trainer.train() on {self.trainer._world.parts} ranks: the loader has no batch for this one where"
                     " others have, and no tensor to make one of no rows of. Return tensors from the collator:"
                     ' `{"input_ids": ..., "labels": ...}`.'
                 )
@@ -270,7 +270,7 @@ class Windows:
         if kind != "no" and isinstance(tokens, torch.Tensor):
             mask = inputs.get("attention_mask") if kind == "non_padding" else None
             counted[1] += int(mask.sum()) if mask is not None else tokens.numel()
-        if trainer._ranks.plan is None:
+        if trainer._world.plan is None:
             take_counts(trainer, counted)
 
 
@@ -327,31 +327,20 @@ class _Generators:
     """States of the global generators, put in place for a block."""
 
     def __init__(self, seed: int, epoch: int) -> None:
-        saved = _get()
         number = _number(seed, epoch)
-        torch.manual_seed(number)
-        np.random.seed(number)
-        random.seed(number)
-        self._mine = _get()
-        _set(saved)
+        with tfn.process.generators_kept():
+            torch.default_generator.manual_seed(number)  # `torch.manual_seed` reseeds those of devices too
+            np.random.seed(number)
+            random.seed(number)
+            self._mine = tfn.process.Generators.now()
 
     def __enter__(self) -> None:
-        self._theirs = _get()
-        _set(self._mine)
+        self._theirs = tfn.process.Generators.now()
+        self._mine.restore()
 
     def __exit__(self, *_: object) -> None:
-        self._mine = _get()
-        _set(self._theirs)
-
-
-def _get() -> tuple[Any, Any, Any]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def _set(states: tuple[Any, Any, Any]) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
+        self._mine = tfn.process.Generators.now()
+        self._theirs.restore()
 
 
 def prepared_inputs(trainer: Any, inputs: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Generator
 from typing import Any
@@ -15,13 +14,12 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 from transformers.utils import logging
 
 import trainfn as tfn
-from trainfn._run._signals import Held, handled, uninterrupted
 from trainfn.hf._callbacks._events import DECISIONS
 from trainfn.hf._checkpoints import _folders as _checkpoints
 from trainfn.hf._installed import attribute
 from trainfn.hf._parallel import _parameters as _whole
-from trainfn.hf._parallel._ranks import Ranks
 from trainfn.hf._parallel._sharding import dealt, is_empty
+from trainfn.hf._parallel._world import World
 from trainfn.hf._reporting._logs import LossWindow
 from trainfn.hf._run import _data
 from trainfn.hf._run._data import Ended, Run, Windows, take_counts
@@ -50,7 +48,7 @@ def train(
         trainer.label_smoother = smoother(trainer.args, trainer.model)
     if trainer.args.use_liger_kernel:  # it replaces layers of the model, for good; twice is the same as once
         apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
-    loader = dealt(trainer._ranks, trainer.get_train_dataloader())
+    loader = dealt(trainer._world, trainer.get_train_dataloader())
     run = _data.arithmetic(trainer.args, loader, trainer.num_examples(loader))
     trainer._train_dataloader, trainer.is_in_train, trainer._run = loader, True, run
     trainer.callback_handler.train_dataloader = loader
@@ -89,7 +87,7 @@ def _surroundings(trainer: Any) -> Generator[None]:
         if args.full_determinism:
             torch.use_deterministic_algorithms(True)
             stack.callback(torch.use_deterministic_algorithms, deterministic)
-        if args.activation_checkpointing or trainer._ranks.checkpointing:
+        if args.activation_checkpointing or trainer._world.checkpointing:
             stack.enter_context(_recomputing(model, dict(args.activation_checkpointing_kwargs or {})))
         if args.neftune_noise_alpha is not None:
             stack.enter_context(neftune(model, args.neftune_noise_alpha))
@@ -102,27 +100,23 @@ def _surroundings(trainer: Any) -> Generator[None]:
 def _saving_at_sigterm(trainer: Any) -> Generator[None]:
     """Save and stop after the step at hand when a cluster says that the machine is about to go."""
     trainer._terminated = False
-
-    def note(number: int, frame: object) -> None:
-        trainer._terminated = True
-
-    with handled(signal.SIGTERM, note):
+    with tfn.process.termination() as trainer._sigterm:
         yield
 
 
 @contextlib.contextmanager
 def _holding_ctrl_c(trainer: Any) -> Generator[None]:
     """On several ranks Ctrl-C waits until all have heard of it; a second one is raised at once."""
-    if trainer._ranks.plan is None:
+    if trainer._world.plan is None:
         yield
         return
-    with uninterrupted() as held:
+    with tfn.process.uninterrupted() as held:
         trainer._held = held
         try:
             yield
         finally:
-            trainer._held = Held()
-    if trainer._ranks.any([held.pressed])[0]:  # after the last step
+            trainer._held = tfn.process.Pending()
+    if trainer._world.ranks.any([held.arrived])[0]:  # after the last step
         raise KeyboardInterrupt
 
 
@@ -152,7 +146,7 @@ def prepare(trainer: Any, run: Run) -> None:
     trainer.create_optimizer_and_scheduler(num_training_steps=run.max_steps)
     transform = trainer._transform
     trainer.train_state = tfn.init(trainer.model, transform, seed=args.seed, storage="adopt")
-    plan = trainer._ranks.plan
+    plan = trainer._world.plan
     alone = run.accumulate == 1 and not args.auto_find_batch_size
     accumulate = 1 if alone else "stream"
     compiled, _ = compiles(trainer)
@@ -166,7 +160,7 @@ def prepare(trainer: Any, run: Run) -> None:
         _whole.see(trainer)
         _whole.warn_of_callbacks(trainer)
     how: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
-    how |= {"dynamic": "auto", **(trainer._ranks.compile or {})}  # rows of ragged length: a few graphs, not one each
+    how |= {"dynamic": "auto", **(trainer._world.compile or {})}  # rows of ragged length: a few graphs, not one each
     trainer._step = tfn.jit(step, compile=compiled, donate=True, max_graphs=64, **how)
     if args.auto_find_batch_size:
         trainer._step = Halving(trainer._step)
@@ -190,7 +184,7 @@ def _scaled(trainer: Any, step: Any) -> Any:
             "TrainingArguments(fp16=True) with an overridden training_step: its backward pass knows nothing of the loss"
             " scale. Override compute_loss in place of training_step, or write `bf16=True`."
         )
-    scaling = tfn.transforms.dynamic_loss_scale(**trainer._ranks.loss_scale)
+    scaling = tfn.transforms.dynamic_loss_scale(**trainer._world.loss_scale)
     trainer.train_state = scaling.init(trainer.train_state)
     return scaling(step)
 
@@ -203,7 +197,7 @@ def compiles(trainer: Any) -> tuple[bool, str]:
         return False, f"{', '.join(overrides)} is overridden, which runs Python between the parts of a step"
     if getattr(args, "torch_compile_given", True):
         return bool(args.torch_compile), "as torch_compile says"
-    if trainer._ranks.compile is not None:
+    if trainer._world.compile is not None:
         return True, "as the launcher's configuration says"
     if args.device.type == "cpu":
         return False, "on a CPU compiling takes longer than most runs; torch_compile=True does it"
@@ -248,8 +242,8 @@ def _loop(trainer: Any, run: Run, windows: Windows, ignore_keys: list[str] | Non
 
 def _changing(trainer: Any, windows: Windows) -> Any:
     """The step, after what was decided between the steps: another learning rate, say."""
-    ranks: Ranks = trainer._ranks
-    looked = trainer.args.gradient_accumulation_steps == 1 and ranks.plan is None
+    world: World = trainer._world
+    looked = trainer.args.gradient_accumulation_steps == 1 and world.plan is None
     known = False
 
     def look() -> None:
@@ -261,9 +255,9 @@ def _changing(trainer: Any, windows: Windows) -> Any:
                 if not looked:
                     check_additive(trainer, windows.first)
         looked = True
-        found = [shifts for shifts in ranks.told(trainer._shifts) if shifts is not None]
+        found = [shifts for shifts in world.ranks.gathered(trainer._shifts) if shifts is not None]
         trainer._shifts = found[0] if found else None
-        known = bool(found) or not any(ranks.told(may_shift(trainer, windows.first)))
+        known = bool(found) or not any(world.ranks.gathered(may_shift(trainer, windows.first)))
 
     def step(state: tfn.TrainState, batch: Any) -> tuple[tfn.TrainState, tfn.Metrics]:
         for change in trainer._changes:
@@ -273,21 +267,22 @@ def _changing(trainer: Any, windows: Windows) -> Any:
             look()
         return trainer._step(state, batch)
 
-    step.plan = ranks.plan  # type: ignore[attr-defined]
+    step.plan = world.plan  # type: ignore[attr-defined]
     return step
 
 
 def agree(trainer: Any) -> None:
     """What any rank has decided, all have; and what each has counted is added up."""
-    ranks: Ranks = trainer._ranks
-    if ranks.plan is None:
+    world: World = trainer._world
+    trainer._terminated |= trainer._sigterm.arrived
+    if world.plan is None:
         return
     control = trainer.control
-    flags = [*(bool(getattr(control, name)) for name in DECISIONS), trainer._terminated, trainer._held.pressed]
-    *found, trainer._terminated, trainer._interrupted = ranks.any(flags)
+    flags = [*(bool(getattr(control, name)) for name in DECISIONS), trainer._terminated, trainer._held.arrived]
+    *found, trainer._terminated, trainer._interrupted = world.ranks.any(flags)
     for name, value in zip(DECISIONS, found, strict=True):
         setattr(control, name, value)
-    take_counts(trainer, ranks.sums(trainer._counted))
+    take_counts(trainer, world.sums(trainer._counted))
 
 
 def _after(trainer: Any, run: Run, windows: Windows, info: tfn.StepInfo) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import BestRun, default_compute_objective, default_hp_space_optuna
+
+from trainfn.errors import nearest
 
 
 def hyperparameter_search(
@@ -42,10 +43,10 @@ def hyperparameter_search(
         ValueError: If there is no ``model_init``, the backend is another one, or an argument does not exist.
         ImportError: If optuna is not installed.
     """
-    if trainer._ranks.plan is not None:
+    if trainer._world.plan is not None:
         raise ValueError(
-            f"hyperparameter_search on {trainer._ranks.world} processes: each would draw trials of its own. Start the"
-            " search with `python script.py`, and train what it finds on all of them."
+            f"hyperparameter_search on {trainer._world.ranks.size} processes: each would draw trials of its own. Start"
+            " the search with `python script.py`, and train what it finds on all of them."
         )
     if trainer.model_init is None:
         raise ValueError(
@@ -88,8 +89,8 @@ def with_values(args: Any, values: Mapping[str, Any]) -> Any:
     known = [field.name for field in dataclasses.fields(args)]
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            raise ValueError(f"hyperparameter_search: {name!r} is no TrainingArguments field. Did you mean {near!r}?")
+            near = nearest(name, known, likeness=0)
+            raise ValueError(f"hyperparameter_search: {name!r} is not a field of TrainingArguments.{near}")
         old = getattr(args, name)
         setattr(new, name, type(old)(value) if type(old) in (int, float, str, bool) else value)
     return new

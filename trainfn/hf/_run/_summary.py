@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainfn.hf._parallel._ranks import Ranks
+from trainfn.hf._parallel._world import World
 from trainfn.hf._run._data import Run, arithmetic, together
 from trainfn.hf._run._loop import compiles
 
@@ -15,13 +15,13 @@ def summary(trainer: Any) -> str:
     loader = trainer._train_dataloader or trainer.get_train_dataloader()
     run = arithmetic(args, loader, trainer.num_examples(loader))
     compiled, why = compiles(trainer)
-    ranks, size = trainer._ranks, together(trainer, args.train_batch_size)
+    world, size = trainer._world, together(trainer, args.train_batch_size)
     rows = "unknown" if run.num_examples is None else f"{run.num_examples:,}"
     lines = {
         "rows": f"{rows} per epoch",
-        "batch": f"{size // ranks.size} rows{f' x {ranks.size} ranks' if ranks.size > 1 else ''} x {run.accumulate}"
+        "batch": f"{size // world.parts} rows{f' x {world.parts} ranks' if world.parts > 1 else ''} x {run.accumulate}"
         f" micro-batches = {size * run.accumulate} rows per update; the split changes nothing but memory",
-        **({} if ranks.plan is None else {"ranks": _layout(ranks)}),
+        **({} if world.plan is None else {"ranks": _layout(world)}),
         "updates": f"{run.max_steps:,}" + _per_epoch(run, args),
         "optimizer": f"{_value(args.optim)}, {_value(args.lr_scheduler_type)} schedule from {args.learning_rate:g},"
         f" {args.get_warmup_steps(run.max_steps)} updates of warm-up",
@@ -36,12 +36,12 @@ def summary(trainer: Any) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
-def _layout(ranks: Ranks) -> str:
-    plan: Any = ranks.plan
-    axes = ", ".join(f"{axis}={size}" for axis, size in plan.shape(ranks.world).items())
+def _layout(world: World) -> str:
+    plan: Any = world.plan
+    axes = ", ".join(f"{axis}={size}" for axis, size in plan.shape(world.ranks.size).items())
     split = {0: "nothing", 1: "the optimizer state", 2: "optimizer state and gradients", 3: "parameters, too"}
-    what = split[plan.stage] if plan.shape(ranks.world)["shard"] > 1 else "nothing"
-    return f"{ranks.world} processes, {axes}; split: {what}"
+    what = split[plan.stage] if plan.shape(world.ranks.size)["shard"] > 1 else "nothing"
+    return f"{world.ranks.size} processes, {axes}; split: {what}"
 
 
 def _per_epoch(run: Run, args: Any) -> str:

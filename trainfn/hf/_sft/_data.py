@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from trainfn._text import nearest
+from trainfn.errors import nearest
 from trainfn.hf._sft._packing import IGNORED, Row, pack_dataset
 
 
@@ -240,7 +240,7 @@ def _kind(row: Row, args: Any, name: str, formatting: Callable[..., Any] | None)
         return "messages"
     if args.dataset_text_field in row:
         return "text"
-    guess = nearest(args.dataset_text_field, row, "{!r}") or repr(next(iter(row), "text"))
+    guess = nearest(args.dataset_text_field, row, "{!r}", otherwise=repr(next(iter(row), "text")))
     raise ValueError(
         f"SFTTrainer: rows of the {name} dataset have {sorted(row)}: no {args.dataset_text_field!r}, no `messages`, no"
         f" `prompt` with `completion`, no `input_ids`. Write `SFTConfig(dataset_text_field={guess})`, or pass"

@@ -194,7 +194,7 @@ class SFTTrainer(Trainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
             evaluated = {name: mean for name, mean in self._evaluated.items() if name != "num_tokens"}
-            means = self._ranks.means(evaluated)
+            means = self._world.means(evaluated)
         finally:
             self._evaluated = None
         output.metrics.update({f"{metric_key_prefix}_{name}": float(mean.value) for name, mean in means.items()})

@@ -40,7 +40,7 @@ def step(trainer: Any, made: tfn.TrainStep) -> tfn.TrainStep:
 
     On ranks each brings the parameters together for every micro-batch, for the method sees the model's own.
     """
-    plan = trainer._ranks.plan
+    plan = trainer._world.plan
     _check_axes(trainer, plan)
 
     def gradients(state: tfn.TrainState, batch: Any, first_row: Tensor | int = 0, /) -> tfn.Gradients:
@@ -81,7 +81,7 @@ def step(trainer: Any, made: tfn.TrainStep) -> tfn.TrainStep:
 
 def _summand(param: Any, grad: Tensor | None) -> Tensor:
     """A gradient of this rank's rows, or zeros; on ranks, as one summand of the sum."""
-    if not hasattr(param, "placements"):
+    if not tfn.tree.is_distributed(param):
         return torch.zeros_like(param) if grad is None else grad
     grad = torch.zeros(param.shape, dtype=param.dtype, device=param.device) if grad is None else grad
     return DTensor.from_local(grad.contiguous(), param.device_mesh, [Partial()], run_check=False)
