@@ -170,6 +170,13 @@ def jit(
     >>> state, metrics = step(state, torch.ones(2))
     >>> state.params["w"]
     tensor([3.5000])
+
+    The first hundred steps run at once, those after them faster:
+
+    >>> step = jit(tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer), warm=100)
+    >>> state, metrics = step(state, torch.ones(2))
+    >>> step.explain().graphs  # the step was eager
+    0
     """
     if isinstance(step, Compiled):
         raise TypeError("jit(step): this step is compiled already; `step.step` is the one inside.")
@@ -178,7 +185,7 @@ def jit(
     if max_graphs < 1:
         raise ValueError(f"jit(step, max_graphs={max_graphs}): at least one graph is needed.")
     check_dynamic(dynamic)
-    check_warm(warm, backend)
+    check_warm(warm, backend, dynamic)
     settings = Settings(
         compile=compile,
         backend=backend,

@@ -11,7 +11,7 @@ from torch import Tensor
 from trainfn import tree
 from trainfn._compile._ahead import Helper, order
 from trainfn._compile._backend import Built, Settings, build, is_built
-from trainfn._compile._capture import capture
+from trainfn._compile._capture import Call, capture
 from trainfn._compile._donate import overwrite
 from trainfn._compile._entry import Early, Entry, Known, largest
 from trainfn._compile._outside import Outside, environment
@@ -78,13 +78,21 @@ class Program:
         """Run eagerly. What would be compiled for these arguments is captured, and given to `helper` once."""
         with torch.no_grad():
             if self.helper is not None:
-                leaves, signature, early = self._looked(state, rest, lambda signature, _: self._early.get(signature))
+                leaves, signature = self._signature(state, rest)
+                early = self._early.get(signature)
                 if early is None or not early.holds():
                     self._give(self.helper, (state, *rest), leaves, signature)
             return self._eager(state, rest)
 
     def _compiled(self, state: Any, rest: tuple[Any, ...]) -> Any:
-        leaves, signature, entry = self._looked(state, rest, self._entry)
+        leaves, signature = self._signature(state, rest)
+        entry = self._entry(signature, leaves)
+        if entry is None and self._seen is not None:
+            others, form = flatten(rest)
+            self._seen.note(_batch_first(form), others)
+            if self._seen.varied:
+                leaves, signature = self._dynamic_signature(leaves[: len(leaves) - len(others)], signature[0], rest)
+                entry = self._entry(signature, leaves)
         if entry is None or entry.stale() or not entry.outside.unchanged():
             entry = self._enter(entry, (state, *rest), leaves, signature)
         made = entry(state, leaves)
@@ -93,19 +101,6 @@ class Program:
         return made[0]
 
     # --- what kind of arguments these are -----------------------------------------------------------------------------
-
-    def _looked(
-        self, state: Any, rest: tuple[Any, ...], find: Callable[[_Signature, list[Any]], Any]
-    ) -> tuple[list[Any], _Signature, Any]:
-        leaves, signature = self._signature(state, rest)
-        found = find(signature, leaves)
-        if found is None and self._seen is not None:
-            others, form = flatten(rest)
-            self._seen.note(_batch_first(form), others)
-            if self._seen.varied:
-                leaves, signature = self._dynamic_signature(leaves[: len(leaves) - len(others)], signature[0], rest)
-                found = find(signature, leaves)
-        return leaves, signature, found
 
     def _signature(self, state: Any, rest: tuple[Any, ...]) -> tuple[list[Any], _Signature]:
         known, leaves = self._known, []
@@ -220,8 +215,7 @@ class Program:
         if early is None or not early.holds():
             return None
         early.helper.wait(_key(early.found))
-        made = self._built(early.found, early.outside, args, leaves)
-        return made if made.fits(leaves) else None  # of symbolic sizes, it was captured with others than these
+        return self._built(early.found, early.outside, args, leaves)
 
     def _made(self, args: tuple[Any, ...], leaves: list[Any], changes: list[str]) -> Entry:
         return self._built(*self._traced(args, leaves, changes), args, leaves)
@@ -248,7 +242,7 @@ class Program:
         donated = self._donated(form) if self.donate else []
         module = getattr(args[0], "module", None)
         dynamic = self._dimensions(form, leaves)
-        return capture(self.fn, args, leaves, form, donated=donated, module=module, dynamic=dynamic)
+        return capture(Call(self.fn, args, leaves, form, donated, module, dynamic))
 
     def _donated(self, form: Structure) -> list[bool]:
         return form.children[0].places(False)  # type: ignore[union-attr]

@@ -19,8 +19,8 @@ from trainfn._types import TrainState
 EAGER_STEPS = 100  # of ``warm="eager"``
 
 
-def check_warm(warm: Any, backend: Any) -> None:
-    """Raise if ``warm`` does not say how many steps are eager, or if nothing can be compiled meanwhile."""
+def check_warm(warm: Any, backend: Any, dynamic: Any) -> None:
+    """Raise if ``warm`` does not say how many steps are eager, or if a second process can't compile for this one."""
     if warm is None:
         return
     if warm != "eager" and (not isinstance(warm, int) or isinstance(warm, bool) or warm < 1):
@@ -32,6 +32,11 @@ def check_warm(warm: Any, backend: Any) -> None:
         raise ValueError(
             f"jit(step, warm={warm!r}, backend={backend!r}): a second process leaves its work in the caches of torch's"
             ' "inductor", and other backends have none. Leave out `warm=` or `backend=`.'
+        )
+    if dynamic:
+        raise ValueError(
+            f"jit(step, warm={warm!r}, dynamic={dynamic!r}): torch's caches do not find a graph of symbolic sizes again"
+            " in another process. Leave out `warm=`; or pad to exact sizes, `buckets=tfn.Buckets(...)`."
         )
 
 
