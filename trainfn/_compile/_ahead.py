@@ -32,15 +32,17 @@ class Helper:
     """A second process, which compiles what it is given. It ends after `last`, and at the latest with this one."""
 
     def __init__(self) -> None:
-        self._errors: Any = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("_helper.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-            start_new_session=True,  # Ctrl-C is not meant for it
-        )
+        with contextlib.ExitStack() as unless_it_starts:
+            self._errors: Any = unless_it_starts.enter_context(tempfile.TemporaryFile())
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("_helper.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                start_new_session=True,  # Ctrl-C is not meant for it
+            )
+            unless_it_starts.pop_all()
         weakref.finalize(self, _end, self._process, self._errors, os.getpid())
         self._waiting: list[Hashable] = []
         self._answers: dict[Hashable, str | None] = {}
