@@ -110,10 +110,9 @@ def check(module: fx.GraphModule) -> None:
 
 
 def _tensors(value: Any) -> Iterable[Any]:
-    """The tensors a node stands for. Of several results some may be missing."""
-    return (
-        [v for v in value if v is not None] if isinstance(value, list | tuple) else [value] if value is not None else []
-    )
+    """The tensors a node stands for. Of several results some may be missing, or numbers that are fixed by the sizes."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return [v for v in several if v is not None and type(v) is not int]
 
 
 def atoms(graph: fx.Graph) -> list[Atom]:

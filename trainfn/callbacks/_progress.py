@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Self
 
 from trainfn._plan import rank
-from trainfn._types import StepInfo
+from trainfn._types import Callback, StepInfo
 from trainfn.callbacks._log import Sum, values
 
 
-class progress:
+class progress(Callback):
     """A progress bar for terminals and notebooks: mean metrics, steps per second, time left; on rank 0.
 
     Args:
@@ -25,7 +25,7 @@ class progress:
     def __init__(self, *, per_step: dict[str, float] | None = None, seconds: float = 0.5, **options: Any) -> None:
         self.per_step, self.seconds, self.options = per_step or {}, seconds, options
 
-    def __enter__(self) -> progress:
+    def __enter__(self) -> Self:
         """Show that the first step is under way, which compiles the program."""
         from tqdm.auto import tqdm  # here, so that `import trainfn` stays fast
 
