@@ -98,10 +98,10 @@ def check(module: fx.GraphModule) -> None:
             continue
         if node.op == "get_attr":
             if not isinstance(getattr(module, node.target, None), Tensor):
-                raise Uncuttable(f"{node} is no tensor")
+                raise Uncuttable(f"{node} is not a tensor")
         elif node.op == "call_function":
             if node.target is not operator.getitem and not isinstance(node.target, OpOverload):
-                raise Uncuttable(f"{node.target} is no operation of the dispatcher")
+                raise Uncuttable(f"{node.target} is not an operation of the dispatcher")
         elif node.op != "placeholder":
             raise Uncuttable(f"{node.op} {node}")
         for value in _tensors(node.meta.get("val")):

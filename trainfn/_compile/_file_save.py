@@ -101,8 +101,9 @@ def _check_settings(settings: Settings, plan: Any, call: str) -> None:
         # The runner keeps Python's lock while a collective waits. A thread of gloo that frees a tensor of Python's
         # waits for that lock, so that a run in ten hangs: seen with torch 2.13.
         raise ValueError(
-            f"{call}: a file holds the step of one process, and this step's plan has {plan.world} ranks, which would"
-            " wait for each other for ever now and then. Call `tfn.jit(step)` on each rank: its caches are on the disk."
+            f"{call}: a file holds the step of one process, and this step's plan has {plan.world} ranks."
+            " They would wait for each other for ever now and then. Call `tfn.jit(step)` on each rank: its"
+            " caches are on the disk."
         )
     if not settings.compile:
         raise ValueError(f"{call}: a file holds compiled code, and this step has compile=False. Leave that out.")

@@ -1,4 +1,4 @@
-"""What happens after a step: functions of a `StepInfo`, for `trainfn.fit`.
+"""Callbacks: functions of a `StepInfo`, which `trainfn.fit` calls after each step.
 
 ::
 

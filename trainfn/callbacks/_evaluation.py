@@ -21,15 +21,15 @@ Mode = Literal["min", "max"]
 class evaluation(Callback):
     """Every so many steps and at the end, evaluate, and hand the metrics to further callbacks.
 
-    Before the first step one batch is evaluated, so that a misspelt metric, or an evaluation that fails, is found then
-    and not after an hour.
+    Before the first step one batch is evaluated. So a misspelt metric, or an evaluation that fails, is found then and
+    not after an hour.
 
     Args:
         eval_step: From `trainfn.eval_step`, compiled or not.
         batches: Batches that can be iterated again and again: a list, or a `trainfn.data` loader with ``epochs=1``.
         every: The number of steps from one evaluation to the next.
         then: Callbacks for the metrics, under their names with the prefix.
-        prefix: Of the metrics' names.
+        prefix: The beginning of the metrics' names.
         of: The state to evaluate, such as ``lambda s: s._replace(params=s.extra["ema"])``.
 
     Raises:

@@ -48,7 +48,7 @@ class progress(Callback):
             self._shown = now
 
     def _start(self, info: StepInfo) -> None:
-        """Begin to measure: the first step, with its compilation, tells nothing about the others."""
+        """Begin to measure: the first step, with its compilation, says nothing about the others."""
         self._started = True
         self._bar.reset(total=info.until)
         self._bar.initial = self._bar.n = self._bar.last_print_n = info.n

@@ -88,7 +88,7 @@ def report(found: Configured, args: Any) -> None:
     """Print how the configuration is used; `trainfn.launch.settings` prints the table of its fields."""
     print(
         f"{_source(args)}: runs natively, as a plan of the same ZeRO stage. DeepSpeed's own engine is"
-        ' `tfn.deepspeed.init(model)`: see "The real DeepSpeed, as a step" in the README.'
+        " `tfn.deepspeed.init(model)`: see the guide `deepspeed.md`."
     )
     filled = ", ".join(f"{name}={value}" for name, value in found.filled.items())
     for line in ([f"from the training arguments: {filled}"] if filled else []) + found.notes:
