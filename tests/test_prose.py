@@ -17,13 +17,12 @@ FILES = {
 }
 # Folders whose prose is still to be corrected. A path that begins with one of these is not read.
 NOT_YET = (
-    *("README.md", "CHANGELOG.md", "examples/", "trainfn/hf/", "trainfn/_checkpoint/", "trainfn/_run/"),
-    *("trainfn/_ranks/", "trainfn/_plan/", "trainfn/launch/", "trainfn/deepspeed/", "trainfn/callbacks/"),
-    *("trainfn/_compile/", "trainfn/process.py"),
+    *("README.md", "CHANGELOG.md", "examples/", "trainfn/hf/"),
+    *("trainfn/_ranks/", "trainfn/_plan/", "trainfn/launch/", "trainfn/deepspeed/"),
 )
 READ = pytest.mark.parametrize("name", [name for name in FILES if not name.startswith(NOT_YET)])
 # In the whole package. These numbers only go down.
-MOST_LONG = 27
+MOST_LONG = 17
 
 # What these words mean here is known to those who wrote them. To the right, what a stranger understands.
 AVOIDED = {

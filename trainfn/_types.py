@@ -200,7 +200,7 @@ class Stop(NamedTuple):
 
 
 class Callback:
-    """What happens after each step of a run: the role of whatever `fit` gets as ``callbacks``.
+    """The role of a callback: `fit` calls it after each step of a run.
 
     Every method does nothing, so a subclass writes only those that it needs. A plain function of a `StepInfo` will do
     where `__call__` is all.
@@ -254,7 +254,7 @@ class Callback:
         return None
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What a checkpoint keeps of this callback, as plain JSON; None if there is nothing to keep."""
+        """The state that a checkpoint keeps of this callback, as plain JSON; None if there is nothing to keep."""
         return None
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:

@@ -159,7 +159,7 @@ def expired(
     """The steps whose checkpoints a rotation removes.
 
     Args:
-        steps: Those of all checkpoints.
+        steps: The steps of all checkpoints.
         protected: Steps that stay in any case, such as the best one.
         keep: How many of the newest stay.
         keep_every: Multiples of it stay too.

@@ -144,10 +144,10 @@ def _refusal(
     return (
         f"{call}: the checkpoint does not fit the state:\n  "
         + shortened(problems.values(), _SHOWN, str, "\n  ")
-        + "\nBuild `like` with the model and optimizer that wrote it. Or take a part of it, explicitly:\n"
-        "  tfn.restore(path, like=state, strict=False)              # all that fits\n"
-        '  tfn.restore(path, like=state, only=r"^model/")           # leaves whose name matches: the weights\n'
-        '  tfn.restore(path, like=state, rename={"old": "new"})     # prefixes of names'
+        + "\nBuild `like` with the model and optimizer that wrote it. Or take a part of it.\n"
+        "  All that fits: `tfn.restore(path, like=state, strict=False)`.\n"
+        '  Leaves whose name matches: `tfn.restore(path, like=state, only=r"^model/")`.\n'
+        '  Leaves under other names: `tfn.restore(path, like=state, rename={"old": "new"})`.'
     )
 
 

@@ -237,7 +237,7 @@ class Checkpoints:
                 f" step {later}, from which a run would resume. Give another folder, or remove the later checkpoints."
             )
 
-    expired = staticmethod(expired)  # public, for whoever removes folders of another kind by the same rule
+    expired = staticmethod(expired)  # public, for programs that remove other folders by the same rule
 
     # --- restoring ------------------------------------------------------------------------------------------------
 

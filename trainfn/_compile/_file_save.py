@@ -22,7 +22,7 @@ from trainfn._compile import _file_describe as describe
 from trainfn._compile import _file_format
 from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
-from trainfn._compile._capture import capture, compiler_error
+from trainfn._compile._capture import Call, capture, compiler_error
 from trainfn._compile._donate import check_alive
 from trainfn._compile._outside import ENVIRONMENT
 from trainfn._compile._program import Program
@@ -101,8 +101,9 @@ def _check_settings(settings: Settings, plan: Any, call: str) -> None:
         # The runner keeps Python's lock while a collective waits. A thread of gloo that frees a tensor of Python's
         # waits for that lock, so that a run in ten hangs: seen with torch 2.13.
         raise ValueError(
-            f"{call}: a file holds the step of one process, and this step's plan has {plan.world} ranks, which would"
-            " wait for each other for ever now and then. Call `tfn.jit(step)` on each rank: its caches are on the disk."
+            f"{call}: a file holds the step of one process, and this step's plan has {plan.world} ranks."
+            " They would wait for each other for ever now and then. Call `tfn.jit(step)` on each rank: its"
+            " caches are on the disk."
         )
     if not settings.compile:
         raise ValueError(f"{call}: a file holds compiled code, and this step has compile=False. Leave that out.")
@@ -206,7 +207,7 @@ class _Recorder:
         call, contents = self.contents.call, self.contents
         donated = form.children[0].places(False) if self.program.donate else []  # type: ignore[union-attr]
         module = getattr(args[0], "module", None)
-        found, _ = capture(self.program.fn, args, leaves, form, donated=donated, module=module, dynamic={})
+        found, _ = capture(Call(self.program.fn, args, leaves, form, donated, module, {}))
         output: Any = next(node for node in found.graph.graph.nodes if node.op == "output")
         fakes = [node.meta["val"] for node in output.args[0]]
         entry = {

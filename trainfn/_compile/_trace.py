@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class Output(NamedTuple):
         kind: ``"graph"``: output ``place`` of the graph. ``"input"``: leaf ``place`` of the arguments, untouched or
             overwritten in place. ``"value"``: the Python value itself.
         place: See above.
-        layout: Of a tensor that is spread over ranks.
+        layout: The layout of a tensor that is spread over ranks.
         value: See above.
     """
 
@@ -124,7 +124,7 @@ def trace(
     form: Structure,
     *,
     donated: list[bool],
-    dynamic: dict[int, Sequence[int]] | None = None,
+    dynamic: Mapping[int, Sequence[int]] | None = None,
     modules: nn.Module | None = None,
     lines: Lines | None = None,
 ) -> Trace:
@@ -158,7 +158,7 @@ def trace(
     return Trace(graph, constants, run.inputs, run.outputs, run.result, key, mode, sharded, branches)
 
 
-def _fakes(tensors: list[Tensor], places: list[int], dynamic: dict[int, Sequence[int]]) -> tuple[Any, list[Tensor]]:
+def _fakes(tensors: list[Tensor], places: list[int], dynamic: Mapping[int, Sequence[int]]) -> tuple[Any, list[Tensor]]:
     from torch._subclasses import FakeTensorMode
 
     # A tensor that stands in two places is two inputs: at the next call they may differ.
@@ -197,7 +197,7 @@ def _conditions(mode: Any) -> Generator[None]:
 
 @contextlib.contextmanager
 def _uncompiled() -> Generator[None]:
-    """What a user compiled with `torch.compile` runs as it is: as a part of this graph."""
+    """Run functions that a user compiled with `torch.compile` uncompiled: as a part of this graph."""
     if "torch._dynamo" not in sys.modules:  # it takes a second to import, and nothing is compiled without it
         yield
         return

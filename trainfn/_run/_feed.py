@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from trainfn._plan import Plan, agreed, check_together, divided, plan_of
+from trainfn._plan import Plan, aligned, check_same_run, divided, plan_of
 from trainfn._ranks._errors import launched
 from trainfn._ranks._group import ranks
 from trainfn._types import Batch, TrainState
@@ -57,7 +57,7 @@ class PlannedFeed(Feed):
         Raises:
             ValueError: On all ranks, if they are about to run different things.
         """
-        check_together(self.plan, state, until)
+        check_same_run(self.plan, state, until)
 
     def part(self, batches: Any) -> Any:
         """This rank's part of a loader; other batches are its own rows already."""
@@ -70,7 +70,7 @@ class PlannedFeed(Feed):
 
     def stream(self, batches: Iterable[Batch], what: str) -> Iterator[Batch]:
         """As many batches as the rank with the most of them has."""
-        return agreed(iter(batches), what, equal=self._equal, parts=self.plan.data_size)
+        return aligned(iter(batches), what, equal=self._equal, parts=self.plan.data_size)
 
 
 def feed_of(step: Any) -> Feed:

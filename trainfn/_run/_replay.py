@@ -67,6 +67,6 @@ def replay(
     if found:
         raise ReplayError(
             f"replay({str(folder)!r}, {first}, {last}): computed again, the state of step {last} differs from the saved"
-            f" one: {found}\nThe step, the batches or the machine are not those of the run."
+            f" one. {found}.\nThe step, the batches or the machine are not those of the run."
         )
     return state

@@ -20,7 +20,7 @@ class _Plain(Callback):
 
 
 def callback_of(given: Callable[[StepInfo], object]) -> Callback:
-    """What the user gave, in the role of a callback.
+    """A user's function or object, in the role of a callback.
 
     Raises:
         TypeError: If it can't be called, or has a method of the role that would not be called on a plain function.

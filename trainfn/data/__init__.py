@@ -26,6 +26,9 @@ it.
 Reading order: `_sampler.py`, `_orders.py`, `_loader.py`; `_bits.py` holds the permutation.
 """
 
+from trainfn._plan import NoRows as NoRows
+from trainfn._plan import is_empty as is_empty
+from trainfn._plan import no_rows as no_rows
 from trainfn.data._collate import pad_collate as pad_collate
 from trainfn.data._collate import stack as stack
 from trainfn.data._lengths import bucketed as bucketed

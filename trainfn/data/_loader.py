@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from trainfn._plan import no_rows
 from trainfn._text import shortened
 from trainfn._types import Batch
 from trainfn.data import _batch, _seeding, _workers
@@ -87,7 +88,7 @@ class Loader:
         rows, first = _batch.share(everything, self.sampler.batch_size, self.rank, self.world, self.even)
         try:
             if len(rows.indices) == 0:
-                return _batch.no_rows(self._collated(everything.part(slice(1)), n, first))
+                return no_rows(self._collated(everything.part(slice(1)), n, first))
             batch = self._collated(rows, n, first)
         except Exception as error:
             error.add_note(f"In the batch of step {n}, of the rows {shortened(rows.indices.tolist())}.")

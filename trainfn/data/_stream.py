@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from trainfn._plan import no_rows
 from trainfn._types import Batch
 from trainfn.data import _batch, _bits, _seeding, _workers
 from trainfn.data._batch import Transform
@@ -155,7 +156,7 @@ class Stream:
                 keys = _seeding.row_keys(self.seed, rows.visits, rows.indices)
                 mine = _batch.transformed(self.transform, mine.__getitem__, rows.indices, keys, seeding=True)
             batch = _batch.collated(self.collate, mine, self.seed, step, offset)
-            batch = _batch.no_rows(batch) if none else batch
+            batch = no_rows(batch) if none else batch
         except Exception as error:
             error.add_note(f"In the batch of step {step}, of the rows from {first} on of epoch {epoch}.")
             raise

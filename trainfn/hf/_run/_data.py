@@ -16,7 +16,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import logging
 
 import trainfn as tfn
-from trainfn.hf._parallel._sharding import NoRows, dealt
+from trainfn.hf._parallel._sharding import dealt
 
 logger = logging.get_logger(__name__)
 
@@ -250,7 +250,7 @@ class Windows:
             seed = self.trainer.args.seed
             batches = _seeded(loader, seed if seed is not None else 0, epoch, first)
         for batch in batches:
-            if isinstance(batch, NoRows):
+            if isinstance(batch, tfn.data.NoRows):
                 raise TypeError(
                     f"Trainer.train() on {self.trainer._world.parts} ranks: the loader has no batch for this one where"
                     " others have, and no tensor to make one of no rows of. Return tensors from the collator:"

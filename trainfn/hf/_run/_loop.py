@@ -18,7 +18,7 @@ from trainfn.hf._callbacks._events import DECISIONS
 from trainfn.hf._checkpoints import _folders as _checkpoints
 from trainfn.hf._installed import attribute
 from trainfn.hf._parallel import _parameters as _whole
-from trainfn.hf._parallel._sharding import dealt, is_empty
+from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._parallel._world import World
 from trainfn.hf._reporting._logs import LossWindow
 from trainfn.hf._run import _data
@@ -250,7 +250,7 @@ def _changing(trainer: Any, windows: Windows) -> Any:
         """Find out what the loss is like, of the first rows; ranks must believe the same."""
         nonlocal looked, known
         with _whole.whole(trainer):
-            if not is_empty(windows.first):
+            if not tfn.data.is_empty(windows.first):
                 find_shift(trainer, windows.first)
                 if not looked:
                     check_additive(trainer, windows.first)

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor, Partial
 
 import trainfn as tfn
 from trainfn.hf._parallel._parameters import whole
-from trainfn.hf._parallel._sharding import is_empty
 from trainfn.hf._step._loss import counted, exact_loss
 
 
@@ -46,7 +45,7 @@ def step(trainer: Any, made: tfn.TrainStep) -> tfn.TrainStep:
     def gradients(state: tfn.TrainState, batch: Any, first_row: Tensor | int = 0, /) -> tfn.Gradients:
         key = tfn.random.fold_in(state.key, state.step)
         model, trainer._manual_mean = trainer.model, None
-        if is_empty(batch):
+        if tfn.data.is_empty(batch):
             zero = torch.zeros((), device=state.step.device)
             return tfn.Gradients(
                 tfn.Mean(zero, zero), {n: _summand(p, None) for n, p in state.params.items()}, {}, state.buffers
