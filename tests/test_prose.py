@@ -22,7 +22,7 @@ NOT_YET = (
 )
 READ = pytest.mark.parametrize("name", [name for name in FILES if not name.startswith(NOT_YET)])
 # In the whole package. These numbers only go down.
-MOST_LONG = 23
+MOST_LONG = 17
 
 # What these words mean here is known to those who wrote them. To the right, what a stranger understands.
 AVOIDED = {
