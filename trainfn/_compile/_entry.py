@@ -22,8 +22,8 @@ from trainfn._types import TrainState
 class Known:
     """The leaves of the newest state, which need no second look: tensors that a program itself returned.
 
-    The reference to the largest leaf is a weak one. When that leaf dies, the caller has dropped the state, and the other
-    leaves are dropped, too.
+    The reference to the largest leaf is a weak one. When that leaf dies, the caller has dropped the state, and the
+    other leaves are dropped, too.
 
     Args:
         take: Lists the leaves of a state with these containers.
