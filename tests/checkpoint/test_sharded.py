@@ -15,8 +15,8 @@ CASES = (
 )
 # What each mistake is answered with.
 MISTAKES = {
-    "folders": r"Checkpoints\('.*/0'\): the ranks of one job save together, and they give different folders: '.*/0',"
-    r" '.*/1'. Give all of them the same one",
+    "folders": r"Checkpoints\('.*/0'\): the ranks of one job save together, and they have different folders: '.*/0',"
+    r" '.*/1'. Give all of them the same folder",
     "not shared": r"rank 1: '.c.writing-\d+', which rank 0 made, is not seen by rank 1. .* on a disk that they share",
     "extra": r"rank 1: Checkpoints.save\(state\): extra\['x'\] is a tuple, which JSON can't return as it was",
     "shape": r"the checkpoint does not fit the state:\n  missing in the checkpoint: model/weight",
