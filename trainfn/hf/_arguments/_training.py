@@ -9,7 +9,7 @@ import inspect
 import os
 from collections.abc import Generator, Iterable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import transformers
@@ -114,6 +114,9 @@ class TrainingArguments(Arguments, metaclass=_Named):
     >>> TrainingArguments(learning_rate=2e-5, use_cpu=True).output_dir
     'trainer_output'
     """
+
+    if TYPE_CHECKING:
+        output_dir: str = "trainer_output"  # None until `__post_init__`
 
     # The documentation of the Trainer promises INFO for the main process, and WARNING for the others. The
     # default in transformers, "passive", follows whatever the application has set: WARNING if nothing.

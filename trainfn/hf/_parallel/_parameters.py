@@ -8,45 +8,48 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.hf._callbacks._events import EVENTS
+from trainfn.hf._run._record import newest_state
+from trainfn.hf._types import TrainerLike
 
 logger = logging.get_logger(__name__)
 
 
-def see(trainer: Any) -> None:
+def see(trainer: TrainerLike) -> None:
     """Let the model have the memory of the state, as far as this rank has it."""
-    if trainer._ranks.plan is None:
+    if trainer._trainfn.ranks.plan is None:
         return
-    trainer._released = False
+    trainer._trainfn.released = False
     for tensor, leaf in _pairs(trainer):
         if _is_split(leaf):
             tensor.data = torch.full((), torch.nan, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
-            trainer._released = True
+            trainer._trainfn.released = True
         else:
             tensor.data = _local(leaf)
 
 
-def fill(trainer: Any) -> None:
+def fill(trainer: TrainerLike) -> None:
     """Bring together what is split; every rank calls this. It takes the memory of the whole parameters."""
-    if trainer._released:
+    if trainer._trainfn.released:
         for tensor, leaf in _pairs(trainer):
             if _is_split(leaf):
                 tensor.data = leaf.detach().full_tensor()
-        trainer._released = False
+        trainer._trainfn.released = False
 
 
 @contextlib.contextmanager
-def whole(trainer: Any) -> Generator[None]:
+def whole(trainer: TrainerLike) -> Generator[None]:
     """The model with all values in this block; every rank enters it."""
-    if not trainer._released:
+    if not trainer._trainfn.released:
         yield
         return
     fill(trainer)
@@ -57,26 +60,26 @@ def whole(trainer: Any) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def plain(trainer: Any) -> Generator[None]:
+def plain(trainer: TrainerLike) -> Generator[None]:
     """The state as it would be in one process, which the model shares; afterwards laid out again."""
-    plan = trainer._ranks.plan
+    plan = trainer._trainfn.ranks.plan
     if plan is None:
         yield
         return
-    trainer.train_state = tfn.gather(trainer.train_state)
+    trainer.train_state = tfn.gather(newest_state(trainer))
     see(trainer)
     yield
-    trainer.train_state = tfn.shard(trainer.train_state, plan)
+    trainer.train_state = tfn.shard(newest_state(trainer), plan)
     see(trainer)
 
 
-def check_whole(trainer: Any) -> None:
+def check_whole(trainer: TrainerLike) -> None:
     """Raise if the last run ended in an error and left the model without values.
 
     Raises:
         RuntimeError: Saying where they are.
     """
-    if trainer._released:
+    if trainer._trainfn.released:
         raise RuntimeError(
             "Trainer: the run before ended in an error while the parameters were split over ranks, so the model has no"
             " values. Make a new Trainer of a new model, and go on from the last checkpoint:"
@@ -84,9 +87,9 @@ def check_whole(trainer: Any) -> None:
         )
 
 
-def warn_of_callbacks(trainer: Any) -> None:
+def warn_of_callbacks(trainer: TrainerLike) -> None:
     """Say once which callbacks take a model that has no values when they are called."""
-    if not trainer._released or trainer._ranks.rank > 0:
+    if not trainer._trainfn.released or trainer._trainfn.ranks.rank > 0:
         return
     for callback in trainer.callback_handler.callbacks:
         kind = type(callback)
@@ -101,12 +104,12 @@ def warn_of_callbacks(trainer: Any) -> None:
             )
 
 
-def _arguments(method: Any) -> list[str]:
+def _arguments(method: Callable[..., object] | None) -> list[str]:
     return [] if method is None else list(inspect.signature(method).parameters)
 
 
-def _pairs(trainer: Any) -> list[tuple[Tensor, Any]]:
-    model, state = trainer.model, trainer.train_state
+def _pairs(trainer: TrainerLike) -> list[tuple[Tensor, Tensor]]:
+    model, state = trainer.model, newest_state(trainer)
     held = {
         **dict(model.named_buffers(remove_duplicate=False)),
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -114,9 +117,9 @@ def _pairs(trainer: Any) -> list[tuple[Tensor, Any]]:
     return [(held[name], leaf) for name, leaf in {**state.params, **state.buffers}.items()]
 
 
-def _is_split(leaf: Any) -> bool:
-    return hasattr(leaf, "placements") and any(placement.is_shard() for placement in leaf.placements)
+def _is_split(leaf: Tensor) -> TypeGuard[DTensor]:
+    return isinstance(leaf, DTensor) and any(placement.is_shard() for placement in leaf.placements)
 
 
-def _local(leaf: Any) -> Tensor:
-    return (leaf.to_local() if hasattr(leaf, "placements") else leaf).detach()
+def _local(leaf: Tensor) -> Tensor:
+    return (leaf.to_local() if isinstance(leaf, DTensor) else leaf).detach()
