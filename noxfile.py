@@ -9,11 +9,20 @@ TOOLS = ("pytest", "pytest-xdist")
 VERSIONS = "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
 # Where a new release of torch or transformers shows first: few of the tests compile, and none starts processes.
 QUICK = (
-    *("tests/test_capture.py", "tests/test_jit.py", "tests/test_step.py", "tests/test_grad.py", "tests/test_module.py"),
-    "tests/test_random.py",
-    *("tests/test_losses.py", "tests/test_optim.py", "tests/test_device.py", "tests/test_device_trainer.py"),
-    *("tests/test_hf_arguments.py", "tests/test_hf_evaluation.py", "tests/test_hf_seq2seq.py"),
-    "tests/test_hf_trainer.py",
+    "tests/compile/test_capture.py",
+    "tests/compile/test_jit.py",
+    "tests/hf/test_arguments.py",
+    "tests/hf/test_evaluation.py",
+    "tests/hf/test_seq2seq.py",
+    "tests/hf/test_trainer.py",
+    "tests/keyed/test_random.py",
+    "tests/losses/test_every.py",
+    "tests/optim/test_optim.py",
+    "tests/test_device.py",
+    "tests/test_device_trainer.py",
+    "tests/test_grad.py",
+    "tests/test_module.py",
+    "tests/test_step.py",
 )
 
 

@@ -11,6 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # One compile cache for all tests of this user, kept between runs: a second run compiles little.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"trainfn-tests-{os.getuid()}"))
 
+# The processes that tests start find the package and the tests' helpers, wherever they are started.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
 import numpy as np
 import pytest
 import torch

@@ -19,7 +19,7 @@ LAYERS = {
     **dict.fromkeys(("_types", "tree", "errors", "_marks", "_text"), 0),
     **dict.fromkeys(("random", "_keyed", "_module", "losses", "metrics", "optim", "schedules"), 1),
     **dict.fromkeys(("_grad", "_step", "transforms"), 2),
-    **dict.fromkeys(("_compile", "_ranks", "_plan"), 3),
+    **dict.fromkeys(("_compile", "_ranks", "_plan", "process"), 3),
     **dict.fromkeys(("_checkpoint", "_value", "data"), 4),
     **dict.fromkeys(("_run", "callbacks"), 5),
     **dict.fromkeys(("deepspeed",), 6),  # the driver, with another engine behind the step
@@ -31,7 +31,7 @@ LAYERS = {
 PURE = 2  # the highest layer of pure functions of tensors
 ALLOWED = {"torch", "optree", *sys.stdlib_module_names}
 NAMESPACES = (
-    *("random", "tree", "errors", "losses", "metrics", "optim", "schedules", "transforms", "callbacks"),
+    *("random", "tree", "errors", "losses", "metrics", "optim", "schedules", "transforms", "callbacks", "process"),
     *("testing", "data", "deepspeed", "hf", "launch"),
 )
 # Data, documented by its fields, and what only `isinstance` ever sees: no example would say more.
@@ -41,7 +41,14 @@ NO_EXAMPLE = re.compile(
 )
 FILE_LINES, BODY_LINES = 400, 60
 
+# Beyond public names and the vocabulary of `_types`: a launcher's answers, which name ranks before there is a run, and
+# two guards of `value_and_grad` around DeepSpeed's own backward pass.
+NOT_PUBLIC = {"testing": set(), "launch": {"Rule", "explain", "launched"}, "deepspeed": {"detached", "exact"}}
+
 EACH_FILE = pytest.mark.parametrize("file", [pytest.param(f, id=str(f.relative_to(ROOT))) for f in FILES])
+
+
+FILES_OF_HF = [file for file in FILES if file.is_relative_to(ROOT / "hf")]
 
 
 def module_of(file):
@@ -93,6 +100,47 @@ def test_imports_point_down(file):
         if module.split(".")[0] == "trainfn":
             assert module != "trainfn", f"{file} imports the whole package"
             assert layer_of(module) <= layer, f"{file} imports {module}, which is above it"
+
+
+def private_names(file):
+    """What a file takes from private modules of other parts of the package, as ``(line, module, name)``."""
+    own = f"trainfn.{part_of(module_of(file))}"
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            taken = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            taken = [(node.module, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("tfn", "trainfn"):
+            taken = [("trainfn", node.attr)]
+        else:
+            continue
+        for module, name in taken:
+            path = f"{module}.{name}"
+            if path.startswith("trainfn.") and not path.startswith(f"{own}.") and re.search(r"\._(?!_)", path):
+                yield node.lineno, module, name
+
+
+@pytest.mark.parametrize("file", [pytest.param(f, id=str(f.relative_to(ROOT))) for f in FILES_OF_HF])
+def test_the_trainer_uses_public_names_only(file):
+    assert not list(private_names(file))
+
+
+@pytest.mark.parametrize("part", NOT_PUBLIC)
+def test_other_layers_above_the_core_use_public_names(part):
+    """They can't import the package that imports them, so they take public names from where these are defined."""
+    found = {
+        name
+        for file in FILES
+        if part_of(module_of(file)) == part
+        for _, module, name in private_names(file)
+        if module != "trainfn._types" and not is_public(getattr(importlib.import_module(module), name))
+    }
+    assert found == NOT_PUBLIC[part]
+
+
+def is_public(value):
+    spaces = [trainfn, *(getattr(trainfn, name) for name in NAMESPACES)]
+    return any(value is other for space in spaces for name, other in vars(space).items() if not name.startswith("_"))
 
 
 def test_imports_have_no_cycles():

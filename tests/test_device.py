@@ -3,14 +3,14 @@
 import copy
 
 import pytest
-import test_transformers_models as models
 import torch
-from device import ACCELERATOR, DEVICE, exact_products, jit, no_waiting, on_an_accelerator, on_cuda, put
-from helpers import EACH_NET, MLP_NET, NETS, adamw, assert_close, assert_identical, seeded
-from optimizers import OPTIMIZERS, Net
 from torch import nn
 
 import trainfn as tfn
+from tests.compile import test_transformers_models as models
+from tests.device import ACCELERATOR, DEVICE, exact_products, jit, no_waiting, on_an_accelerator, on_cuda, put
+from tests.helpers import EACH_NET, MLP_NET, NETS, adamw, assert_close, assert_identical, seeded
+from tests.optim.table import OPTIMIZERS, Net
 from trainfn import testing, tree
 
 ROWS = 16
@@ -86,8 +86,9 @@ def test_draws_equal_those_of_a_cpu(name, compile):
 def test_compiled_steps_equal_eager_ones(net, accumulate):
     eager, losses = train(net, accumulate=accumulate, compile=False)
     state, other = train(net, accumulate=accumulate, donate=True)
-    # The mixed net has a layer in bfloat16, which a compiled kernel rounds less often.
-    tolerance = 1e-3 if ACCELERATOR and net.name == "mixed" else 1e-5
+    # The mixed net has a layer in bfloat16, which a compiled kernel rounds less often: its weights, below 1, may differ
+    # by the distance of two neighbours, 2**-8.
+    tolerance = 2**-8 if ACCELERATOR and net.name == "mixed" else 1e-5
     assert_close(state, eager, tolerance)
     assert other == pytest.approx(losses, rel=tolerance)
 
@@ -310,7 +311,8 @@ def test_recurrent_nets(kind):
     for compile in (False, True):
         step = jit(tfn.train_step(MLP_NET.loss, adamw()), compile=compile)
         state = tfn.init(put(seeded(lambda: Recurrent(kind))), adamw())
-        results.append(run(state, step, given)[0])
+        with torch.backends.cudnn.flags(enabled=False):  # cuDNN's own RNN is 9e-5 from the CPU's after three steps
+            results.append(run(state, step, given)[0])
     assert_close(results[1], results[0], 1e-5)
 
 
@@ -381,14 +383,16 @@ def squares(model, batch):
     return tfn.Mean.of((model(batch["x"]) - batch["y"]) ** 2)
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param(row[1], id=row[0]) for row in OPTIMIZERS])
-def test_compiled_optimizers_equal_eager_ones(optimizer):
+@pytest.mark.parametrize(("name", "optimizer"), [pytest.param(*row[:2], id=row[0]) for row in OPTIMIZERS])
+def test_compiled_optimizers_equal_eager_ones(name, optimizer):
     given, results = [points(n) for n in range(4)], []
     for compile in (False, True):
         step = jit(tfn.train_step(squares, optimizer), compile=compile, donate=True)
         results.append(run(net_of(optimizer), step, given))
-    assert results[1][1] == pytest.approx(results[0][1], rel=1e-4)
-    assert_close(results[1][0].params, results[0][0].params, 1e-4)
+    # Muon orthogonalizes in bfloat16, where a product rounds to 4e-3: after four steps 4e-4 on an H200.
+    tolerance = 1e-3 if ACCELERATOR and "muon" in name else 1e-4
+    assert results[1][1] == pytest.approx(results[0][1], rel=tolerance)
+    assert_close(results[1][0].params, results[0][0].params, tolerance)
 
 
 @on_cuda

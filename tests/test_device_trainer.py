@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from device import ACCELERATOR, BACKEND, DEVICE, exact_products, on_an_accelerator, on_cuda
-from hf_models import HEADS, bert, gpt2, llama, tokens
 from transformers import BertForSequenceClassification
 
+from tests.device import ACCELERATOR, BACKEND, DEVICE, exact_products, on_an_accelerator, on_cuda
+from tests.hf.models import HEADS, bert, gpt2, llama, tokens
 from trainfn import hf
 
 QUIET = {
@@ -83,7 +83,7 @@ def test_a_run_is_captured_once(kind, tmp_path):
     arguments = hf.TrainingArguments(str(tmp_path), **{**QUIET, **options})
     trainer = kind(llama(), arguments, train_dataset=tokens(24))
     trainer.train()
-    report = trainer._step.explain()
+    report = trainer._trainfn.run.step.explain()
     assert (report.traces, report.graphs, report.breaks) == (1, 1, 0)
 
 
@@ -91,7 +91,7 @@ def test_a_run_is_captured_once(kind, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=on_an_accelerator)])
 def test_mixed_precision(precision, compile, tmp_path):
     if not ACCELERATOR:
-        pytest.skip("on a CPU `tests/test_hf_trainer.py` has it")
+        pytest.skip("on a CPU `tests/hf/test_trainer.py` has it")
     options = {precision: True, **WHOLE}
     ours = trained(tmp_path / "ours", llama(), tokens(8), **options, **way(compile))
     theirs = trained(tmp_path / "theirs", llama(), tokens(8), transformers, **options)
@@ -186,7 +186,7 @@ def test_batches_of_many_lengths(tmp_path):
     model = bert(BertForSequenceClassification, num_labels=3)
     trainer = trained(tmp_path, model, rows, per_device_train_batch_size=1, max_steps=12)
     assert all(np.isfinite(losses(trainer)))
-    assert 1 < trainer._step.explain().graphs <= 6
+    assert 1 < trainer._trainfn.run.step.explain().graphs <= 6
 
 
 class Hungry(torch.nn.Module):

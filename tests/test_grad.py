@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-from helpers import EACH_NET, MLP_NET, assert_close, quick
 from hypothesis import given
 from hypothesis import strategies as st
 
 import trainfn as tfn
+from tests.helpers import EACH_NET, MLP_NET, assert_close, quick
 from trainfn.errors import InexactLossWarning
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")

@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
-from helpers import CONV_NET, EACH_NET, GPT_NET, MIXED_NET, MLP_NET, adamw, assert_identical, seeded
 from torch import nn
 
 import trainfn as tfn
+from tests.helpers import CONV_NET, EACH_NET, GPT_NET, MIXED_NET, MLP_NET, adamw, assert_identical, seeded
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
 

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import trainfn as tfn
+from tests.helpers import (
     CONV_NET,
     EACH_NET,
     GPT_NET,
@@ -20,12 +26,6 @@ from helpers import (
     quick,
     seeded,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-import trainfn as tfn
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import CONV_NET, MLP_NET, adamw, assert_close, assert_identical, quick
 from hypothesis import given
 from hypothesis import strategies as st
 
 import trainfn as tfn
+from tests.helpers import CONV_NET, MLP_NET, adamw, assert_close, assert_identical, quick
 from trainfn.testing import check_step
 from trainfn.transforms import after, dynamic_loss_scale, ema, skip_nonfinite
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import optree
 import pytest
 import torch
-from helpers import assert_close, assert_identical
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers import assert_close, assert_identical
 from trainfn import tree
 
 

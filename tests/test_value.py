@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import MLP_NET, adamw
 from hypothesis import given
 
 import trainfn as tfn
 import trainfn.testing as tt
+from tests.helpers import MLP_NET, adamw
 
 OPTIMIZER = adamw()
 STEP = tfn.train_step(MLP_NET.loss, OPTIMIZER)

@@ -21,6 +21,7 @@ from trainfn import errors as errors
 from trainfn import losses as losses
 from trainfn import metrics as metrics
 from trainfn import optim as optim
+from trainfn import process as process
 from trainfn import random as random
 from trainfn import schedules as schedules
 from trainfn import transforms as transforms

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
 
 from trainfn import random, tree
+from trainfn._text import shortened
 from trainfn._types import Buffers, Params, TrainState, Transform
 
 
@@ -291,4 +292,5 @@ def _check_fit(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> None:
         if n in shapes and list(t.shape) != shapes[n]
     ]
     if wrong:
-        raise ValueError("export(state, model): the module does not fit the state:\n  " + "\n  ".join(wrong[:10]))
+        lines = shortened(wrong, 10, str, "\n  ")
+        raise ValueError(f"export(state, model): the module does not fit the state:\n  {lines}")

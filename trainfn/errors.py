@@ -16,10 +16,13 @@
     NonFiniteWarning          a step with a NaN or infinite loss was skipped, or let through as asked
 
 A wrong argument is a plain ``ValueError`` or ``TypeError``. Every message says what was called, with what,
-why that can't work, and the line to write instead.
+why that can't work, and the line to write instead; `nearest` and `shortened` help to write them.
 """
 
 from __future__ import annotations
+
+from trainfn._text import nearest as nearest
+from trainfn._text import shortened as shortened
 
 
 class TrainfnError(Exception):

@@ -18,6 +18,7 @@ import optree
 import torch
 from torch import Tensor
 
+from trainfn._text import shortened
 from trainfn._types import Tree
 
 
@@ -55,7 +56,7 @@ def _flat_dict(tree: dict[Any, Any]) -> bool:
 
 
 def _differing(a: dict[Any, Any], b: dict[Any, Any]) -> str:
-    return ", ".join(sorted(repr(name) for name in a.keys() ^ b.keys())[:4])
+    return shortened(sorted(map(repr, a.keys() ^ b.keys())), write=str)
 
 
 def _unflat(like: Tree, values: Iterator[Any]) -> Tree:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from trainfn._checkpoint._format import DTYPES, Leaf
+from trainfn._text import closest, nearest, shortened
 from trainfn.errors import CheckpointError
 
 Only = str | Collection[str] | Callable[[str], bool] | None
@@ -43,7 +43,7 @@ def fit(
     if problems:
         warnings.warn(
             f"{call}: {len(fitting)} leaves restored; these were not, and are as in `like`:\n  "
-            + "\n  ".join(_some(problems.values())),
+            + shortened(problems.values(), _SHOWN, str, "\n  "),
             stacklevel=3,
         )
     return fitting
@@ -67,27 +67,21 @@ def _refusal(
     missing = [name for name in problems if name not in have]
     unexpected = [name for name in problems if name not in like]
     for name in missing[:_SHOWN]:
-        for near in difflib.get_close_matches(name, unexpected[:500], n=1):
-            problems[name] += f" (nearest there: {near})"
+        problems[name] += nearest(name, unexpected[:500], " (nearest there: {})", likeness=0.6)
     if nothing:
         return (
             f"{call}: no leaf of the checkpoint fits the state:\n  "
-            + "\n  ".join(_some(problems.values()))
+            + shortened(problems.values(), _SHOWN, str, "\n  ")
             + '\nNames can be changed as they are read: `rename={"old prefix": "new prefix"}`.'
         )
     return (
         f"{call}: the checkpoint does not fit the state:\n  "
-        + "\n  ".join(_some(problems.values()))
+        + shortened(problems.values(), _SHOWN, str, "\n  ")
         + "\nBuild `like` with the model and optimizer that wrote it. Or take a part of it, explicitly:\n"
         "  tfn.restore(path, like=state, strict=False)              # all that fits\n"
         '  tfn.restore(path, like=state, only=r"^model/")           # leaves whose name matches: the weights\n'
         '  tfn.restore(path, like=state, rename={"old": "new"})     # prefixes of names'
     )
-
-
-def _some(lines: Iterable[str]) -> list[str]:
-    lines = list(lines)
-    return lines[:_SHOWN] + ([f"… and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
 
 
 def _renamed(call: str, found: Iterable[str], rename: Rename) -> dict[str, str]:
@@ -104,8 +98,8 @@ def _renamed(call: str, found: Iterable[str], rename: Rename) -> dict[str, str]:
         sources[new] = name
         changed |= new != name
     if not changed:
-        names = ", ".join(list(sources)[:3])
-        raise ValueError(f"{call}: rename= changes no name. There are {names}, …; a key is the beginning of one.")
+        names = shortened(sources, 3, str)
+        raise ValueError(f"{call}: rename= changes no name. There are {names}; a key is the beginning of one.")
     return sources
 
 
@@ -132,10 +126,10 @@ def _chosen(call: str, only: Only, names: list[str]) -> list[str]:
     else:
         unknown = sorted(set(only) - set(names))
         if unknown:
-            near = difflib.get_close_matches(unknown[0], names, n=3, cutoff=0.3)
-            raise ValueError(f"{call}: only= names {unknown[0]!r}, which is in neither. Near it: {', '.join(near)}.")
+            near = ", ".join(closest(unknown[0], names, 3, likeness=0.3))
+            raise ValueError(f"{call}: only= names {unknown[0]!r}, which is in neither. Near it: {near}.")
         choose = set(only).__contains__
     chosen = [name for name in names if choose(name)]
     if not chosen:
-        raise ValueError(f"{call}: only= chooses none of the {len(names)} leaves: {', '.join(names[:3])}, …")
+        raise ValueError(f"{call}: only= chooses none of the {len(names)} leaves: {shortened(names, 3, str)}.")
     return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import threading
 import warnings
@@ -17,6 +16,7 @@ from trainfn._checkpoint._lock import Lock
 from trainfn._checkpoint._snapshot import Gathered, Snapshot
 from trainfn._checkpoint._write import explained, sweep, write
 from trainfn._ranks._group import ALONE, Ranks, together
+from trainfn._text import nearest
 from trainfn._types import TrainState
 from trainfn.errors import CheckpointError
 
@@ -140,8 +140,8 @@ class Checkpoints:
         call, metrics = "Checkpoints.save(state)", given["metrics"]
         contents = contents_of(state, call, max_shard_size=self.max_shard_size, full=self.full, ranks=ranks, **given)
         if self.best is not None and metrics is not None and self.best not in metrics:
-            near = difflib.get_close_matches(self.best, list(metrics), n=1, cutoff=0)
-            raise ValueError(f"{call}: best={self.best!r} is not among the metrics. Did you mean {near}?")
+            near = nearest(self.best, metrics, likeness=0)
+            raise ValueError(f"{call}: best={self.best!r} is not among the metrics {sorted(metrics)}.{near}")
         if ranks.rank == 0:
             self._open(contents.nbytes)
             self._check_newest(contents.manifest.step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -24,21 +25,33 @@ _ONE = threading.Lock()  # `few_files` holds for the whole process
 def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
     """Compile a flat graph (see `cut`) with inductor, equal parts once and all C++ in a few files.
 
-    What inductor can't compile so, it gets again as one graph without lists, by its front door: some of its versions
-    have faults in the kernels that combine the leaves of a list.
+    Some versions of inductor have faults in the kernels that combine the leaves of a list. A graph that fails is
+    compiled again without lists, and at last as one graph by inductor's front door.
     """
-    try:
-        with _ONE, few_files():
-            return compile_pieces(graph, inductor)
-    except Exception as error:
-        logging.getLogger("trainfn").info("inductor gets the graph again, by its front door: %s", error)
-        whole = fx.GraphModule(graph, leafwise(graph, everywhere=True))
-        examples = [node.meta["val"] for node in whole.graph.nodes if node.op == "placeholder"]
+    examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    ways: list[Callable[[], Callable[..., Any]]] = [
+        lambda: compile_pieces(graph, inductor),
+        lambda: compile_pieces(_without_lists(graph), inductor),
+        lambda: _spread(_by_the_front_door(_without_lists(graph), examples)),
+    ]
+    first: Exception | None = None
+    for compiled in ways:
         try:
-            compiled = _by_the_front_door(whole, examples)
-        except Exception:
-            raise error from None
-        return lambda *args: compiled(list(args))
+            with _ONE, few_files():
+                return compiled()
+        except Exception as error:
+            first = first or error
+            logging.getLogger("trainfn").info("inductor could not compile the graph, and gets another form: %s", error)
+    assert first is not None
+    raise first
+
+
+def _without_lists(graph: fx.GraphModule) -> fx.GraphModule:
+    return fx.GraphModule(graph, leafwise(graph, everywhere=True))
+
+
+def _spread(compiled: Callable[[list[Tensor]], Sequence[Any]]) -> Callable[..., Sequence[Any]]:
+    return lambda *args: compiled(list(args))
 
 
 def inductor(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Any]]:
@@ -46,10 +59,11 @@ def inductor(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[list[T
     from torch._guards import TracingContext, detect_fake_mode, tracing
     from torch._inductor import config
 
-    if not config.triton.cudagraphs and not config.max_autotune and _writes_last(module) and _is_flat(module):
+    if not config.triton.cudagraphs and not config.max_autotune and _is_flat(module):
+        kept, count = _seeds_kept(module)
         with torch.no_grad(), tracing(TracingContext(detect_fake_mode(examples))), _repeatable(examples):
             with contextlib.suppress(ImportError, TypeError):  # another torch: by its front door
-                return _past_autograd(module, examples)
+                return _first(_past_autograd(kept, examples), count)
     return _by_the_front_door(module, examples)
 
 
@@ -57,12 +71,43 @@ def _by_the_front_door(module: fx.GraphModule, examples: list[Tensor]) -> Callab
     from torch._guards import TracingContext, detect_fake_mode, tracing
     from torch._inductor.compile_fx import compile_fx
 
+    module, count = _seeds_kept(module)
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default  # a decomposition may give other strides
     module.recompile()
     with torch.no_grad(), tracing(TracingContext(detect_fake_mode(examples))), _repeatable(examples):
         whole: Any = compile_fx(module, examples)
-        return lambda args: whole(*args)
+        return _first(lambda args: whole(*args), count)
+
+
+def _seeds_kept(module: fx.GraphModule) -> tuple[fx.GraphModule, int]:
+    """Return a graph that also returns the seeds of its attention kernels, and the number of its own outputs.
+
+    Fake tensors say that the seeds are on the GPU. The kernels put them on the processor where nothing is dropped,
+    and inductor would write a later result of the GPU into that memory. It does not write into what is returned.
+    """
+    out = next(iter(reversed(module.graph.nodes)))
+    seeds = [node for node in module.graph.nodes if node.target is operator.getitem and _is_seed(node)]
+    if not seeds:
+        return module, len(out.args[0])
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(module.graph, values)
+    own = [values[x] if isinstance(x, fx.Node) else x for x in out.args[0]]
+    graph.output([*own, *(values[seed] for seed in seeds)])
+    return fx.GraphModule(module, graph), len(own)
+
+
+def _is_seed(node: fx.Node) -> bool:
+    """Whether a node is a small result of an attention kernel, beside the attention and its sums."""
+    source, part = node.args
+    attention = isinstance(source, fx.Node) and "_scaled_dot_product_" in str(source.target)
+    value = node.meta.get("val")
+    return attention and part >= 2 and isinstance(value, Tensor) and value.dim() < 2
+
+
+def _first(run: Callable[[list[Tensor]], Sequence[Any]], count: int) -> Callable[[list[Tensor]], Sequence[Any]]:
+    return lambda args: run(args)[:count]
 
 
 @contextlib.contextmanager
@@ -88,7 +133,7 @@ def _is_flat(module: fx.GraphModule) -> bool:
 
 
 def _writes_last(module: fx.GraphModule) -> bool:
-    """Whether all that the graph writes are new values of its inputs, which nobody reads afterwards."""
+    """Whether the graph writes nothing but new values of its inputs, and reads none of them afterwards."""
     written: set[fx.Node] = set()
     for node in module.graph.nodes:
         if any(owner(used) in written for used in inputs(node)):
@@ -124,9 +169,7 @@ def _decomposed(module: fx.GraphModule, examples: list[Tensor]) -> fx.GraphModul
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    table = dict(select_decomp_table())
-    if any(isinstance(x, Tensor) and x.device.type != "cpu" for x in examples):
-        table.pop(torch.ops.aten.embedding_dense_backward.default, None)  # its kernel adds up in a fixed order
+    table = select_decomp_table()
     out = next(iter(reversed(module.graph.nodes)))
     wanted = [x.meta["val"] if isinstance(x, fx.Node) else None for x in out.args[0]]
 
@@ -134,7 +177,9 @@ def _decomposed(module: fx.GraphModule, examples: list[Tensor]) -> fx.GraphModul
         found = _Reshaping(module).run(*args)
         return [x if like is None else _laid_out(x, like) for x, like in zip(found, wanted, strict=True)]
 
-    graph = make_fx(run, table, _allow_non_fake_inputs=True)(*examples)
+    writes_within = not _writes_last(module)  # such as `add_`, in an unrolled RNN
+    functional = torch.func.functionalize(run, remove="mutations") if writes_within else run
+    graph = make_fx(functional, table, _allow_non_fake_inputs=True)(*examples)
     merge_twins(graph.graph)
     out = next(iter(reversed(graph.graph.nodes)))
     for node in list(graph.graph.nodes):

@@ -19,6 +19,7 @@ from trainfn._compile._report import Report
 from trainfn._compile._sizes import Seen, dimensions
 from trainfn._compile._structure import Misfit, Row, Structure, flatten, structure
 from trainfn._compile._trace import Trace, donation, layout_of
+from trainfn._text import shortened
 from trainfn._types import TrainState
 from trainfn.errors import RecompileError
 
@@ -345,4 +346,4 @@ def _difference(new: dict[str, str], known: list[dict[str, str]]) -> str:
     changes = [
         f"{name} from {nearest.get(name, 'absent')} to {new[name]}" for name in new if nearest.get(name) != new[name]
     ]
-    return ", ".join(changes[:4])
+    return shortened(changes, write=str)

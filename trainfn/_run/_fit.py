@@ -15,9 +15,10 @@ from trainfn._plan import agreed, check_together, divided, plan_of, told
 from trainfn._ranks._errors import explained, launched
 from trainfn._run._batches import Batches, placed, source
 from trainfn._run._nonfinite import Policy, Watch
+from trainfn._run._requests import Requests
 from trainfn._run._session import Callback, Session
-from trainfn._run._signals import Requests, uninterrupted
 from trainfn._types import Step, StepInfo, Stop, TrainState
+from trainfn.process import uninterrupted
 
 
 def steps(
@@ -91,7 +92,7 @@ def _run(
                 state, metrics = step(latest.pop(), batch)
                 latest.append(state)
             n += 1
-            requests.interrupted |= held.pressed
+            requests.interrupted |= held.arrived
             watch.see(n, metrics)
             now = time.perf_counter()
             yield StepInfo(n, state, metrics, now - last, until)

@@ -10,9 +10,10 @@ from typing import Any, Self
 from trainfn import tree
 from trainfn._checkpoint import Checkpoints
 from trainfn._run._batches import Batches, start_anywhere
-from trainfn._run._signals import Requests, termination
+from trainfn._run._requests import Requests
 from trainfn._types import StepInfo, TrainState
 from trainfn.callbacks._evaluation import SavedBest
+from trainfn.process import termination
 
 Callback = Callable[[StepInfo], object]
 _OTHER_ROWS = "from here on the steps see other rows than the saved run would have seen"
@@ -64,7 +65,7 @@ class Session(contextlib.ExitStack):
         super().__enter__()
         if self.checkpoints is not None:
             self.enter_context(self.checkpoints)
-            self.requests.end = self.enter_context(termination())
+            self.requests.sigterm = self.enter_context(termination())
         return self
 
     def resumed(self, state: TrainState, until: int | None) -> TrainState:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from trainfn import tree
 from trainfn._run._evaluate import evaluate
+from trainfn._text import nearest
 from trainfn._types import Batch, Metrics, StepInfo, Stop, TrainState
 from trainfn.callbacks._log import values
 
@@ -131,8 +131,7 @@ class Best:
         """Raise if the metric is not among the names."""
         known = list(names)
         if self.metric not in known:
-            near = difflib.get_close_matches(self.metric, known, n=1, cutoff=0.0)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = nearest(self.metric, known, likeness=0)
             raise ValueError(f"{type(self).__name__}({self.metric!r}): the metrics are {known}.{hint}")
 
 

@@ -2,12 +2,12 @@
 
 ::
 
-    plan.rows(step) ──▶ indices, weights ──▶ read ▸ transform ▸ collate ──▶ batch
+    sampler.rows(step) ──▶ indices, weights ──▶ read ▸ transform ▸ collate ──▶ batch
          ▲                    │                        ▲
-    (seed, step, plan)        └── this rank's part     └── randomness keyed by (seed, epoch, row)
+    (seed, step, sampler)     └── this rank's part     └── randomness keyed by (seed, epoch, row)
 
 ====================== ================================================== ======================================
-plan                   a step sees                                        it keeps
+sampler                a step sees                                        it keeps
 ====================== ================================================== ======================================
 `sequential`           the next rows, in the dataset's order              nothing
 `shuffled`             the next rows of this epoch's permutation          nothing
@@ -18,11 +18,11 @@ plan                   a step sees                                        it kee
 `packed`               packs of short rows, each joined into one          16 bytes per row
 ====================== ================================================== ======================================
 
-A plan answers for any step, past or future, at the same cost, on any machine with the same bits, and knows nothing of
-ranks or workers. A `loader` reads the rows of a dataset by number: ``loader(n)`` is batch n, ``loader.start(n)``
+A sampler answers for any step, past or future, at the same cost, on any machine with the same bits. It knows nothing
+of ranks or workers. A `loader` reads the rows of a dataset by number: ``loader(n)`` is batch n, ``loader.start(n)``
 iterates from there; `stream` does the same for what can only be iterated. So a run goes on at step n by asking for it.
 
-Reading order: `_plan.py`, `_orders.py`, `_loader.py`; `_bits.py` holds the permutation.
+Reading order: `_sampler.py`, `_orders.py`, `_loader.py`; `_bits.py` holds the permutation.
 """
 
 from trainfn.data._collate import pad_collate as pad_collate
@@ -38,8 +38,8 @@ from trainfn.data._orders import weighted as weighted
 from trainfn.data._packing import Packing as Packing
 from trainfn.data._packing import pack_rows as pack_rows
 from trainfn.data._packing import packed as packed
-from trainfn.data._plan import Plan as Plan
-from trainfn.data._plan import Rows as Rows
 from trainfn.data._rows import concat as concat
+from trainfn.data._sampler import Rows as Rows
+from trainfn.data._sampler import Sampler as Sampler
 from trainfn.data._stream import Stream as Stream
 from trainfn.data._stream import stream as stream

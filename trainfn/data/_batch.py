@@ -15,7 +15,7 @@ from trainfn._types import Batch
 from trainfn.data import _seeding
 from trainfn.data._bits import Ints, Words
 from trainfn.data._collate import Collate
-from trainfn.data._plan import Rows, filled
+from trainfn.data._sampler import Rows, filled
 
 Transform = Callable[..., Any]
 _OURS = "trainfn.data._collate"  # collate functions from here draw nothing

@@ -76,7 +76,7 @@ def permute(key: Words, n: int, positions: Ints) -> Ints:
     """
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
-    # Tiny n need more rounds until every permutation is equally likely; tests/test_data_bits.py measures it.
+    # Tiny n need more rounds until every permutation is equally likely; tests/data/test_bits.py measures it.
     round_keys = bits(key, np.arange(8 if n > 1024 else 24))
     out = positions.astype(np.uint64)
     todo = np.arange(len(out))

@@ -30,7 +30,7 @@ def stack(rows: Sequence[Any]) -> Batch:
             [3, 4]]), 'y': tensor([0.5000, 1.5000])}
     """
     if len(rows) == 0:
-        raise ValueError('stack(rows): there are no rows. Use a plan with last="drop" or "pad".')
+        raise ValueError('stack(rows): there are no rows. Use a sampler with last="drop" or "pad".')
     return _stack(rows, "")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from trainfn.data import _bits
 from trainfn.data._bits import Ints
-from trainfn.data._plan import Last, Plan, column, natural, seeded
+from trainfn.data._sampler import Last, Sampler, column, natural, seeded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,7 +88,9 @@ class Bucketed:
         return rows, np.full_like(slots, epoch)
 
 
-def grouped_by_length(lengths: Any, batch_size: int, *, seed: int, mega_batch: int = 50, last: Last = "drop") -> Plan:
+def grouped_by_length(
+    lengths: Any, batch_size: int, *, seed: int, mega_batch: int = 50, last: Last = "drop"
+) -> Sampler:
     """Shuffled, yet rows of a batch have similar lengths, so padding is little.
 
     The rows are shuffled, cut into chunks of ``mega_batch`` batches, and each chunk is sorted, the longest row first.
@@ -99,26 +101,26 @@ def grouped_by_length(lengths: Any, batch_size: int, *, seed: int, mega_batch: i
         batch_size: Rows of a global batch.
         seed: Any 64-bit integer.
         mega_batch: Batches in a chunk: more of them mean less padding and less chance.
-        last: See `Plan`. What ``"drop"`` leaves out are the shortest rows of the last chunk.
+        last: See `Sampler`. What ``"drop"`` leaves out are the shortest rows of the last chunk.
 
     Raises:
         ValueError: If the lengths are not one number per row.
 
     Source: ``LengthGroupedSampler`` of Hugging Face transformers.
 
-    >>> plan = grouped_by_length([5, 1, 9, 1, 5, 9], 2, seed=0)
-    >>> sorted(plan.indices(0).tolist())
+    >>> sampler = grouped_by_length([5, 1, 9, 1, 5, 9], 2, seed=0)
+    >>> sorted(sampler.indices(0).tolist())
     [2, 5]
     """
     call = "grouped_by_length(lengths, batch_size)"
     array = column(call, "lengths", lengths, np.int64)
     chunk = natural(call, "mega_batch", mega_batch) * natural(call, "batch_size", batch_size)
-    return Plan(GroupedByLength(array, chunk, seeded(call, seed)), batch_size, last)
+    return Sampler(GroupedByLength(array, chunk, seeded(call, seed)), batch_size, last)
 
 
 def bucketed(
     buckets: Any, batch_size: int, *, seed: int, boundaries: Sequence[int] | None = None, last: Last = "drop"
-) -> Plan:
+) -> Sampler:
     """Each batch comes from one bucket, such as rows of one shape: one compiled program per bucket, little padding.
 
     Rows are shuffled within their bucket and batches among each other, anew in each epoch. Keeps 8 bytes per row.
@@ -128,14 +130,14 @@ def bucketed(
         batch_size: Rows of a global batch.
         seed: Any 64-bit integer.
         boundaries: The greatest length in each bucket, increasing: ``(128, 256)`` makes two.
-        last: See `Plan`; it holds for each bucket, so ``"pad"`` and ``"short"`` may meet once per bucket.
+        last: See `Sampler`; it holds for each bucket, so ``"pad"`` and ``"short"`` may meet once per bucket.
 
     Raises:
         ValueError: If a row is longer than the last boundary, or ``"drop"`` would never show a bucket.
 
     >>> lengths = np.array([3, 90, 7, 100, 5, 4])
-    >>> plan = bucketed(lengths, 2, boundaries=(10, 100), seed=0)
-    >>> sorted(int(lengths[plan.indices(step)].max()) > 10 for step in range(3))
+    >>> sampler = bucketed(lengths, 2, boundaries=(10, 100), seed=0)
+    >>> sorted(int(lengths[sampler.indices(step)].max()) > 10 for step in range(3))
     [False, False, True]
     """
     call = f"bucketed(buckets, batch_size={batch_size!r}, last={last!r})"
@@ -153,7 +155,7 @@ def bucketed(
         )
     starts, firsts = (np.concatenate([[0], np.cumsum(x)]).astype(np.int64) for x in (counts, batches))
     rows = np.argsort(array, kind="stable").astype(np.int64)
-    return Plan(Bucketed(rows, starts, firsts, batch_size, seeded(call, seed)), batch_size, last)
+    return Sampler(Bucketed(rows, starts, firsts, batch_size, seeded(call, seed)), batch_size, last)
 
 
 def _between(call: str, lengths: Ints, boundaries: Ints) -> Ints:

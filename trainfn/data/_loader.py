@@ -1,4 +1,4 @@
-"""`loader`: a dataset and a plan, and out come batches. Batch n is a function of n."""
+"""`loader`: a dataset and a sampler, and out come batches. Batch n is a function of n."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from trainfn._text import shortened
 from trainfn._types import Batch
 from trainfn.data import _batch, _seeding, _workers
 from trainfn.data._batch import Transform
 from trainfn.data._collate import Collate, stack
-from trainfn.data._plan import Plan, Rows, described, named, natural, seeded
 from trainfn.data._rows import Columns, Source, describe_dataset, source
+from trainfn.data._sampler import Rows, Sampler, described, named, natural, seeded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class Loader:
     """
 
     dataset: Any = dataclasses.field(repr=False)
-    plan: Plan
+    sampler: Sampler
     transform: Transform | None
     collate: Collate
     seed: int
@@ -53,7 +54,7 @@ class Loader:
     @property
     def steps(self) -> int | None:
         """The number of batches, or None if they never end."""
-        per_epoch = self.plan.steps_per_epoch
+        per_epoch = self.sampler.steps_per_epoch
         return None if self.epochs is None or per_epoch is None else self.epochs * per_epoch
 
     def __len__(self) -> int:
@@ -82,16 +83,16 @@ class Loader:
         """
         if self.steps is not None and n >= self.steps:
             raise IndexError(f"loader({n}): there are {self.steps} batches, the last one is loader({self.steps - 1}).")
-        everything = self.plan.rows(n)
-        rows, first = _batch.share(everything, self.plan.batch_size, self.rank, self.world, self.even)
+        everything = self.sampler.rows(n)
+        rows, first = _batch.share(everything, self.sampler.batch_size, self.rank, self.world, self.even)
         try:
             if len(rows.indices) == 0:
                 return _batch.no_rows(self._collated(everything.part(slice(1)), n, first))
             batch = self._collated(rows, n, first)
         except Exception as error:
-            error.add_note(f"In the batch of step {n}, of the rows {_few(rows.indices.tolist())}.")
+            error.add_note(f"In the batch of step {n}, of the rows {shortened(rows.indices.tolist())}.")
             raise
-        return batch if self.plan.last != "pad" else _batch.weighted(batch, rows.weights, self.weights)
+        return batch if self.sampler.last != "pad" else _batch.weighted(batch, rows.weights, self.weights)
 
     def shard(self, rank: int, world: int, *, even: bool = True) -> Loader:
         """The same batches, of each only the rows of one rank: those of all ranks, in order, are the global batch.
@@ -112,14 +113,14 @@ class Loader:
         >>> [batches.shard(rank, 2)(0).tolist() for rank in range(2)]
         [[0, 1], [2, 3]]
         """
-        last = self.plan.last if even else "pad"
-        _batch.check_share(f"loader.shard(rank={rank}, world={world})", self.plan.batch_size, last, rank, world)
+        last = self.sampler.last if even else "pad"
+        _batch.check_share(f"loader.shard(rank={rank}, world={world})", self.sampler.batch_size, last, rank, world)
         return dataclasses.replace(self, rank=rank, world=world, even=even)
 
     def describe(self) -> dict[str, Any]:
         """What the batches are made of, for JSON. Workers and ranks are not in it: they change nothing."""
         return {
-            "plan": self.plan.describe(),
+            "sampler": self.sampler.describe(),
             "dataset": describe_dataset(self.dataset),
             "seed": self.seed,
             "epochs": self.epochs,
@@ -128,13 +129,18 @@ class Loader:
         }
 
     def _collated(self, rows: Rows, n: int, first: int) -> Batch:
-        if isinstance(self.source, Columns) and not self.transform and self.collate is stack and not self.plan.packing:
+        if (
+            isinstance(self.source, Columns)
+            and not self.transform
+            and self.collate is stack
+            and not self.sampler.packing
+        ):
             return self.source.batch(rows.indices)
-        read = self._packed(rows) if self.plan.packing else self._read(rows)
+        read = self._packed(rows) if self.sampler.packing else self._read(rows)
         return _batch.collated(self.collate, read, self.seed, n, first)
 
     def _packed(self, rows: Rows) -> Sequence[Any]:
-        packing = self.plan.packing
+        packing = self.sampler.packing
         assert packing is not None
         members = [packing.members(pack) for pack in rows.indices.tolist()]
         visits = np.repeat(rows.visits, [len(pack) for pack in members])
@@ -156,13 +162,9 @@ class Loader:
         return self.source.rows(rows.indices[place : place + 1])[0]
 
 
-def _few(indices: list[int]) -> str:
-    return ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
-
-
 def loader(
     dataset: Any,
-    plan: Plan,
+    sampler: Sampler,
     *,
     transform: Transform | None = None,
     collate: Collate = stack,
@@ -173,7 +175,7 @@ def loader(
     prefetch: int | None = None,
     getitems: bool = False,
 ) -> Loader:
-    """The batches of a dataset in the order of a plan.
+    """The batches of a dataset in the order of a sampler.
 
     While a row is read and transformed, the global generators of Python, NumPy and torch (on the CPU) are seeded from
     (seed, epoch, row), and given back afterwards: augmentations that use them are the same for any number of workers
@@ -182,11 +184,11 @@ def loader(
     Args:
         dataset: A dict or tuple of arrays or tensors, an array, a list of rows, a ``torch.utils.data.Dataset`` or a
             Hugging Face ``Dataset``: anything with ``dataset[i]`` and ``len``.
-        plan: For as many rows as the dataset has.
+        sampler: For as many rows as the dataset has.
         transform: ``row -> row``, or ``(row, key) -> row`` with a key for `trainfn.random` instead of seeded
             generators.
         collate: ``rows -> batch``: `stack`, `pad_collate`, or your own, such as one of transformers.
-        seed: Of the rows' randomness; by default the plan's.
+        seed: Of the rows' randomness; by default the sampler's.
         epochs: When to end; by default never.
         weights: With ``last="pad"``, the field of the batch that holds the rows' weights, ``float32[batch]``. A
             tuple gets them as its last item.
@@ -197,7 +199,7 @@ def loader(
 
     Raises:
         TypeError: If the dataset has no rows by number.
-        ValueError: If the plan is for another number of rows.
+        ValueError: If the sampler is for another number of rows.
 
     >>> import torch, trainfn as tfn
     >>> rows = [{"x": float(i)} for i in range(5)]
@@ -210,13 +212,14 @@ def loader(
     ahead = _workers.checked(call, num_workers, prefetch)
     if epochs is not None:
         epochs = natural(call, "epochs", epochs)
-        if plan.steps_per_epoch is None:
-            raise ValueError(f"`{call}`: a {plan.order.kind} has no epochs. Say how long in fit(..., until=1000).")
+        if sampler.steps_per_epoch is None:
+            raise ValueError(f"`{call}`: a {sampler.order.kind} has no epochs. Say how long in fit(..., until=1000).")
     size = len(source(dataset, getitems))
-    if size != plan.num_rows:
+    if size != sampler.num_rows:
         raise ValueError(
-            f"loader(dataset, plan): the dataset has {size} rows and the plan is for {plan.num_rows}. Make the plan"
-            f" with {size} rows, or choose rows: torch.utils.data.Subset(dataset, range({min(size, plan.num_rows)}))."
+            f"loader(dataset, sampler): the dataset has {size} rows and the sampler is for {sampler.num_rows}. Make the"
+            f" sampler with {size} rows, or choose rows: `torch.utils.data.Subset(dataset,"
+            f" range({min(size, sampler.num_rows)}))`."
         )
-    seed = plan.seed if seed is None else seeded(call, seed)
-    return Loader(dataset, plan, transform, collate, seed, epochs, weights, num_workers, ahead, getitems)
+    seed = sampler.seed if seed is None else seeded(call, seed)
+    return Loader(dataset, sampler, transform, collate, seed, epochs, weights, num_workers, ahead, getitems)

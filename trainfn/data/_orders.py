@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from trainfn.data import _bits
 from trainfn.data._bits import Ints
-from trainfn.data._plan import Last, Plan, column, natural, seeded
+from trainfn.data._sampler import Last, Sampler, column, natural, seeded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,26 +81,26 @@ class Weighted:
         return np.searchsorted(self.cumulative, point, side="right").astype(np.int64), draws
 
 
-def sequential(num_rows: int, batch_size: int, *, last: Last = "drop") -> Plan:
+def sequential(num_rows: int, batch_size: int, *, last: Last = "drop") -> Sampler:
     """Rows in the order of the dataset, again in every epoch.
 
     Args:
         num_rows: Rows of the dataset.
         batch_size: Rows of a global batch.
-        last: See `Plan`. For evaluation use ``"pad"``: equal shapes, exact results.
+        last: See `Sampler`. For evaluation use ``"pad"``: equal shapes, exact results.
 
     Raises:
         ValueError: If no batch comes out.
 
-    >>> plan = sequential(5, 2, last="short")
-    >>> [plan.indices(step).tolist() for step in range(4)]
+    >>> sampler = sequential(5, 2, last="short")
+    >>> [sampler.indices(step).tolist() for step in range(4)]
     [[0, 1], [2, 3], [4], [0, 1]]
     """
     num_rows = natural(f"sequential(num_rows={num_rows!r})", "num_rows", num_rows)
-    return Plan(Sequential(num_rows), batch_size, last)
+    return Sampler(Sequential(num_rows), batch_size, last)
 
 
-def shuffled(num_rows: int, batch_size: int, *, seed: int, last: Last = "drop") -> Plan:
+def shuffled(num_rows: int, batch_size: int, *, seed: int, last: Last = "drop") -> Sampler:
     """Every row once an epoch, in an order that is new in each.
 
     Nothing is stored: a keyed permutation says which row stands where, for a trillion rows as for ten.
@@ -109,25 +109,25 @@ def shuffled(num_rows: int, batch_size: int, *, seed: int, last: Last = "drop") 
         num_rows: Rows of the dataset.
         batch_size: Rows of a global batch.
         seed: Any 64-bit integer.
-        last: See `Plan`. What ``"drop"`` leaves out differs from epoch to epoch.
+        last: See `Sampler`. What ``"drop"`` leaves out differs from epoch to epoch.
 
     Raises:
         ValueError: If no batch comes out.
 
-    >>> plan = shuffled(10**12, 3, seed=0)
-    >>> plan.indices(10_000_000).shape
+    >>> sampler = shuffled(10**12, 3, seed=0)
+    >>> sampler.indices(10_000_000).shape
     (3,)
     >>> epoch = [shuffled(6, 2, seed=1).indices(step).tolist() for step in range(3)]
     >>> sorted(sum(epoch, []))
     [0, 1, 2, 3, 4, 5]
     """
     num_rows = natural(f"shuffled(num_rows={num_rows!r})", "num_rows", num_rows)
-    return Plan(Shuffled(num_rows, seeded("shuffled(num_rows, batch_size)", seed)), batch_size, last)
+    return Sampler(Shuffled(num_rows, seeded("shuffled(num_rows, batch_size)", seed)), batch_size, last)
 
 
 def weighted(
     weights: Any, batch_size: int, *, seed: int, rows_per_epoch: int | None = None, last: Last = "drop"
-) -> Plan:
+) -> Sampler:
     """Draws with replacement; a row is drawn with probability ``weight / sum of weights``.
 
     Keeps 8 bytes per row, and finds a batch in O(batch_size * log(rows)).
@@ -137,13 +137,13 @@ def weighted(
         batch_size: Rows of a global batch.
         seed: Any 64-bit integer.
         rows_per_epoch: What counts as an epoch; by default, as many draws as there are rows.
-        last: See `Plan`.
+        last: See `Sampler`.
 
     Raises:
         ValueError: If a weight is negative or not finite, or all are 0.
 
-    >>> plan = weighted([0.0, 1.0, 0.0], 4, seed=0, rows_per_epoch=100)
-    >>> plan.indices(7).tolist(), plan.steps_per_epoch
+    >>> sampler = weighted([0.0, 1.0, 0.0], 4, seed=0, rows_per_epoch=100)
+    >>> sampler.indices(7).tolist(), sampler.steps_per_epoch
     ([1, 1, 1, 1], 25)
     """
     call = "weighted(weights, batch_size)"
@@ -156,4 +156,4 @@ def weighted(
             " Write weights=np.exp(logits - logits.max()), for example."
         )
     size = natural(call, "rows_per_epoch", len(array) if rows_per_epoch is None else rows_per_epoch)
-    return Plan(Weighted(cumulative, size, seeded(call, seed)), batch_size, last)
+    return Sampler(Weighted(cumulative, size, seeded(call, seed)), batch_size, last)

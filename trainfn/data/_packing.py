@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainfn.data._bits import Ints
 from trainfn.data._orders import Shuffled
-from trainfn.data._plan import Last, Plan, column, natural, seeded
+from trainfn.data._sampler import Last, Sampler, column, natural, seeded
 
 Row = Mapping[str, Any]
 
@@ -45,18 +45,18 @@ def packed(
     seed: int,
     last: Last = "drop",
     join: Callable[[Sequence[Row], int], Any] | None = None,
-) -> Plan:
+) -> Sampler:
     """Rows packed into rows of ``length``, by best fit decreasing; the packs are shuffled in each epoch.
 
-    Which rows share a pack is decided once: a second for a million rows, and 16 bytes per row. The plan's indices are
-    packs; a `loader` reads a pack's rows, applies its ``transform`` to each and joins them.
+    Which rows share a pack is decided once: a second for a million rows, and 16 bytes per row. The sampler's indices
+    are packs; a `loader` reads a pack's rows, applies its ``transform`` to each and joins them.
 
     Args:
         lengths: The length of each row, ``int[rows]``, from 1 to ``length``, after the loader's transform.
         length: The length of a pack.
         batch_size: Packs of a global batch.
         seed: Any 64-bit integer.
-        last: See `Plan`.
+        last: See `Sampler`.
         join: ``(rows, length) -> row``; `pack_rows` by default.
 
     Raises:
@@ -64,8 +64,8 @@ def packed(
 
     Source: best fit decreasing, as in Ding et al.: "Fewer truncations improve language modeling", ICML 2024.
 
-    >>> plan = packed([3, 1, 2, 2], 4, 2, seed=0)
-    >>> plan.steps_per_epoch, plan.packing.fill
+    >>> sampler = packed([3, 1, 2, 2], 4, 2, seed=0)
+    >>> sampler.steps_per_epoch, sampler.packing.fill
     (1, 1.0)
     """
     call = f"packed(lengths, length={length!r})"
@@ -82,7 +82,7 @@ def packed(
     starts = np.concatenate([[0], np.cumsum(np.bincount(pack_of_row, minlength=packs))]).astype(np.int64)
     fill = float(array.sum()) / (packs * length)
     packing = Packing(rows, starts, length, fill, pack_rows if join is None else join)
-    return Plan(Shuffled(packs, seeded(call, seed)), batch_size, last, packing)
+    return Sampler(Shuffled(packs, seeded(call, seed)), batch_size, last, packing)
 
 
 def _best_fit(lengths: Ints, length: int) -> tuple[Ints, int]:
@@ -166,7 +166,7 @@ def pack_rows(
         row["position_ids"] = torch.arange(size)
     if sum(sizes) > length:
         raise ValueError(
-            f"pack_rows: rows of lengths {sizes} don't fit into {length}. The lengths that the plan was made of,"
+            f"pack_rows: rows of lengths {sizes} don't fit into {length}. The lengths that the sampler was made of,"
             " `packed(lengths, ...)`, must be those of the transformed rows."
         )
     values = {"labels": ignore_index, **(pad or {})}

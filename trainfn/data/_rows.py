@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from trainfn import tree
 from trainfn._types import Batch
 from trainfn.data._bits import Ints
-from trainfn.data._plan import named
+from trainfn.data._sampler import named
 
 
 class Source(Protocol):
@@ -110,7 +110,7 @@ def source(dataset: Any, getitems: bool = False) -> Source:
         return Columns(dataset)
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise TypeError(
-            f"loader(dataset, plan): a {type(dataset).__name__} has no rows by number (`dataset[i]` and"
+            f"loader(dataset, sampler): a {type(dataset).__name__} has no rows by number (`dataset[i]` and"
             " `len(dataset)`). Use tfn.data.stream(dataset, batch_size) for what can only be iterated."
         )
     if getitems and not hasattr(dataset, "__getitems__"):

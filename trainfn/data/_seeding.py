@@ -14,6 +14,7 @@ from trainfn._keyed import keyed
 from trainfn.data import _bits
 from trainfn.data._bits import Ints, Words
 from trainfn.errors import RandomnessError
+from trainfn.process import generators_kept
 
 
 def row_keys(seed: int, visits: Ints, rows: Ints) -> Words:
@@ -32,13 +33,8 @@ def borrowed() -> Generator[Callable[[Words], None]]:
 
     torch's generator of the CPU only: `torch.manual_seed` would reseed those of all devices.
     """
-    saved = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    try:
+    with generators_kept():
         yield _seed
-    finally:
-        random.setstate(saved[0])
-        np.random.set_state(saved[1])
-        torch.default_generator.set_state(saved[2])
 
 
 def _seed(key: Words) -> None:

@@ -15,8 +15,8 @@ from trainfn._types import Batch
 from trainfn.data import _batch, _bits, _seeding, _workers
 from trainfn.data._batch import Transform
 from trainfn.data._collate import Collate, stack
-from trainfn.data._plan import Last, described, filled, named, natural, seeded
 from trainfn.data._rows import is_huggingface
+from trainfn.data._sampler import Last, described, filled, named, natural, seeded
 
 _END = object()
 
@@ -242,7 +242,7 @@ def stream(
             makes any position as near as the first. A source with ``skip(rows)``, as Hugging Face has it, is skipped
             with that. Otherwise rows are read and dropped to get to a step.
         batch_size: Rows of a global batch.
-        last: What becomes of the last rows of a pass; see `Plan`.
+        last: What becomes of the last rows of a pass; see `Sampler`.
         shuffle: Shuffle blocks of so many rows, keyed by (seed, epoch, block); 0 for not. A block is held in memory,
             and starting inside of one costs reading it.
         seed: Any 64-bit integer.

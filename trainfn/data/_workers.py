@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from trainfn._types import Batch
-from trainfn.data._plan import natural
+from trainfn.data._sampler import natural
 
 
 def checked(call: str, num_workers: int, prefetch: int | None) -> int:

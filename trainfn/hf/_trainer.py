@@ -17,8 +17,7 @@ from trainfn.hf._arguments._support import check_supported
 from trainfn.hf._arguments._training import TrainingArguments
 from trainfn.hf._callbacks._events import CallbackHandler, event, gather, with_defaults
 from trainfn.hf._checkpoints import _folders
-from trainfn.hf._evaluation import _loop as _evaluation
-from trainfn.hf._evaluation import _prediction
+from trainfn.hf._evaluation import _evaluate, _prediction
 from trainfn.hf._optim import _resolve
 from trainfn.hf._parallel import _parameters
 from trainfn.hf._parallel._layout import ranks_of
@@ -255,9 +254,9 @@ class Trainer(Reporting):
         """Train with other arguments again and again; see `trainfn.hf._run._search.hyperparameter_search`."""
         return _search.hyperparameter_search(self, *args, **options)
 
-    def plan(self) -> str:
-        """What `train` is going to do: print it before a long run."""
-        return _summary.plan(self)
+    def summary(self) -> str:
+        """Describe the run that `train` would make; print it before a long run."""
+        return _summary.summary(self)
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
@@ -268,13 +267,13 @@ class Trainer(Reporting):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """The loss and the metrics over a dataset; the loss does not depend on the batch size."""
-        return _evaluation.evaluate(self, eval_dataset, ignore_keys, metric_key_prefix)
+        return _evaluate.evaluate(self, eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(
         self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """The predictions over a dataset, and the metrics if it has labels."""
-        return _evaluation.predict(self, test_dataset, ignore_keys, metric_key_prefix)
+        return _evaluate.predict(self, test_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
         self,
@@ -285,7 +284,7 @@ class Trainer(Reporting):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """What `evaluate` and `predict` share."""
-        return _evaluation.evaluation_loop(
+        return _evaluate.evaluation_loop(
             self, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
 

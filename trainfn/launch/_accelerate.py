@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from trainfn._plan import Precision
-from trainfn.launch._fields import Fate, Field, is_true, nearest
+from trainfn._text import nearest
+from trainfn.launch._fields import Fate, Field, is_true
 
 _GATHERED = "every operation gathers the parameters that it uses, so no module is wrapped"
 _PREFETCH = "no module is wrapped, so there is no next one to fetch"

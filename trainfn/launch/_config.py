@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainfn.launch._fields import nearest, text
+from trainfn._text import nearest
+from trainfn.launch._fields import text
 
 # Of the machine, the launcher and TPUs: whoever starts the processes reads them.
 MACHINE = {

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from trainfn._plan import Precision
+from trainfn._text import nearest
 from trainfn.launch._accelerate import Reading, shown
-from trainfn.launch._fields import Fate, Field, is_true, nearest, text
+from trainfn.launch._fields import Fate, Field, is_true, text
 
 # What Accelerate's yaml says, as DeepSpeed's json would.
 _NAMES = {

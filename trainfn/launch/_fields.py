@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -45,12 +44,6 @@ def check(fields: Iterable[Field], call: str) -> None:
     refused = [f"{field.name}={field.value}: {field.detail}" for field in fields if field.fate == "refused"]
     if refused:
         raise ValueError(f"{call}: the configuration asks for what can't be honoured. " + " ".join(refused))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A question for the one who misspelled a name; or nothing."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
-    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def text(value: Any) -> str:

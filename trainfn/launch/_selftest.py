@@ -18,6 +18,7 @@ from trainfn._step import train_step
 from trainfn._types import Mean, TrainState
 from trainfn.launch._fields import is_true
 from trainfn.launch._settings import Launch, settings
+from trainfn.process import generators_kept
 from trainfn.transforms import StepTransform
 
 UPDATES = 3
@@ -50,10 +51,9 @@ def rows(count: int) -> dict[str, Tensor]:
 def trained(launch: Launch, plan: Plan | None) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and parameters after some updates: of this rank's rows by the plan, or of all by none."""
     optimizer = optim.chain(optim.clip_by_global_norm(launch.clip or 1.0), optim.adamw(1e-2))
-    generator = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    net = Net().to(launch.device)
-    torch.random.set_rng_state(generator)
+    with generators_kept():
+        torch.default_generator.manual_seed(0)
+        net = Net().to(launch.device)
     scaling = None if launch.loss_scale is None else transforms.dynamic_loss_scale(**launch.loss_scale)
     step: Any = train_step(loss, optimizer, plan=plan)
     state = init(net, optimizer)

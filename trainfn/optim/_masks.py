@@ -12,13 +12,13 @@ mask                             selects
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from torch import Tensor
 
 from trainfn import tree
+from trainfn._text import closest, shortened
 from trainfn._types import Params
 
 Mask: TypeAlias = str | Callable[[str, Tensor], bool] | Mapping[str, bool] | None
@@ -81,7 +81,7 @@ def label(call: str, labels: Labels, default: str | None, params: Params) -> dic
     if unlabelled and default is None:
         raise ValueError(
             f"`{call}(labels={list(labels)!r})` leaves {len(unlabelled)} of {len(params)} parameters without"
-            f" a label, among them {_some(unlabelled)}. Add a pattern for them, or write `{call}(...,"
+            f" a label, among them {shortened(unlabelled)}. Add a pattern for them, or write `{call}(...,"
             " default=<label>)`."
         )
     return {name: matching[0] if matching else default or "" for name, matching in found.items()}
@@ -91,21 +91,16 @@ def _require_names(call: str, argument: str, given: Mapping[str, object], params
     missing = [name for name in params if name not in given]
     if missing:
         raise ValueError(
-            f"`{call}({argument}=<dict of {len(given)} names>)` says nothing about {_some(missing)}: it must"
-            f" name every parameter, and it names {_some(given)}. Add the missing names, or pass a pattern"
+            f"`{call}({argument}=<dict of {len(given)} names>)` says nothing about {shortened(missing)}: it must"
+            f" name every parameter, and it names {shortened(given)}. Add the missing names, or pass a pattern"
             " or a function of (name, tensor) instead."
         )
 
 
 def _no_match(call: str, argument: str, pattern: str, params: Params) -> str:
-    nearest = difflib.get_close_matches(pattern, list(params), n=4, cutoff=0.2) or params
+    near = closest(pattern, params, 4, likeness=0.2) or params
     return (
         f"`{call}({argument}={pattern!r})`: the pattern occurs in none of the {len(params)} parameter names,"
-        f" so it would do nothing. The nearest names are {_some(nearest)}. Write a regular expression that"
+        f" so it would do nothing. The nearest names are {shortened(near)}. Write a regular expression that"
         " occurs in one of them."
     )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(repr(n) for n in names[:4]) + (", …" if len(names) > 4 else "")

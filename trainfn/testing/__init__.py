@@ -46,7 +46,7 @@ of the rest
 =================================== ===================================================================
 `check_transform`                   an optimizer is a pair of pure functions, and equals its reference
 `check_schedule`                    a schedule is a pure function of the step, and equals its reference
-`check_plan`                        a data plan is a pure function of the step, and covers every row
+`check_sampler`                     a sampler is a pure function of the step, and covers every row
 `check_roundtrip`                   what is saved comes back
 `check_resume_bitexact`             a run that stops goes on as if it had not
 =================================== ===================================================================
@@ -80,7 +80,7 @@ from trainfn.testing._loss_laws import check_permutation_invariant as check_perm
 from trainfn.testing._loss_laws import check_rank_invariant as check_rank_invariant
 from trainfn.testing._loss_laws import check_row_additive as check_row_additive
 from trainfn.testing._loss_laws import check_split_invariant as check_split_invariant
-from trainfn.testing._plan_laws import check_plan as check_plan
+from trainfn.testing._sampler_laws import check_sampler as check_sampler
 from trainfn.testing._search import register_profiles as register_profiles
 from trainfn.testing._splits import Piece as Piece
 from trainfn.testing._splits import Split as Split

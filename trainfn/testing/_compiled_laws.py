@@ -11,7 +11,7 @@ from trainfn import tree
 from trainfn._compile import Compiled, jit
 from trainfn._types import Batch, TrainState
 from trainfn.errors import CaptureError, DonatedStateError, RecompileError
-from trainfn.testing._purity import generators_kept
+from trainfn.process import generators_kept
 from trainfn.testing._step_laws import AnyStep, _numbers, run
 from trainfn.testing._sums import gap
 from trainfn.testing._violation import differences, listed, violation

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainfn import tree
+from trainfn.process import generators_kept
 from trainfn.testing._violation import differences, listed
 
 _DEPTH = 6
@@ -76,18 +77,6 @@ def generators_seeded(seed: int) -> Generator[None]:
         np.random.seed(seed)
         python_random.seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def generators_kept() -> Generator[None]:
-    """Give the three global generators back as they were, whatever a block does to them."""
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), python_random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        np.random.set_state(numpy_state)
-        python_random.setstate(python_state)
 
 
 def lasting(module: nn.Module | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from trainfn import tree
 from trainfn._checkpoint import restore, save
 from trainfn._run._fit import fit
 from trainfn._types import Batch, Metrics, TrainState, Tree
-from trainfn.testing._purity import generators_kept
+from trainfn.process import generators_kept
 from trainfn.testing._step_laws import AnyStep
 from trainfn.testing._sums import gap
 from trainfn.testing._violation import differences, listed, violation

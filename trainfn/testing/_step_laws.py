@@ -10,8 +10,9 @@ from torch import Tensor
 from trainfn import tree
 from trainfn._compile import Compiled
 from trainfn._types import Batch, Mean, Metrics, TrainState
+from trainfn.process import generators_kept
 from trainfn.testing._host import host_reads
-from trainfn.testing._purity import Watched, generators_kept, generators_seeded, lasting
+from trainfn.testing._purity import Watched, generators_seeded, lasting
 from trainfn.testing._sums import gap
 from trainfn.testing._violation import differences, listed, violation
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn.errors import LawViolation
+from trainfn.errors import LawViolation, shortened
 
 
 def violation(law: str, headline: str, facts: Mapping[str, str], cause: str, fix: str) -> LawViolation:
@@ -84,5 +84,4 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
 
 def listed(found: Mapping[str, str], most: int = 4) -> str:
     """The first few differences, one a line."""
-    lines = [f"{name or 'the value'}: {said}" for name, said in list(found.items())[:most]]
-    return "\n".join(lines + ([f"… and {len(found) - most} more leaves"] if len(found) > most else []))
+    return shortened((f"{name or 'the value'}: {said}" for name, said in found.items()), most, str, "\n")

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers.training_args import ParallelMode
 
-from trainfn._text import nearest
+from trainfn.errors import nearest
 from trainfn.hf._arguments._legacy import RULES, Collect, options, translate, warn
 from trainfn.hf._installed import RENAMED, Arguments, same_names
 from trainfn.hf._parallel import _layout
@@ -55,7 +55,7 @@ class _Named(type):
             if name not in fields:
                 raise TypeError(
                     f"`{cls.__name__}({name}={given[name]!r})` can't work: there is no such argument."
-                    f" {nearest(name, [*fields, *RULES], 'Did you mean `{}`?') or 'Leave it out.'}"
+                    f" {nearest(name, [*fields, *RULES], 'Did you mean `{}`?', otherwise='Leave it out.')}"
                 )
         stated = given
         if parsed:  # from a command line, where what was not written is there too, with its default

@@ -27,6 +27,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils.import_utils import is_in_notebook
 
 import trainfn as tfn
+from trainfn.errors import nearest
 from trainfn.hf._callbacks._readonly import StateView
 from trainfn.hf._types import Callback, Loader, TrainerLike, Values
 
@@ -276,31 +277,14 @@ def _warn_of_misspelt_events(kind: type) -> None:
     for name in dir(kind):
         if name in EVENTS or not name.startswith("on") or not callable(getattr(kind, name, None)):
             continue
-        nearest = _nearest(name, EVENTS)
-        # Short names are close to each other by chance: `on_load` is no `on_log`.
-        if _distance(name, nearest) <= (2 if len(name) > len("on_train") else 1):
-            warnings.warn(
-                f"`{kind.__name__}.{name}` is never called: there is no such event. Write `def {nearest}(self, args,"
-                " state, control, **kwargs)`.",
-                stacklevel=3,
-            )
+        # Below 0.85, short names are alike by chance: `on_load` and `on_log`.
+        if write := nearest(name, EVENTS, "Write `def {}(self, args, state, control, **kwargs)`.", likeness=0.85):
+            warnings.warn(f"`{kind.__name__}.{name}` is never called: there is no such event. {write}", stacklevel=3)
 
 
 def _meant(name: str) -> str:
     """``should_stop`` has all its words from ``should_training_stop``; a slip of the pen has few letters wrong."""
     words = set(name.split("_"))
-    return next((each for each in DECISIONS if words <= set(each.split("_"))), _nearest(name, DECISIONS))
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    return min(names, key=lambda other: _distance(name, other))
-
-
-def _distance(a: str, b: str) -> int:
-    """The number of letters to insert, delete or replace (Levenshtein 1966)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+    return next(
+        (each for each in DECISIONS if words <= set(each.split("_"))), nearest(name, DECISIONS, "{}", likeness=0)
+    )

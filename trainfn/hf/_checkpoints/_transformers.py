@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 import trainfn as tfn
+from trainfn.errors import shortened
 from trainfn.hf._optim._named import decay_names
 from trainfn.hf._run._data import Length
 from trainfn.hf._run._record import newest_state
@@ -60,8 +61,8 @@ def load_weights(model: nn.Module, folder: str) -> None:
     missing = [name for name in found.missing_keys if name not in tied]
     if missing or found.unexpected_keys:
         raise tfn.errors.CheckpointError(
-            f"load({folder!r}): the weights do not fit the model. Missing: {missing[:5]};"
-            f" unexpected: {found.unexpected_keys[:5]}."
+            f"load({folder!r}): the weights do not fit the model. Missing: {shortened(missing) or 'none'};"
+            f" unexpected: {shortened(found.unexpected_keys) or 'none'}."
         )
 
 

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import trainfn as tfn
-from trainfn._text import nearest
+from trainfn.errors import nearest
 from trainfn.hf._optim._targets import target_names
 from trainfn.hf._types import Rate, Values
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 import trainfn as tfn
-from trainfn._text import nearest
+from trainfn.errors import nearest
 from trainfn.hf._types import Values
 
 Kwargs = Values
@@ -174,7 +174,7 @@ def _kwargs(args: Arguments, name: str) -> Kwargs:
             raise ValueError(
                 f"`TrainingArguments(lr_scheduler_type={name!r}, lr_scheduler_kwargs={kwargs!r})` can't work: this"
                 f" schedule has no {key!r}, only {list(known) or 'what all schedules have'}."
-                f" {nearest(key, known, 'Write {!r}.') or 'Leave it out.'}"
+                f" {nearest(key, known, 'Write {!r}.', otherwise='Leave it out.')}"
             )
     return kwargs
 

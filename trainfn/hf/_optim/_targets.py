@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import transformers
 from torch import Tensor, nn
+
+from trainfn.errors import shortened
 
 _logger = logging.getLogger(__name__)
 
@@ -61,11 +63,11 @@ def _names(call: str, targets: str | list[str], model: nn.Module) -> frozenset[s
         and _matches(call, targets, name)
     ]
     if others:
-        _logger.warning("%s: GaLore projects linear layers only, and not %s.", call, _some(others))
+        _logger.warning("%s: GaLore projects linear layers only, and not %s.", call, shortened(others))
     # Of weights that layers share, `named_parameters` has the first name only.
     names = {name for name, _ in model.named_parameters()} & {f"{name}.weight".removeprefix(".") for name in chosen}
     if not names:
-        have = f"its linear layers are {_some(linear)}" if linear else "there is none in it at all"
+        have = f"its linear layers are {shortened(linear)}" if linear else "there is none in it at all"
         instead = f"`optim_target_modules=[{linear[0].split('.')[-1]!r}]`" if linear else "`optim='adamw_torch'`"
         raise ValueError(
             f"`{call}` can't work: no linear layer of this {type(model).__name__} matches; {have}. Write {instead}."
@@ -84,8 +86,3 @@ def _matches(call: str, targets: str | list[str], name: str) -> bool:
             f"`{call}` can't work: {error.pattern!r} is no regular expression, {error.msg}. Write `'.*attn.*'` for what"
             " has 'attn' anywhere in its name."
         ) from None
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(map(repr, names[:4])) + (f", and {len(names) - 4} more" if len(names) > 4 else "")

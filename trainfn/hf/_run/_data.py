@@ -7,7 +7,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sized
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import datasets
 import numpy as np
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
-States: TypeAlias = tuple[torch.Tensor, Values, tuple[Any, ...]]  # of torch's generator, NumPy's and Python's
 
 
 def train_loader(trainer: TrainerLike) -> Loader:
@@ -45,12 +44,13 @@ def train_loader(trainer: TrainerLike) -> Loader:
     n = len(dataset)
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     if strategy == "group_by_length":
-        plan = tfn.data.grouped_by_length(lengths(trainer, dataset), size, seed=seed, last=last)
+        sampler = tfn.data.grouped_by_length(lengths(trainer, dataset), size, seed=seed, last=last)
     elif strategy == "sequential":
-        plan = tfn.data.sequential(n, size, last=last)
+        sampler = tfn.data.sequential(n, size, last=last)
     else:
-        plan = tfn.data.shuffled(n, size, seed=seed, last=last)
-    return dealt(trainer._trainfn.ranks, tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args)))
+        sampler = tfn.data.shuffled(n, size, seed=seed, last=last)
+    loader = tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args))
+    return dealt(trainer._trainfn.ranks, loader)
 
 
 def eval_loader(trainer: TrainerLike, dataset: Dataset, description: str) -> Loader:
@@ -60,12 +60,11 @@ def eval_loader(trainer: TrainerLike, dataset: Dataset, description: str) -> Loa
     dataset, collate = prepared(trainer, dataset, description)
     last = "drop" if args.dataloader_drop_last and _is_sized(dataset) else "short"
     _check_enough(trainer, dataset, description, "per_device_eval_batch_size", last, size)
+    ranks = trainer._trainfn.ranks
     if not _is_sized(dataset):
-        return dealt(
-            trainer._trainfn.ranks, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args))
-        )
-    plan = tfn.data.sequential(len(dataset), size, last=last)
-    return dealt(trainer._trainfn.ranks, tfn.data.loader(dataset, plan, collate=collate, epochs=1, **_workers(args)))
+        return dealt(ranks, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
+    sampler = tfn.data.sequential(len(dataset), size, last=last)
+    return dealt(ranks, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
 
 
 def together(trainer: TrainerLike, size: int) -> int:
@@ -341,31 +340,20 @@ class _Generators:
     """States of the global generators, put in place for a block."""
 
     def __init__(self, seed: int, epoch: int) -> None:
-        saved = _get()
         number = _number(seed, epoch)
-        torch.manual_seed(number)
-        np.random.seed(number)
-        random.seed(number)
-        self._mine = _get()
-        _set(saved)
+        with tfn.process.generators_kept():
+            torch.default_generator.manual_seed(number)  # `torch.manual_seed` reseeds those of devices too
+            np.random.seed(number)
+            random.seed(number)
+            self._mine = tfn.process.Generators.now()
 
     def __enter__(self) -> None:
-        self._theirs = _get()
-        _set(self._mine)
+        self._theirs = tfn.process.Generators.now()
+        self._mine.restore()
 
     def __exit__(self, *_: object) -> None:
-        self._mine = _get()
-        _set(self._theirs)
-
-
-def _get() -> States:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def _set(states: States) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
+        self._mine = tfn.process.Generators.now()
+        self._theirs.restore()
 
 
 def prepared_inputs(trainer: TrainerLike, inputs: Batch) -> Batch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import signal
 import time
 from collections.abc import Generator
 from typing import cast
@@ -17,7 +16,6 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 from transformers.utils import logging
 
 import trainfn as tfn
-from trainfn._run._signals import Held, handled, uninterrupted
 from trainfn.hf._callbacks._events import DECISIONS, event
 from trainfn.hf._checkpoints import _folders
 from trainfn.hf._installed import attribute
@@ -109,11 +107,7 @@ def _surroundings(trainer: TrainerLike, run: TrainingRun) -> Generator[None]:
 @contextlib.contextmanager
 def _saving_at_sigterm(run: TrainingRun) -> Generator[None]:
     """Save and stop after the current step when a cluster says that the machine is about to go."""
-
-    def note(number: int, frame: object) -> None:
-        run.terminated = True
-
-    with handled(signal.SIGTERM, note):
+    with tfn.process.termination() as run.sigterm:
         yield
 
 
@@ -123,13 +117,13 @@ def _holding_ctrl_c(run: TrainingRun, ranks: Ranks) -> Generator[None]:
     if ranks.plan is None:
         yield
         return
-    with uninterrupted() as held:
+    with tfn.process.uninterrupted() as held:
         run.held = held
         try:
             yield
         finally:
-            run.held = Held()
-    if ranks.any([held.pressed])[0]:  # after the last step
+            run.held = tfn.process.Pending()
+    if ranks.any([held.arrived])[0]:  # after the last step
         raise KeyboardInterrupt
 
 
@@ -225,7 +219,7 @@ def compiles(trainer: TrainerLike) -> tuple[bool, str]:
 
 def _announce(trainer: TrainerLike, folder: str | None) -> None:
     logger.info("***** Running training *****")
-    for line in trainer.plan().splitlines():
+    for line in trainer.summary().splitlines():
         logger.info(line)
     if folder is not None:
         logger.info(f"  Resuming from {folder}, after step {trainer.state.global_step}")
@@ -296,10 +290,11 @@ def _end_epoch(trainer: TrainerLike, run: TrainingRun) -> None:
 def agree(trainer: TrainerLike, run: TrainingRun) -> None:
     """What any rank has decided, all have; and what each has counted is added up."""
     ranks = trainer._trainfn.ranks
+    run.terminated |= run.sigterm.arrived
     if ranks.plan is None:
         return
     control = trainer.control
-    flags = [*(bool(getattr(control, name)) for name in DECISIONS), run.terminated, run.held.pressed]
+    flags = [*(bool(getattr(control, name)) for name in DECISIONS), run.terminated, run.held.arrived]
     *found, run.terminated, run.interrupted = ranks.any(flags)
     for name, value in zip(DECISIONS, found, strict=True):
         setattr(control, name, value)

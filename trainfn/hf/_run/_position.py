@@ -35,7 +35,7 @@ def rows_of(windows: Windows) -> int:
     """The rows of a micro-batch on all ranks; or batches, of somebody else's loader that does not tell its size."""
     loader = windows.loader
     if isinstance(loader, tfn.data.Loader):
-        return loader.plan.batch_size
+        return loader.sampler.batch_size
     found = [getattr(each, "batch_size", None) for each in (loader, getattr(loader, "batch_sampler", None))]
     size = next((size for size in found if isinstance(size, int)), 1)
     return size * loader.ranks.size if isinstance(loader, Dealt) else size
@@ -74,7 +74,7 @@ def go_to(windows: Windows, then: Values, *, skip: bool) -> None:
 
 
 def _same_order(loader: Loader) -> bool:
-    return not isinstance(loader, tfn.data.Loader) or loader.plan.order.mixable
+    return not isinstance(loader, tfn.data.Loader) or loader.sampler.order.mixable
 
 
 def _sizes(windows: Windows, then: Values, rows: int) -> list[str]:

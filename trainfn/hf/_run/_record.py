@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 import trainfn as tfn
-from trainfn._run._signals import Held
 from trainfn.hf._parallel._ranks import ALONE, Ranks
 from trainfn.hf._types import Batch, LossMetrics, Metrics, Optimizer, Outputs, Rate, Scheduler, TrainerLike, Trial
 
@@ -61,6 +60,7 @@ class TrainingRun:
         terminated: Whether SIGTERM asked for a checkpoint and the end.
         interrupted: Whether Ctrl-C was pressed on any rank, and all know of it.
         held: Whether Ctrl-C was pressed on this rank, of which the others have not heard.
+        sigterm: Whether SIGTERM has arrived on this rank.
     """
 
     length: Length
@@ -75,7 +75,8 @@ class TrainingRun:
     tokens_before: int = 0
     terminated: bool = False
     interrupted: bool = False
-    held: Held = dataclasses.field(default_factory=Held)
+    held: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
+    sigterm: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
 
 
 def no_metrics(inputs: Batch, outputs: Outputs) -> dict[str, tfn.Mean]:

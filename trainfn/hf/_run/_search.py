@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,8 @@ from trainfn.hf._types import Metrics, Trial, Values
 if TYPE_CHECKING:
     from trainfn.hf._arguments._training import TrainingArguments
     from trainfn.hf._trainer import Trainer
+
+from trainfn.errors import nearest
 
 
 def hyperparameter_search(
@@ -100,8 +101,8 @@ def with_values(args: TrainingArguments, values: Values) -> TrainingArguments:
     known = [field.name for field in dataclasses.fields(args)]
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            raise ValueError(f"hyperparameter_search: {name!r} is no TrainingArguments field. Did you mean {near!r}?")
+            near = nearest(name, known, likeness=0)
+            raise ValueError(f"hyperparameter_search: {name!r} is not a field of TrainingArguments.{near}")
         old = getattr(args, name)
         setattr(new, name, type(old)(value) if type(old) in (int, float, str, bool) else value)
     return new

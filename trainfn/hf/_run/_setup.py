@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import is_liger_kernel_available
 
+from trainfn.errors import nearest
 from trainfn.hf._step._loss import base_of
 from trainfn.hf._types import Collator, Processor, TrainerLike, Trial
 
@@ -30,9 +30,9 @@ def report_misspelt(cls: type, base: type) -> None:
     for name, value in vars(cls).items():
         if name.startswith("__") or name in known or not callable(value):
             continue
-        near = difflib.get_close_matches(name, [k for k in known if abs(len(k) - len(name)) <= 1], 1, 0.9)
-        if near:
-            warnings.warn(f"{cls.__name__}.{name} is never called. Did you mean to override `{near[0]}`?", stacklevel=3)
+        near = [other for other in known if abs(len(other) - len(name)) <= 1]
+        if hint := nearest(name, near, "Did you mean to override `{}`?", likeness=0.9):
+            warnings.warn(f"{cls.__name__}.{name} is never called. {hint}", stacklevel=3)
 
 
 def first_model(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trainfn.hf._arguments._training import TrainingArguments
 
 
-def plan(trainer: TrainerLike) -> str:
+def summary(trainer: TrainerLike) -> str:
     """The resolved run: rows, batches, updates, the schedule, and when it logs, evaluates and saves."""
     args, run = trainer.args, trainer._trainfn.run
     loader = trainer.get_train_dataloader() if run is None else run.windows.loader

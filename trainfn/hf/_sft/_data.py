@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from trainfn._text import nearest
+from trainfn.errors import nearest
 from trainfn.hf._sft._config import SFTConfig
 from trainfn.hf._sft._packing import IGNORED, pack_dataset
 from trainfn.hf._types import Row, Values
@@ -286,7 +286,7 @@ def _kind(row: Row, args: SFTConfig, name: str, formatting: Callable[[Row], str]
         return "messages"
     if args.dataset_text_field in row:
         return "text"
-    guess = nearest(args.dataset_text_field, row, "{!r}") or repr(next(iter(row), "text"))
+    guess = nearest(args.dataset_text_field, row, "{!r}", otherwise=repr(next(iter(row), "text")))
     raise ValueError(
         f"SFTTrainer: rows of the {name} dataset have {sorted(row)}: no {args.dataset_text_field!r}, no `messages`, no"
         f" `prompt` with `completion`, no `input_ids`. Write `SFTConfig(dataset_text_field={guess})`, or pass"

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from trainfn._text import nearest
+from trainfn.errors import nearest
 from trainfn.hf._sft._config import SFTConfig, check
 from trainfn.hf._types import Processor, Values
 

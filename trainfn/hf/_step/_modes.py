@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
+import trainfn as tfn
 from trainfn.hf._parallel._parameters import whole
 from trainfn.hf._types import Optimizer, TrainerLike
 
@@ -21,26 +20,12 @@ def as_found(trainer: TrainerLike) -> Generator[None]:
     dtype = torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None
     with ExitStack() as stack:
         stack.enter_context(whole(trainer))
-        stack.enter_context(_same_generators(args.device))
+        stack.enter_context(tfn.process.generators_kept(args.device))  # a loader draws a seed, a collator masks tokens
         stack.enter_context(eval_mode(trainer.model))
         stack.enter_context(_averaged_weights(trainer.optimizer))
         if dtype is not None and not trainer.is_in_train:  # while training, autocast is what casts
             stack.enter_context(_cast(trainer.model, dtype))
         yield
-
-
-@contextmanager
-def _same_generators(device: torch.device) -> Generator[None]:
-    """A loader draws a seed from torch's generator, a collator masks tokens: training must not notice."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [] if device.type == "cpu" else [device]
-    device_type = "cuda" if device.type == "cpu" else device.type
-    try:
-        with torch.random.fork_rng(devices=devices, device_type=device_type):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 @contextmanager

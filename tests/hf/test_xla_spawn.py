@@ -1,0 +1,41 @@
+"""The launcher of the documentation's TPU command, on processes of the CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import os, sys, torch, torch.distributed as dist
+
+def _mp_fn(index):
+    dist.init_process_group("gloo")
+    total = torch.tensor(float(index + 1))
+    dist.all_reduce(total)
+    open(f"{sys.argv[1]}-{index}", "w").write(f"{int(total)} {dist.get_world_size()} {sys.argv[2:]}")
+    dist.destroy_process_group()
+"""
+
+
+def spawned(*arguments):
+    command = [sys.executable, str(ROOT / "examples" / "xla_spawn.py"), *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
+
+
+def test_processes_of_the_cpu(tmp_path):
+    script = tmp_path / "trained.py"
+    script.write_text(SCRIPT)
+    run = spawned("--num_cores", 2, "--cpu", script, tmp_path / "out", "--do_train", "--lr", "1e-3")
+    assert run.returncode == 0, run.stderr
+    for index in range(2):
+        assert (tmp_path / f"out-{index}").read_text() == "3 2 ['--do_train', '--lr', '1e-3']"
+
+
+def test_what_is_missing_is_told(tmp_path):
+    script = tmp_path / "trained.py"
+    script.write_text("")
+    assert "there is no script" in spawned("--cpu", tmp_path / "none.py").stderr
+    assert "has no function `_mp_fn(index)`" in spawned("--cpu", script).stderr
+    assert "pip install torch==2.9.0 torch_xla[tpu]==2.9.0" in spawned(script).stderr

@@ -1,0 +1,162 @@
+"""The process around a run: its signals, and the global generators of Python, NumPy and torch.
+
+A step touches neither: its randomness is in the state. What surrounds it does: a donating step must not be interrupted
+half-way, and a user's collator may draw from a global generator. This module is the only one that sets a signal's
+handler, or saves and restores a generator's state.
+
+::
+
+    with tfn.process.uninterrupted() as ctrl_c, tfn.process.termination() as sigterm:
+        for batch in batches:
+            state, metrics = step(state, batch)
+            if ctrl_c.arrived or sigterm.arrived:
+                break
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import threading
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Pending:
+    """Whether a signal has arrived since its block began.
+
+    Attributes:
+        arrived: False until the signal comes, then True.
+
+    >>> with termination() as sigterm:
+    ...     signal.raise_signal(signal.SIGTERM)
+    >>> sigterm.arrived
+    True
+    """
+
+    arrived = False
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Generator[Pending]:
+    """Hold back Ctrl-C until the block has ended, or the block around it; a second one is raised at once.
+
+    A donating step overwrites the old state as it computes the new one: an interrupt half-way would leave neither.
+    Where Ctrl-C is ignored it stays ignored: a shell starts its background jobs so, and the key is meant for another
+    process. Outside the main thread, which alone receives signals, the block changes nothing.
+
+    >>> with uninterrupted() as ctrl_c:
+    ...     signal.raise_signal(signal.SIGINT)
+    >>> ctrl_c.arrived
+    True
+    """
+    before = signal.getsignal(signal.SIGINT)
+    outer = getattr(before, "pending", None)
+    if outer is not None and threading.current_thread() is threading.main_thread():
+        yield outer
+        return
+    pending = Pending()
+    if before is signal.SIG_IGN:
+        yield pending
+        return
+
+    def hold(number: int, frame: object) -> None:
+        if pending.arrived:  # the user insists: better no state than a program that can't be ended
+            raise KeyboardInterrupt
+        pending.arrived = True
+
+    hold.pending = pending  # type: ignore[attr-defined]
+    with _handled(signal.SIGINT, hold):
+        yield pending
+
+
+@contextlib.contextmanager
+def termination() -> Generator[Pending]:
+    """Take note of SIGTERM instead of dying by it: a cluster sends it before it takes the machine away.
+
+    >>> with termination() as sigterm:
+    ...     sigterm.arrived
+    False
+    """
+    pending = Pending()
+
+    def note(number: int, frame: object) -> None:
+        pending.arrived = True
+
+    with _handled(signal.SIGTERM, note):
+        yield pending
+
+
+@contextlib.contextmanager
+def _handled(number: signal.Signals, handler: signal._HANDLER) -> Generator[None]:
+    # Only the main thread may set a handler. One that was set from C reads as None and could not be put back.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) is None:
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+# --- generators ---------------------------------------------------------------------------------------------------
+
+
+class Generators(NamedTuple):
+    """The states of the global generators of Python, NumPy and torch (on the CPU).
+
+    Attributes:
+        python: Of `random`.
+        numpy: Of `numpy.random`.
+        torch: Of `torch.default_generator`.
+
+    >>> saved = Generators.now()
+    >>> first = torch.rand(())
+    >>> saved.restore()
+    >>> bool(torch.rand(()) == first)
+    True
+    """
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+
+    @staticmethod
+    def now() -> Generators:
+        """The states at this moment."""
+        return Generators(random.getstate(), np.random.get_state(), torch.default_generator.get_state())
+
+    def restore(self) -> None:
+        """Put these states back."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.default_generator.set_state(self.torch)
+
+
+@contextlib.contextmanager
+def generators_kept(device: torch.device | None = None) -> Generator[None]:
+    """Restore the global generators after a block, whatever it draws or seeds.
+
+    Args:
+        device: An accelerator whose generator is restored too.
+
+    >>> before = Generators.now()
+    >>> with generators_kept():
+    ...     _ = torch.manual_seed(0)
+    >>> bool((Generators.now().torch == before.torch).all())
+    True
+    """
+    of_device: Any = None if device is None or device.type == "cpu" else torch.get_device_module(device)
+    kept, held = Generators.now(), of_device and of_device.get_rng_state(device)
+    try:
+        yield
+    finally:
+        kept.restore()
+        if of_device is not None:
+            of_device.set_rng_state(held, device)
