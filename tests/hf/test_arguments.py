@@ -358,8 +358,8 @@ def test_a_renamed_field_has_both_names_in_every_transformers(renamed):
 
 def test_a_rule_for_a_field_that_is_not_there_is_skipped(monkeypatch):
     rule = _support.Refused("of_a_newer_transformers", lambda value, args: True, "it is not there", "Leave it out")
-    monkeypatch.setattr(_fields, "REFUSED", (rule,))
-    monkeypatch.setattr(_fields, "IGNORED", {"of_a_newer_transformers": "it is not there"})
+    monkeypatch.setattr(_support, "REFUSED", (rule,))
+    monkeypatch.setattr(_support, "IGNORED", {"of_a_newer_transformers": "it is not there"})
     check_supported(arguments())
     assert arguments(report_to=None).report_to == []
 

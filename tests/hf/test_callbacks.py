@@ -14,8 +14,6 @@ import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from trainfn.hf._events._events import DECISIONS, EVENTS, CallbackHandler, gather, with_defaults
-from trainfn.hf._events._readonly import StateView
 from transformers import (
     DefaultFlowCallback,
     PrinterCallback,
@@ -28,6 +26,9 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 import trainfn as tfn
+from trainfn.hf._callbacks import _events
+from trainfn.hf._callbacks._events import DECISIONS, EVENTS, CallbackHandler, gather, with_defaults
+from trainfn.hf._callbacks._readonly import StateView
 
 STEP_EVENTS = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end", "on_step_end")
 
@@ -403,7 +404,7 @@ def test_the_defaults_stand_around_the_users_callbacks():
 
 
 def test_in_a_notebook_the_progress_is_a_table(notebook, monkeypatch):
-    monkeypatch.setattr(_callbacks, "is_in_notebook", lambda: True)
+    monkeypatch.setattr(_events, "is_in_notebook", lambda: True)
     assert with_defaults([], SimpleNamespace(disable_tqdm=False))[-1] is notebook.NotebookProgressCallback
 
 
