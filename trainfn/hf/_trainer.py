@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
+from transformers.trainer_utils import BestRun, EvalLoopOutput, PredictionOutput, TrainOutput
 from transformers.utils import can_return_loss, find_labels, logging
 
 import trainfn as tfn
@@ -34,6 +34,7 @@ from trainfn.hf._types import (
     Dataset,
     Datasets,
     Loader,
+    Loss,
     LossFunction,
     Metrics,
     MetricsFunction,
@@ -174,12 +175,12 @@ class Trainer(Reporting):
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> Loader:
         """The batches of ``eval_dataset``, by default the Trainer's; a string names one in a dict."""
-        dataset: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
+        dataset: Datasets | str | None = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(eval_dataset, str):
             dataset = cast("dict[str, Dataset]", self.eval_dataset)[eval_dataset]
         if dataset is None:
             raise ValueError("Trainer: evaluation needs an `eval_dataset`.")
-        return _data.eval_loader(self, dataset, "evaluation")
+        return _data.eval_loader(self, cast("Dataset", dataset), "evaluation")
 
     def get_test_dataloader(self, test_dataset: Dataset) -> Loader:
         """The batches of ``test_dataset``."""
@@ -207,7 +208,7 @@ class Trainer(Reporting):
         inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
-    ) -> Any:
+    ) -> Loss | tuple[Loss, Outputs]:
         """The loss of a batch, a mean over ``num_items_in_batch`` labels; or an exact `trainfn.Mean`."""
         return _loss.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
@@ -250,7 +251,7 @@ class Trainer(Reporting):
         """
         return _loop.train(self, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def hyperparameter_search(self, *args: Any, **options: Any) -> Any:
+    def hyperparameter_search(self, *args: Any, **options: Any) -> BestRun | list[BestRun]:
         """Train with other arguments again and again; see `trainfn.hf._run._search.hyperparameter_search`."""
         return _search.hyperparameter_search(self, *args, **options)
 
@@ -345,8 +346,8 @@ class Trainer(Reporting):
         if not isinstance(tokens, Tensor) or not hasattr(self.model, "num_parameters"):
             return 0
         if self._trainfn.parameter_count is None:
-            count: Any = self.model.num_parameters
-            self._trainfn.parameter_count = int(count(exclude_embeddings=True))
+            count = cast("Callable[..., int]", self.model.num_parameters)
+            self._trainfn.parameter_count = count(exclude_embeddings=True)
         return 6 * tokens.numel() * self._trainfn.parameter_count
 
 

@@ -31,6 +31,9 @@ Row: TypeAlias = Mapping[str, Any]
 """One row of a dataset."""
 Outputs: TypeAlias = Any
 """What a model returns: a `transformers.utils.ModelOutput`, a dict or a tuple."""
+OptState: TypeAlias = Any
+"""The state of an optimizer: named tuples of tensors, and of dicts of them by parameter."""
+Loss: TypeAlias = Tensor | tfn.Mean
 Nested: TypeAlias = Any
 """A tensor or an array; or tuples, lists and dicts of them."""
 Metrics: TypeAlias = dict[str, Any]
@@ -41,7 +44,7 @@ Optimizer: TypeAlias = torch.optim.Optimizer | tfn.Transform
 Scheduler: TypeAlias = "LRScheduler | Scheduled | list[Scheduled] | tfn.Schedule"
 Callback: TypeAlias = TrainerCallback | type[TrainerCallback]
 Collator: TypeAlias = Callable[[Any], Batch]  # of a list of rows
-LossFunction: TypeAlias = Callable[..., Tensor | tfn.Mean]
+LossFunction: TypeAlias = Callable[..., Loss]
 MetricsFunction: TypeAlias = Callable[..., Metrics]
 LossMetrics: TypeAlias = Callable[[Batch, Outputs], dict[str, tfn.Mean]]
 Processor: TypeAlias = (
@@ -134,7 +137,7 @@ class TrainerLike(Protocol):
     # --- loss and step --------------------------------------------------------------------------------------------
 
     @property
-    def compute_loss(self) -> Callable[..., Any]: ...
+    def compute_loss(self) -> Callable[..., Loss | tuple[Loss, Outputs]]: ...
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor: ...
 

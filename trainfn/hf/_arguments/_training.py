@@ -20,6 +20,7 @@ from trainfn.hf._arguments._legacy import RULES, Collect, options, translate, wa
 from trainfn.hf._installed import RENAMED, Arguments, same_names
 from trainfn.hf._parallel import _layout
 from trainfn.hf._parallel._layout import is_joined
+from trainfn.hf._types import Values
 
 T = TypeVar("T")
 
@@ -67,17 +68,17 @@ class _Named(type):
         return made
 
     @property
-    def __signature__(cls) -> Any:
+    def __signature__(cls) -> inspect.Signature:
         """That of ``__init__``, which a metaclass would hide."""
         signature = inspect.signature(cls.__init__)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+def _fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(cls) if field.init}
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[Any]) -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -250,7 +251,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
         finally:
             torch.set_float32_matmul_precision(before)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Values:
         """All fields as plain values, tokens masked; what ``TrainingArguments(**…)`` takes."""
         fields = super().to_dict()
         return {name: value for name, value in fields.items() if name != "legacy_arguments"}
@@ -286,7 +287,7 @@ def _held_back(args: TrainingArguments) -> Generator[None]:
     These are TF32 and torch.compile, which set TF32 for the process; DeepSpeed, which registers itself
     globally; and on a CPU bf16, which they refuse, although torch's autocast has it there.
     """
-    neutral: dict[str, Any] = {"tf32": None, "torch_compile": False, "deepspeed": None}
+    neutral: Values = {"tf32": None, "torch_compile": False, "deepspeed": None}
     neutral |= {"torch_compile_mode": None, "torch_compile_backend": None}
     if args.fp16 and args.bf16:
         raise ValueError(

@@ -64,7 +64,9 @@ def gather(
     return listed
 
 
-def with_defaults(callbacks: Sequence[Any], args: Any, trackers: Sequence[Any] = ()) -> list[Any]:
+def with_defaults(
+    callbacks: Sequence[Callback], args: TrainingArguments, trackers: Sequence[Callback] = ()
+) -> list[Callback]:
     """The user's callbacks between those that decide and report and the one that shows progress.
 
     Args:

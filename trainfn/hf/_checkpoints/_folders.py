@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import nn
@@ -131,9 +131,8 @@ def files(trainer: TrainerLike) -> dict[str, str | bytes]:
         ARGUMENTS: trainer.args.to_json_string() + "\n",
     }
     with tempfile.TemporaryDirectory() as folder, _quietly():
-        parts: list[Any] = [trainer.processing_class, getattr(trainer.model, "generation_config", None)]
-        for part in parts:
-            if hasattr(part, "save_pretrained"):
+        for part in (trainer.processing_class, getattr(trainer.model, "generation_config", None)):
+            if part is not None and hasattr(part, "save_pretrained"):
                 part.save_pretrained(folder)
         found |= {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -17,7 +16,7 @@ from trainfn.errors import shortened
 from trainfn.hf._optim._named import decay_names
 from trainfn.hf._run._data import Length
 from trainfn.hf._run._record import newest_state
-from trainfn.hf._types import TrainerLike, Values
+from trainfn.hf._types import OptState, TrainerLike, Values
 
 logger = logging.get_logger(__name__)
 
@@ -66,7 +65,7 @@ def load_weights(model: nn.Module, folder: str) -> None:
         )
 
 
-def counted(opt_state: Any, n: int) -> Any:
+def counted(opt_state: OptState, n: int) -> OptState:
     """The optimizer's state with its step counters at ``n``, so that schedules stand where they should."""
     return tfn.tree.map(lambda x: torch.full_like(x, n) if x.dtype == torch.int64 and x.dim() == 0 else x, opt_state)
 
@@ -91,10 +90,10 @@ def adam_moments(model: nn.Module, file: Path) -> tuple[dict[str, Tensor], dict[
     return (mu, nu) if all(mu[n].shape == nu[n].shape == shapes[n] for n in names) else None
 
 
-def with_moments(opt_state: Any, mu: dict[str, Tensor], nu: dict[str, Tensor]) -> Any | None:
+def with_moments(opt_state: OptState, mu: dict[str, Tensor], nu: dict[str, Tensor]) -> OptState | None:
     """An optimizer's state with Adam's moments put in; None if it keeps none of these parameters."""
     if isinstance(opt_state, tuple) and {"mu", "nu"} <= set(getattr(opt_state, "_fields", ())):
-        state: Any = opt_state
+        state: OptState = opt_state
         if state.mu.keys() != mu.keys():
             return None
         return state._replace(
@@ -102,7 +101,7 @@ def with_moments(opt_state: Any, mu: dict[str, Tensor], nu: dict[str, Tensor]) -
             nu={n: x.clone().copy_(nu[n]) for n, x in state.nu.items()},
         )
     if isinstance(opt_state, tuple):
-        parts: list[Any] = list(opt_state)
+        parts: list[OptState] = list(opt_state)
         found = [with_moments(part, mu, nu) for part in parts]
         if all(part is None for part in found):
             return None

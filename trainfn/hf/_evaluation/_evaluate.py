@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -337,7 +337,7 @@ def _checked(metrics: object) -> Metrics:
             f"compute_metrics(...) returned {metrics!r}, but metrics are a dict of names and numbers. "
             "Write: return {'accuracy': accuracy}"
         )
-    return cast("Metrics", denumpify_detensorize(dict(cast("Mapping[str, Any]", metrics))))
+    return cast("Metrics", denumpify_detensorize(dict(cast("Mapping[str, object]", metrics))))
 
 
 def _named(metrics: Metrics, prefix: str) -> Metrics:
@@ -363,7 +363,7 @@ def _check_name(trainer: TrainerLike, dataset: Datasets | str | None) -> None:
         return
     named = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
     if dataset not in named:
-        known = sorted(cast("dict[str, Any]", named)) or "it is not a dict"
+        known = sorted(cast("dict[str, Dataset]", named)) or "it is not a dict"
         raise ValueError(
             f"`trainer.evaluate({dataset!r})`: a string names one of the datasets in `eval_dataset`, which has "
             f"{known}. Pass the dataset itself, or Trainer(eval_dataset={{{dataset!r}: dataset}})."

@@ -243,8 +243,8 @@ def _project(args: TrainingArguments) -> str:
 
 def _configuration(args: transformers.TrainingArguments, model: nn.Module | None) -> Values:
     """The arguments, without secrets, and what trackers take of the model's configuration: numbers and texts."""
-    config: Any = getattr(model, "config", None)
-    described: Values = config.to_dict() if hasattr(config, "to_dict") else {}
+    config = getattr(model, "config", None)
+    described: Values = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     model_values = {f"model/{name}": value for name, value in described.items() if isinstance(value, _SENT)}
     return {**model_values, **args.to_sanitized_dict()}
 

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sized
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 
 import datasets
 import numpy as np
@@ -19,7 +19,7 @@ from transformers.utils import logging
 import trainfn as tfn
 from trainfn.hf._callbacks._events import event
 from trainfn.hf._parallel._sharding import NoRows, dealt
-from trainfn.hf._types import Batch, Collator, Dataset, Loader, SizedDataset, TrainerLike, Values
+from trainfn.hf._types import Batch, Collator, Dataset, Loader, Nested, SizedDataset, TrainerLike, Values
 
 if TYPE_CHECKING:
     from trainfn.hf._arguments._training import TrainingArguments
@@ -309,7 +309,7 @@ def _limited(batches: Iterator[T], count: int) -> Generator[T]:
         batches.close()  # type: ignore[attr-defined]
 
 
-def _seeded(loader: Loader, seed: int, epoch: int, skip: int) -> Generator[Any]:
+def _seeded(loader: Loader, seed: int, epoch: int, skip: int) -> Generator[Batch]:
     """One epoch of somebody else's loader, whose order and augmentation follow from (seed, epoch).
 
     It draws from the global generators, which are lent to it for each batch and given back.
@@ -367,7 +367,7 @@ def prepared_inputs(trainer: TrainerLike, inputs: Batch) -> Batch:
     return {name: _moved(value, device) for name, value in inputs.items()}
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Nested, device: torch.device) -> Nested:
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, np.ndarray):

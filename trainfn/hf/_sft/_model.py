@@ -152,8 +152,8 @@ def _adapted(model: nn.Module, args: SFTConfig, peft_config: PeftConfig) -> nn.M
 
 def balance_experts(model: nn.Module, args: SFTConfig) -> None:
     """A mixture of experts gives its load-balancing loss, unless its coefficient is 0."""
-    config = getattr(model, "config", None)
-    text: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
+    get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
+    text = None if get_text_config is None else get_text_config()
     if getattr(text, "output_router_logits", None) is not None:
         text.output_router_logits = args.router_aux_loss_coef != 0
         text.router_aux_loss_coef = args.router_aux_loss_coef

@@ -25,10 +25,12 @@ from trainfn.hf._types import (
     Dataset,
     Datasets,
     Loader,
+    Loss,
     LossFunction,
     MetricsFunction,
     Nested,
     Optimizer,
+    Outputs,
     Processor,
     Row,
     Scheduler,
@@ -143,12 +145,12 @@ class SFTTrainer(Trainer):
         inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
-    ) -> Any:
+    ) -> Loss | tuple[Loss, Outputs]:
         """The mean loss of the tokens that are learnt, over ``num_items_in_batch``."""
         record = self._trainfn_sft
         called = _loss.model_inputs(model, inputs, record.separation)
         if self.compute_loss_func or self.label_smoother or self.args.use_liger_kernel:  # the loss is not ours
-            loss, outputs = super().compute_loss(model, called, True, num_items_in_batch)
+            loss, outputs = cast("tuple[Loss, Outputs]", super().compute_loss(model, called, True, num_items_in_batch))
         else:
             labels = called.pop("labels")
             outputs = model(**called)

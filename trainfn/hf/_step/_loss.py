@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Generator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 import trainfn as tfn
 from trainfn.hf._step._modes import eval_mode
-from trainfn.hf._types import Batch, Outputs, TrainerLike, Values
+from trainfn.hf._types import Batch, Loss, Outputs, TrainerLike, Values
 
 if TYPE_CHECKING:
     from trainfn.hf._arguments._training import TrainingArguments
@@ -28,7 +28,7 @@ IGNORED = -100
 
 def exact_loss(
     trainer: TrainerLike, model: nn.Module, inputs: Batch, takes: frozenset[str] | None = None
-) -> tuple[tfn.Mean, Any]:
+) -> tuple[tfn.Mean, Outputs]:
     """The loss of a batch as an undivided mean, and the model's outputs.
 
     Args:
@@ -60,7 +60,7 @@ def exact_loss(
 
 def _computed(
     trainer: TrainerLike, model: nn.Module, inputs: Batch, count: Tensor, takes: frozenset[str]
-) -> tuple[Any, Any]:
+) -> tuple[Loss, Outputs]:
     options: Values = {"num_items_in_batch": count} if "num_items_in_batch" in takes else {}
     if "return_outputs" not in takes:
         return trainer.compute_loss(model, inputs, **options), None
@@ -159,7 +159,7 @@ def compute_loss(
     inputs: Batch,
     return_outputs: bool = False,
     num_items_in_batch: Tensor | None = None,
-) -> Any:
+) -> Loss | tuple[Loss, Outputs]:
     """What `Trainer.compute_loss` does unless it is overridden: label smoothing, ``compute_loss_func``, or the head.
 
     Raises:
