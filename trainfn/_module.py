@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
 
 from trainfn import random, tree
+from trainfn._dtensor import full, is_distributed
 from trainfn._text import shortened
 from trainfn._types import Buffers, Params, TrainState, Transform
 
@@ -180,7 +181,7 @@ def check_state(state: object) -> None:
 def check_whole(state: TrainState) -> None:
     """Raise if a step without a plan gets a state that is laid out over ranks: nothing would bring it together."""
     check_state(state)
-    if hasattr(next(iter(state.params.values()), None), "placements"):
+    if is_distributed(next(iter(state.params.values()), None)):
         raise ValueError(
             "step(state, batch): the state is laid out over ranks, and the step has no plan. Make the step with"
             " `train_step(loss, optimizer, plan=plan)` or `eval_step(loss, plan=plan)`; or the state whole again:"
@@ -266,17 +267,13 @@ def export(state: TrainState, model: nn.Module | None = None) -> nn.Module:
             old = place[attribute]
             assert old is not None
             if not old.is_meta:
-                old.copy_(_whole(tensors[name]))
+                old.copy_(full(tensors[name]))
                 continue
             if name not in placed:
-                value = _whole(tensors[name]).detach().clone()
+                value = full(tensors[name]).detach().clone()
                 placed[name] = nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value
             place[attribute] = placed[name]  # type: ignore[assignment]
     return target
-
-
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _check_fit(tensors: dict[str, Tensor], sites: tuple[Site, ...]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainfn import random, tree
-from trainfn._plan._place import whole
+from trainfn._dtensor import full
 from trainfn._types import TrainState, Tree
 
 
@@ -81,7 +81,7 @@ def diff(a: Tree, b: Tree) -> Diff:
         elif name not in left:
             found[name] = Difference("only in the second")
         else:
-            difference = _difference(whole(left[name]), whole(right[name]))
+            difference = _difference(full(left[name]), full(right[name]))
             if difference is not None:
                 found[name] = difference
     return Diff(found, len({**left, **right}))
@@ -142,7 +142,7 @@ def digest(state: Tree) -> Digest:
     >>> digest(one) == digest(other)
     True
     """
-    leaves = {name: _hash(whole(leaf)) for name, leaf in sorted(tree.named_leaves(state).items())}
+    leaves = {name: _hash(full(leaf)) for name, leaf in sorted(tree.named_leaves(state).items())}
     joined = "\n".join(f"{name} {value}" for name, value in leaves.items())
     return Digest(hashlib.blake2b(joined.encode(), digest_size=16).hexdigest(), leaves)
 

@@ -4,6 +4,8 @@ A tree is any nesting of dicts, lists, tuples and NamedTuples. The vector operat
 take trees of one structure and use PyTorch's multi-tensor kernels: one launch, one graph node, for all leaves.
 `map` is for everything else.
 
+Tensors that are spread over ranks (`full`, `local`, `sum_over`, …) have their code in `_dtensor`.
+
 optree walks the trees of `map`; the vector operations walk plain dicts, lists, tuples and NamedTuples themselves.
 """
 
@@ -18,6 +20,15 @@ import optree
 import torch
 from torch import Tensor
 
+from trainfn import _dtensor
+from trainfn._dtensor import full as full
+from trainfn._dtensor import held
+from trainfn._dtensor import is_distributed as is_distributed
+from trainfn._dtensor import is_split as is_split
+from trainfn._dtensor import local as local
+from trainfn._dtensor import on_full as on_full
+from trainfn._dtensor import split_like as split_like
+from trainfn._dtensor import sum_over as sum_over
 from trainfn._text import shortened
 from trainfn._types import Tree
 
@@ -83,7 +94,7 @@ def is_traced(x: Any) -> bool:
     >>> is_traced(torch.ones(2))
     False
     """
-    return torch.compiler.is_compiling() or hasattr(getattr(x, "_local_tensor", x), "fake_mode")
+    return torch.compiler.is_compiling() or hasattr(held(x), "fake_mode")
 
 
 def leaves(tree: Tree) -> list[Any]:
@@ -269,76 +280,9 @@ def global_norm(tree: Tree) -> Tensor:
     flat = _flat(tree, tree)
     if not flat:
         return torch.zeros(())
-    if any(hasattr(x, "placements") for x in flat):
-        return _norm_over_ranks(flat)
+    if any(map(is_distributed, flat)):
+        return _dtensor.norm(flat)
     return torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(flat)]))
-
-
-def _norm_over_ranks(flat: list[Any]) -> Tensor:
-    """Of distributed tensors: the parts' sums of squares, added up once for all that lie alike."""
-    alike: dict[Any, list[Tensor]] = {}
-    for x in flat:
-        alike.setdefault(x.placements, []).append(x.to_local())
-    squares: list[Tensor] = []
-    for placements, parts in alike.items():
-        square = torch.stack([n.float() for n in torch._foreach_norm(parts)]).square().sum()
-        for axis, placement in enumerate(placements):
-            if placement.is_shard():
-                square = sum_over(square, (flat[0].device_mesh, axis))
-        squares.append(square)
-    return torch.stack(squares).sum().sqrt()
-
-
-def whole(x: Any) -> Any:
-    """All of a tensor that is split over ranks, as a plain tensor; any other as it is.
-
-    >>> import torch
-    >>> whole(torch.zeros(2))
-    tensor([0., 0.])
-    """
-    if not hasattr(x, "placements"):
-        return x
-    from torch.distributed.tensor import Replicate
-
-    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim).to_local()
-
-
-def split_like(x: Tensor, like: Any) -> Any:
-    """The inverse of `whole`: this rank's part of ``x``, laid out like ``like``.
-
-    >>> import torch
-    >>> split_like(torch.zeros(2), torch.ones(2))
-    tensor([0., 0.])
-    """
-    if not hasattr(like, "placements"):
-        return x
-    from torch.distributed.tensor import DTensor, Replicate
-
-    everywhere = [Replicate()] * like.device_mesh.ndim
-    return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).redistribute(placements=like.placements)
-
-
-def of_whole(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``fn(x)``, on the whole of a tensor that is split over ranks; what comes out is of its shape, and split alike.
-
-    For functions whose numbers depend on how the work is cut, such as products of matrices in low precision.
-
-    >>> import torch
-    >>> of_whole(torch.sin, torch.zeros(2))
-    tensor([0., 0.])
-    """
-    return split_like(fn(whole(x)), x)
-
-
-def sum_over(x: Tensor, group: Any) -> Tensor:
-    """The sum of ``x`` over the ranks of a group (a mesh of one axis, say), as a new tensor; in a graph it is one node.
-
-    >>> import trainfn as tfn
-    >>> log = lambda x, mesh: tfn.tree.sum_over(x, mesh["replicate"])
-    """
-    from torch.distributed import _functional_collectives as collectives  # takes a second to import
-
-    return collectives.wait_tensor(collectives.all_reduce(x, "sum", group))
 
 
 def matches(name: str, pattern: str) -> bool:

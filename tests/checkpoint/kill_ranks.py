@@ -45,8 +45,8 @@ def train(folder, options, victim, at_call):
     like = fresh(plan)
     _disk.hook = hook
     if options.get("full") and rank == 1:  # which writes nothing, and is killed while leaves are gathered
-        whole = _snapshot.whole
-        _snapshot.whole = lambda leaf: (hook("gather", None), whole(leaf))[1]
+        full = _snapshot.full
+        _snapshot.full = lambda leaf: (hook("gather", None), full(leaf))[1]
     at = Checkpoints(folder).restore(like=like)
     began = 0 if at is None else int(at[0].step)
     checkpoints = Checkpoints(folder, every=1, keep=2, **options)

@@ -25,7 +25,7 @@ from tests.hf.models import bert, gpt2, tokens
 from tests.hf.script_folders import write_all
 from tests.launch.test_launch import adapted
 from trainfn import Trainer, TrainingArguments
-from trainfn.hf._parallel import _layout, _parameters, _ranks
+from trainfn.hf._parallel import _layout, _parameters, _world
 from trainfn.hf._parallel._sharding import Dealt, NoRows, Own, dealt, is_empty, no_rows
 from trainfn.hf._run import _loop
 from trainfn.hf._run._data import Windows
@@ -97,18 +97,18 @@ def test_mixed_precision_of_either(mine, theirs, then):
 def test_the_loss_computes_in_the_launchers_precision_in_one_process(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     trainer = Trainer(gpt2(), arguments(), train_dataset=tokens(4))
-    assert trainer.args.bf16 and trainer._trainfn.ranks.plan is None
+    assert trainer.args.bf16 and trainer._trainfn.world.plan is None
 
 
 def test_one_process_asks_no_launcher(monkeypatch):
     monkeypatch.setattr(_layout, "joined", None)
-    assert _layout.ranks_of(arguments(), None) is _ranks.ALONE
+    assert _layout.world_of(arguments(), None) is _world.ALONE
 
 
 def test_a_plan_for_one_process_is_none(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, fsdp="full_shard", max_steps=1, report_to="none")
     trainer = Trainer(gpt2(), args, train_dataset=tokens(4))
-    assert trainer._trainfn.ranks.plan is None and trainer.train().global_step == 1
+    assert trainer._trainfn.world.plan is None and trainer.train().global_step == 1
 
 
 def test_parallel_mode(monkeypatch):
@@ -171,7 +171,9 @@ def test_a_backend_that_the_device_does_not_have(monkeypatch):
 
 def of_ranks(trainer, world=2, **plan):
     """A trainer that believes in several processes."""
-    trainer._trainfn.ranks = _ranks.Ranks(plan=tfn.Plan(**plan), world=world)
+    ranks = tfn.launch.Ranks()
+    ranks.size = world
+    trainer._trainfn.world = _world.World(plan=tfn.Plan(**plan or {"replicate": -1}), ranks=ranks)
     return trainer
 
 
@@ -193,10 +195,9 @@ def test_a_model_without_values_is_not_trained():
         trainer.train()
 
 
-def test_rows_that_are_too_few_for_all_ranks(monkeypatch):
+def test_rows_that_are_too_few_for_all_ranks():
     args = arguments(per_device_train_batch_size=3, dataloader_drop_last=True)
     trainer = of_ranks(Trainer(gpt2(), args, train_dataset=tokens(5)), replicate=-1)
-    monkeypatch.setattr(tfn.Plan, "data_size", 2)
     with pytest.raises(ValueError, match=r"per_device_train_batch_size=3, .*on 2 ranks.* 5 rows.*of at most 2"):
         trainer.get_train_dataloader()
 
@@ -204,21 +205,21 @@ def test_rows_that_are_too_few_for_all_ranks(monkeypatch):
 # --- loaders of others --------------------------------------------------------------------------------------------
 
 
-class TwoRanks(_ranks.Ranks):
+class Second(tfn.launch.Ranks):
     """The second of two."""
 
-    part, size = 1, 2
+    rank, size = 1, 2
 
-    def told(self, mine):
-        """The other says the same."""
-        return [mine, mine]
+    def gathered(self, value):
+        """The other has the same."""
+        return [value, value]
 
     def any(self, flags):
         """The other has one batch more."""
         return flags
 
 
-TWO = TwoRanks(plan=tfn.Plan(), rank=1, world=2)
+TWO = _world.World(plan=tfn.Plan.replicated(), ranks=Second())
 
 
 def test_which_batches_are_whose():
@@ -232,17 +233,17 @@ def test_which_batches_are_whose():
     sampler = torch.utils.data.DistributedSampler(rows, 2, 1, shuffle=False)
     own = dealt(TWO, torch.utils.data.DataLoader(rows, 1, sampler=sampler))
     assert isinstance(own, Own) and len(own) == 3 and len(list(own)) == 3
-    assert dealt(_ranks.ALONE, plain) is plain
+    assert dealt(_world.ALONE, plain) is plain
 
 
 def test_a_rank_whose_own_loader_has_nothing():
-    class Other(TwoRanks):
+    class Other(Second):
         def any(self, flags):
             return [True]
 
     sampler = SimpleNamespace(num_replicas=2, __iter__=lambda: iter(()))
     with pytest.raises(ValueError, match=r"this rank's loader, a list, has no batch at all.*Trainer\(train_dataset="):
-        next(iter(Own(Other(plan=tfn.Plan(), rank=1, world=2), [])))
+        next(iter(Own(_world.World(plan=tfn.Plan.replicated(), ranks=Other()), [])))
     assert sampler.num_replicas == 2
 
 

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 import trainfn as tfn
 from tests.hf.models import gpt2, tokens
 from trainfn import Trainer, TrainingArguments
-from trainfn.hf._parallel._ranks import Ranks
 from trainfn.hf._parallel._sharding import Dealt
+from trainfn.hf._parallel._world import ALONE, World
 from trainfn.hf._run._position import go_to, position, rows_of
 from trainfn.hf._run._record import Record
 
@@ -102,10 +102,10 @@ def test_rows_in_groups_come_in_another_order(tmp_path, caplog):
     assert "grouped in another way: some of this epoch are seen again, and others not at all" in caplog.text
 
 
-def place(size, accumulate, of, ranks=None, loader=None):
+def place(size, accumulate, of, world=ALONE, loader=None):
     """Where a run stands, of so many rows a micro-batch and micro-batches an epoch."""
     config = SimpleNamespace(accelerator_config=SimpleNamespace(split_batches=False))
-    who = SimpleNamespace(_trainfn=Record(ranks=ranks or Ranks()), args=config, state=SimpleNamespace(global_step=3))
+    who = SimpleNamespace(_trainfn=Record(world=world), args=config, state=SimpleNamespace(global_step=3))
     length = SimpleNamespace(
         micro_per_epoch=of, accumulate=accumulate, updates_per_epoch=-(-of // accumulate), max_steps=9
     )
@@ -131,12 +131,16 @@ def test_checkpoints_without_sizes_and_skipping_nothing(caplog):
     assert not caplog.records
 
 
-class Two(Ranks):
+class Two(tfn.launch.Ranks):
     size = 2
 
 
+class Second(Two):
+    rank = 1
+
+
 def test_what_two_ranks_write_for_the_batch_of_one(caplog):
-    two = Two(plan=tfn.Plan())
+    two = World(plan=tfn.Plan.replicated(), ranks=Two())
     then = position(place(6, 1, 2))
     go_to(place(2, 1, 6, two), {**then, "micro": 1}, skip=True)
     assert "for the same run, write `per_device_train_batch_size=3`." in caplog.text
@@ -144,12 +148,12 @@ def test_what_two_ranks_write_for_the_batch_of_one(caplog):
     go_to(place(2, 1, 6, two), {**then, "micro": 1, "rows": 5}, skip=True)
     assert "for the same run, write a number of processes that divides 5." in caplog.text
     caplog.clear()
-    go_to(place(2, 1, 6, Two(plan=tfn.Plan(), rank=1)), {**then, "micro": 1}, skip=True)
+    go_to(place(2, 1, 6, World(plan=tfn.Plan.replicated(), ranks=Second())), {**then, "micro": 1}, skip=True)
     assert not caplog.records  # rank 0 tells
 
 
 def test_rows_of_somebody_elses_loader():
-    two, rows = Two(plan=tfn.Plan()), [0] * 9
+    two, rows = World(plan=tfn.Plan.replicated(), ranks=Two()), [0] * 9
     assert rows_of(place(0, 1, 1, loader=Dealt(two, torch.utils.data.DataLoader(rows, 3)))) == 6
     sampler = torch.utils.data.BatchSampler(range(9), 3, drop_last=False)
     assert rows_of(place(0, 1, 1, loader=torch.utils.data.DataLoader(rows, batch_sampler=sampler))) == 3

@@ -7,7 +7,7 @@ import torch
 
 from trainfn._ranks import _errors as _explain
 from trainfn._ranks._errors import explain, explained
-from trainfn._ranks._group import Together
+from trainfn._ranks._group import Group, _job_timeout
 
 SAID = {  # what torch says, and what is added
     "[pair.cc:553] Connection closed by peer [127.0.0.1]:644": "was waiting for another rank, which has ended",
@@ -68,7 +68,7 @@ def test_what_ranks_tell_each_other_has_the_jobs_timeout():
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77)
     )
     try:
-        group = Together()._group._get_backend(torch.device("cpu"))
+        group = Group(_job_timeout())._group._get_backend(torch.device("cpu"))
         assert group.options._timeout == timedelta(seconds=77)
     finally:
         torch.distributed.destroy_process_group()

@@ -14,11 +14,12 @@ from trainfn._checkpoint import _disk, _leaves
 from trainfn._checkpoint._contents import SHARD, contents_of
 from trainfn._checkpoint._fit import Only, Rename, fit
 from trainfn._checkpoint._format import Manifest
-from trainfn._checkpoint._pieces import is_laid_out
 from trainfn._checkpoint._read import inspect, read_leaves
 from trainfn._checkpoint._write import sweep, write
 from trainfn._compile._donate import check_alive
-from trainfn._ranks._group import ALONE, Ranks, together
+from trainfn._dtensor import is_distributed
+from trainfn._ranks import _group
+from trainfn._ranks._group import ALONE, Ranks
 from trainfn._types import TrainState
 
 
@@ -67,7 +68,7 @@ def save(path: str | os.PathLike[str], state: TrainState, *, max_shard_size: int
 
 def ranks_of(state: TrainState) -> Ranks:
     """Those that a state is laid out over: they call together what is called on it."""
-    return together() if any(map(is_laid_out, tree.leaves(state))) else ALONE
+    return _group.ranks() if any(map(is_distributed, tree.leaves(state))) else ALONE
 
 
 def restore(

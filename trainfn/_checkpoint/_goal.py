@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainfn._checkpoint._format import DTYPES, Leaf, Piece
-from trainfn._checkpoint._pieces import box_of, is_laid_out, local
+from trainfn._checkpoint._pieces import box_of, local
 from trainfn._checkpoint._write import bytes_of
+from trainfn._dtensor import spread_like
 
 
 class Goal:
@@ -44,14 +44,7 @@ class Goal:
     def value(self) -> Tensor:
         """The leaf; only when all of its parts are read, and their files' checksums were right."""
         value = self._value if self._direct else self._placed(self._value)
-        if not is_laid_out(self._like):
-            return value
-        from torch.distributed.tensor import DTensor
-
-        like: Any = self._like
-        return DTensor.from_local(
-            value, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
+        return spread_like(value, self._like)
 
     def _placed(self, value: Tensor) -> Tensor:
         like = local(self._like)

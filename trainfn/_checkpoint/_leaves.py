@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._checkpoint._pieces import is_laid_out
+from trainfn._dtensor import is_distributed
 from trainfn._types import TrainState
 
 MODEL = "model/"
@@ -35,7 +35,7 @@ def named(state: TrainState, call: str) -> dict[str, Tensor]:
         if leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized:
             kind = "has no values (meta device)" if leaf.is_meta else "is sparse or quantized"
             raise TypeError(f"{call}: {where} {kind}; only dense tensors are saved. See `.to_dense()`.")
-        if is_laid_out(leaf):
+        if is_distributed(leaf):
             _check_layout(leaf, f"{call}: {where}")
     return found
 

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trainfn import _dtensor
+from trainfn._dtensor import is_distributed
+
 
 class Box(NamedTuple):
     """A part of a leaf."""
@@ -45,31 +48,26 @@ def whole_box(shape: Sequence[int]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
 
 
-def is_laid_out(leaf: Any) -> bool:
-    """Whether a leaf is a `DTensor`."""
-    return isinstance(leaf, Tensor) and hasattr(leaf, "full_tensor")
-
-
 def is_split(leaf: Any) -> bool:
     """Whether no rank has all of it. A leaf without values is not: there is nothing to split."""
-    return is_laid_out(leaf) and leaf.numel() > 0 and any(p.is_shard() for p in leaf.placements)
+    return _dtensor.is_split(leaf) and leaf.numel() > 0
 
 
 def local(leaf: Any) -> Tensor:
     """This rank's part of it."""
     with torch.no_grad():  # so that one that is still on its way here is waited for
-        return leaf.detach().to_local() if is_laid_out(leaf) else leaf
+        return _dtensor.local(leaf)
 
 
-def whole(leaf: Any) -> Tensor:
+def full(leaf: Any) -> Tensor:
     """All of it. Every rank calls this."""
     with torch.no_grad():
-        return leaf.detach().full_tensor() if is_laid_out(leaf) else leaf
+        return _dtensor.full(leaf)
 
 
 def box_of(leaf: Any) -> Box:
     """Which part this rank has."""
-    if not is_laid_out(leaf):
+    if not is_distributed(leaf):
         return whole_box(leaf.shape)
     return _boxes(*_layout(leaf))[leaf.device_mesh.mesh.flatten().tolist().index(_rank())]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from trainfn._checkpoint._pieces import whole
+from trainfn._checkpoint._pieces import full
 
 
 class Snapshot:
@@ -50,7 +50,7 @@ class Gathered(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         following = next(self._left)
         assert following == name, (following, name)
-        return whole(self._leaves[name])
+        return full(self._leaves[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._order)
@@ -61,4 +61,4 @@ class Gathered(Mapping[str, Tensor]):
     def drain(self) -> None:
         """Take part in what is left, for the rank that asks."""
         for name in self._left:
-            whole(self._leaves[name])
+            full(self._leaves[name])

@@ -15,7 +15,8 @@ from trainfn._checkpoint._folder import STEP, Folder, best_of, expired
 from trainfn._checkpoint._lock import Lock
 from trainfn._checkpoint._snapshot import Gathered, Snapshot
 from trainfn._checkpoint._write import explained, sweep, write
-from trainfn._ranks._group import ALONE, Ranks, together
+from trainfn._ranks import _group
+from trainfn._ranks._group import ALONE, Ranks
 from trainfn._text import nearest
 from trainfn._types import TrainState
 from trainfn.errors import CheckpointError
@@ -123,7 +124,7 @@ class Checkpoints:
                 name is none.
         """
         self.wait()
-        ranks = self._together()
+        ranks = self._job()
         given = {"extra": extra, "metrics": metrics, "files": files}
         contents = ranks.agreed(lambda: self._contents(state, given, ranks))
         if not self.asynchronous:
@@ -158,9 +159,9 @@ class Checkpoints:
             gathered.drain()
         return contents._replace(leaves=held, full=False)
 
-    def _together(self) -> Ranks:
+    def _job(self) -> Ranks:
         """All processes of the job; a world that was made since the last call is found."""
-        ranks = together()
+        ranks = _group.ranks()
         if ranks is not self._ranks:
             folders = ranks.everyone(lambda: os.fspath(self.folder))
             if len(set(folders)) > 1:
@@ -177,7 +178,7 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raise the error of a write in the background, if it has failed; never waits for it."""
-        if self._together().any([self.failed()])[0]:
+        if self._job().any([self.failed()])[0]:
             self.wait()
 
     def wait(self) -> None:
@@ -241,12 +242,12 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints in the folder, in order."""
         self._settle()
-        return self._together().first(lambda: sorted(self._found.complete()))
+        return self._job().first(lambda: sorted(self._found.complete()))
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose every checksum is right; a warning names the damage of newer ones."""
         self._settle()
-        return self._found.newest(self._together())
+        return self._found.newest(self._job())
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state that is not damaged, and what was saved with it; None if nothing was saved.
@@ -260,13 +261,13 @@ class Checkpoints:
                 exist.
         """
         self._settle()
-        return self._found.load(like, step, self._together())
+        return self._found.load(like, step, self._job())
 
     # --- from beginning to end ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         """Lock the folder."""
-        self._together().first(lambda: self._open(0))
+        self._job().first(lambda: self._open(0))
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

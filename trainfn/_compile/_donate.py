@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from trainfn._dtensor import held, spec_of
 from trainfn._types import TrainState
 from trainfn.errors import DonatedStateError
 
@@ -53,11 +54,6 @@ def check_alive(state: object) -> None:
         raise DonatedStateError(f"step(state, batch): {_MESSAGE}")
 
 
-def local(x: Any) -> Any:
-    """Return the part of a tensor that this rank holds: all of it, but for a `DTensor`."""
-    return x._local_tensor if hasattr(x, "placements") else x
-
-
 def overwrite(donated: list[bool], old: list[Any], new: list[Any]) -> None:
     """Copy the donated leaves of the new state over the old ones, which take their place in ``new``.
 
@@ -74,12 +70,12 @@ def overwrite(donated: list[bool], old: list[Any], new: list[Any]) -> None:
             new[i] = new[i].clone()
     for i, yes in enumerate(donated):
         if yes and new[i] is not old[i]:
-            local(old[i]).copy_(local(new[i]))
+            held(old[i]).copy_(held(new[i]))
             new[i] = old[i]
 
 
 def _storage(x: Any) -> int:
-    return local(x).untyped_storage()._cdata
+    return held(x).untyped_storage()._cdata
 
 
 def check_same(donated: list[bool], old: Sequence[Any], new: Sequence[Any]) -> None:
@@ -93,7 +89,10 @@ def check_same(donated: list[bool], old: Sequence[Any], new: Sequence[Any]) -> N
 
 
 def _kind(x: Any) -> Any:
-    return (x.shape, x.dtype, getattr(x, "placements", None)) if isinstance(x, Tensor) else type(x)
+    if not isinstance(x, Tensor):
+        return type(x)
+    spec = spec_of(x)
+    return x.shape, x.dtype, None if spec is None else spec.placements
 
 
 def check_result(out: Any) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from trainfn._compile._donate import local
 from trainfn._compile._structure import Dict, Leaf, Other, Row, Structure, leaf_names
 from trainfn._compile._trace import Output
+from trainfn._dtensor import held, spec_of
 from trainfn._types import TrainState
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -102,13 +102,14 @@ def described(leaf: Any) -> dict[str, Any]:
     """Describe a leaf: what it must be for the step to hold."""
     if not isinstance(leaf, Tensor):
         return {"type": type(leaf).__name__, "value": leaf if isinstance(leaf, _PLAIN) else repr(leaf)}
+    spec = spec_of(leaf)
     return {
         "dtype": str(leaf.dtype).removeprefix("torch."),
         "shape": list(leaf.shape),
         "device": str(leaf.device),
-        "stride": list(local(leaf).stride()),
+        "stride": list(held(leaf).stride()),
         "requires_grad": leaf.requires_grad,
-        "spread": f"{leaf.placements} of {leaf.device_mesh}" if hasattr(leaf, "placements") else None,  # type: ignore[attr-defined]
+        "spread": None if spec is None else f"{spec.placements} of {spec.mesh}",
     }
 
 

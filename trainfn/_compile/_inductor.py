@@ -101,6 +101,7 @@ def _seeds_kept(module: fx.GraphModule) -> tuple[fx.GraphModule, int]:
 def _is_seed(node: fx.Node) -> bool:
     """Whether a node is a small result of an attention kernel, beside the attention and its sums."""
     source, part = node.args
+    assert isinstance(part, int)
     attention = isinstance(source, fx.Node) and "_scaled_dot_product_" in str(source.target)
     value = node.meta.get("val")
     return attention and part >= 2 and isinstance(value, Tensor) and value.dim() < 2

@@ -13,12 +13,13 @@ from torch import Tensor
 from trainfn import tree
 from trainfn._compile._backend import Built, Settings, build
 from trainfn._compile._capture import capture
-from trainfn._compile._donate import local, overwrite
+from trainfn._compile._donate import overwrite
 from trainfn._compile._outside import Outside, environment
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import Seen, dimensions
 from trainfn._compile._structure import Misfit, Row, Structure, flatten, structure
-from trainfn._compile._trace import Trace, donation, layout_of
+from trainfn._compile._trace import Trace, donation
+from trainfn._dtensor import held, spec_of
 from trainfn._text import shortened
 from trainfn._types import TrainState
 from trainfn.errors import RecompileError
@@ -96,10 +97,10 @@ class Entry:
         """Run; return the result and its leaves."""
         tensors = leaves if self._inputs is None else [leaves[i] for i in self._inputs]
         if self._sharded:
-            tensors = [local(x) for x in tensors]
+            tensors = [held(x) for x in tensors]
         out = self.run(*tensors, *self.constants)
         if self._sharded:
-            out = [x if how is None else how.whole(x) for x, how in zip(out, self._layouts, strict=True)]
+            out = [x if how is None else how.of_local(x) for x, how in zip(out, self._layouts, strict=True)]
         new = self._pick((*leaves, *out, *self._values))
         result = self._structure.build(iter(new))
         if self._state_form is not None:
@@ -268,7 +269,7 @@ class Program:
             if len(self._programs) >= self.settings.max_graphs:
                 raise self._over_budget(shapes, changes)
             shown = ", ".join(f"{k}: {v}" for k, v in shapes.items()) if self.name != "update" else ""
-            inputs = [local(leaves[i]) for i in found.inputs] + found.constants
+            inputs = [held(leaves[i]) for i in found.inputs] + found.constants
             self._programs[key] = build(found, inputs, self.settings, self.report), shapes
             self.report.shapes.append(f"{self.name}({shown})")
         built, _ = self._programs[key]
@@ -299,7 +300,7 @@ def _separate(donated: list[bool], leaves: list[Any]) -> None:
     seen: set[int] = set()
     for i, yes in enumerate(donated):
         if yes and isinstance(leaves[i], Tensor) and leaves[i].numel():
-            memory = local(leaves[i]).untyped_storage()._cdata
+            memory = held(leaves[i]).untyped_storage()._cdata
             leaves[i] = leaves[i].clone() if memory in seen else leaves[i]
             seen.add(memory)
 
@@ -317,7 +318,7 @@ def _dynamic_kind(x: Tensor, dims: tuple[int, ...]) -> Hashable:
 def _kind(x: Any) -> Hashable:
     """All that Python can see of a leaf."""
     if isinstance(x, Tensor):
-        spread = layout_of(x)
+        spread = spec_of(x)
         conjugate = x.dtype.is_complex and x.is_conj()
         return (x.shape, x.dtype, x.device, x.stride(), x.requires_grad, spread, conjugate)
     try:

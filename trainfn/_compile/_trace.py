@@ -18,34 +18,11 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from trainfn._compile._donate import check_result, check_same, local, overwrite
+from trainfn._compile._donate import check_result, check_same, overwrite
 from trainfn._compile._graph import canonical, lift_constants, name_inputs
 from trainfn._compile._lines import Lines
 from trainfn._compile._structure import Structure, flatten, leaf_names, structure
-
-
-class Layout(NamedTuple):
-    """How a tensor is spread over ranks; the graph computes with the local part."""
-
-    mesh: Any
-    placements: Any
-    shape: Any
-    stride: Any
-
-    def whole(self, local: Tensor) -> Tensor:
-        """The `DTensor` of a local part."""
-        from torch.distributed.tensor import DTensor
-
-        return DTensor.from_local(
-            local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
-        )
-
-
-def layout_of(x: Any) -> Layout | None:
-    """Return the layout of a `DTensor`, None of any other leaf."""
-    if not hasattr(x, "placements"):
-        return None
-    return Layout(x.device_mesh, x.placements, x.shape, x.stride())
+from trainfn._dtensor import Spec, held, spec_of
 
 
 class Output(NamedTuple):
@@ -61,7 +38,7 @@ class Output(NamedTuple):
 
     kind: str
     place: int = 0
-    layout: Layout | None = None
+    layout: Spec | None = None
     value: Any = None
 
 
@@ -98,14 +75,14 @@ class _Run:
     def __init__(self, fn: Callable[..., Any], leaves: Sequence[Any], form: Structure, donated: list[bool]) -> None:
         self.fn, self.leaves, self.structure, self.donated = fn, leaves, form, donated
         self.inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.layouts = {i: layout_of(leaves[i]) for i in self.inputs}
+        self.layouts = {i: spec_of(leaves[i]) for i in self.inputs}
         self.outputs: list[Output] = []
         self.result: Structure | None = None
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         whole = dict(zip(self.inputs, tensors, strict=True))
         for i, layout in self.layouts.items():
-            whole[i] = whole[i] if layout is None else layout.whole(whole[i])
+            whole[i] = whole[i] if layout is None else layout.of_local(whole[i])
         leaves = [whole.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         out = self.fn(*self.structure.build(iter(leaves)))
         new, self.result = flatten(out)
@@ -124,8 +101,8 @@ class _Run:
             elif id(leaf) in places:
                 self.outputs.append(Output("input", places[id(leaf)]))
             else:
-                self.outputs.append(Output("graph", len(tensors), layout_of(leaf)))
-                tensors.append(local(leaf))
+                self.outputs.append(Output("graph", len(tensors), spec_of(leaf)))
+                tensors.append(held(leaf))
         return tensors
 
 
@@ -163,7 +140,7 @@ def trace(
         lines: Records the user's line of each operation.
     """
     run = _Run(fn, leaves, form, donated)
-    mode, fakes = _fakes([local(leaves[i]) for i in run.inputs], run.inputs, dynamic or {})
+    mode, fakes = _fakes([held(leaves[i]) for i in run.inputs], run.inputs, dynamic or {})
     lines = lines or Lines()
     try:
         with _conditions(mode), lines.recorded(modules):

@@ -4,7 +4,6 @@ from trainfn._plan._agree import agreed as agreed
 from trainfn._plan._agree import check_together as check_together
 from trainfn._plan._agree import divided as divided
 from trainfn._plan._agree import plan_of as plan_of
-from trainfn._plan._agree import told as told
 from trainfn._plan._layout import Precision as Precision
 from trainfn._plan._layout import rank as rank
 from trainfn._plan._place import gather as gather

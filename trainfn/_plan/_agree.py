@@ -18,7 +18,7 @@ from torch import Tensor
 from trainfn import tree
 from trainfn._plan._apply import Idle, first_rows
 from trainfn._plan._layout import Layout, rank
-from trainfn._ranks._group import together
+from trainfn._ranks._group import ranks
 from trainfn._types import Batch, TrainState
 
 _ENDED, _EMPTY, _STREAM = "no more batches", "a batch of 0 rows", "a stream of micro-batches"
@@ -28,11 +28,6 @@ def plan_of(step: Any) -> Any:
     """The plan of a step, compiled or not; None if it runs in one process."""
     plan = getattr(getattr(step, "step", step), "plan", None)
     return None if plan is None or plan.world == 1 else plan
-
-
-def told(mine: Any) -> list[Any]:
-    """What every rank says, in order; all ranks must call this."""
-    return together().everyone(lambda: mine)
 
 
 def divided(plan: Layout, batches: Any) -> tuple[Any, bool]:
@@ -73,7 +68,7 @@ def agreed(batches: Iterator[Batch], what: str, *, equal: bool = False, parts: i
             continue
         kind = _kind(batch)
         compares = parts > 1 and i == 0 and not equal
-        said = told((kind, last is None, _digest(batch) if compares else None))
+        said = ranks().gathered((kind, last is None, _digest(batch) if compares else None))
         kinds = [k for k, _, _ in said]
         if set(kinds) == {_ENDED}:
             return
@@ -134,7 +129,7 @@ def _borrowed(batch: Batch, full: list[int], last: Batch) -> Batch:
     if not full:
         raise ValueError("step(state, batch): no rank has a row, and none had one before: there is nothing to compute.")
     mine = tree.map(lambda x: x.cpu() if isinstance(x, Tensor) else x, batch) if rank() == full[0] else None
-    theirs = told(mine)[full[0]]
+    theirs = ranks().gathered(mine)[full[0]]
     return theirs if last is None else last
 
 
@@ -177,7 +172,7 @@ def check_together(plan: Layout, state: TrainState, until: int | None) -> None:
         "first parameters": str({n: (list(p.shape), str(p.dtype)) for n, p in list(state.params.items())[:4]}),
         "state's structure": structure if len(structure) < 400 else hashlib.sha256(structure.encode()).hexdigest(),
     }
-    said = told(mine)
+    said = ranks().gathered(mine)
     for what in mine:
         if len({repr(theirs[what]) for theirs in said}) > 1:
             each = "".join(f"\n  rank {r}: {theirs[what]}" for r, theirs in enumerate(said))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
+from trainfn._dtensor import full, is_distributed
 from trainfn._plan._layout import Layout, rank
 from trainfn._types import TrainState, Tree
 
@@ -135,7 +136,7 @@ def _device(state: TrainState) -> str:
 
 def is_sharded(tree_: Tree) -> bool:
     """Whether any leaf is a `DTensor`."""
-    return any(hasattr(leaf, "full_tensor") for leaf in tree.leaves(tree_))
+    return any(map(is_distributed, tree.leaves(tree_)))
 
 
 def _warn_batch_statistics(plan: Layout, state: TrainState) -> None:
@@ -215,7 +216,7 @@ def _kept(kept: Tree, plan: Layout, mesh: DeviceMesh, shapes: dict[str, tuple[in
     """What belongs to a parameter, by its name and shape, lies as that does; other tensors are whole everywhere."""
     from torch.distributed.tensor import Replicate
 
-    whole = (Replicate(),) * mesh.ndim
+    everywhere = (Replicate(),) * mesh.ndim
 
     def place(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -223,7 +224,7 @@ def _kept(kept: Tree, plan: Layout, mesh: DeviceMesh, shapes: dict[str, tuple[in
         name = _owner(path, shapes)
         if name is not None and shapes[name] == tuple(leaf.shape):
             return _distributed(leaf, mesh, placements(plan, name, shapes[name], what))
-        return _same(leaf, mesh) if leaf.dim() == 0 else _distributed(leaf, mesh, whole)
+        return _same(leaf, mesh) if leaf.dim() == 0 else _distributed(leaf, mesh, everywhere)
 
     return tree.with_leaves(kept, {path: place(path, leaf) for path, leaf in tree.named_leaves(kept).items()})
 
@@ -242,9 +243,4 @@ def gather(state: Tree) -> Tree:
     >>> gather(shard(state, tfn.Plan.fsdp()))
     TrainState(Linear, step=0, params=2 tensors / 3 numbers)
     """
-    return tree.map(whole, state)
-
-
-def whole(leaf: Any) -> Any:
-    """A leaf with all its values."""
-    return leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf
+    return tree.map(full, state)

@@ -1,11 +1,14 @@
-"""What several processes decide together on the host: which saw an error, which asks for an end, what rank 0 read.
+"""`Ranks`: the processes of a job, and what they exchange on the host.
 
-Everything goes over a gloo group of its own, so that nothing here waits for a device or meets a collective of a step.
+Decisions of a run need all of its processes: one process saw an error, one got a signal, only rank 0 reads a file. Such
+small messages go over a gloo group of their own. They don't wait for a device, and they never mix with the collectives
+of a step. An exchange takes about a millisecond on one machine. It happens between steps, never inside one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,48 +22,83 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """One process by itself: whatever it does, all have done."""
+    """The processes of a job; this class is a job of one process, and `trainfn.launch.ranks` returns that of any.
 
-    rank, size = 0, 1
+    Every rank makes the same calls in the same order. A call that raises on one rank raises on all of them.
+
+    Attributes:
+        rank: This process's number.
+        size: The number of processes.
+
+    >>> import trainfn as tfn
+    >>> ranks = tfn.launch.ranks()
+    >>> ranks.first(lambda: "read by rank 0"), ranks.gathered("from each"), ranks.sums([1.5]), ranks.any([True, False])
+    ('read by rank 0', ['from each'], [1.5], [True, False])
+    """
+
+    rank: int = 0
+    size: int = 1
 
     def first(self, call: Callable[[], T]) -> T:
-        """What ``call`` returns on rank 0, which alone calls it; if it raises, all ranks do."""
+        """Call ``call`` on rank 0 alone, and return its result on every rank."""
         return call()
 
     def everyone(self, call: Callable[[], T]) -> list[T]:
-        """What ``call`` returns on each rank; if it raises on any, all ranks do."""
+        """Call ``call`` on each rank, and return all results in the order of the ranks."""
         return [call()]
 
     def agreed(self, call: Callable[[], T]) -> T:
-        """What ``call`` returns on this rank; if it raises on any, all ranks do."""
+        """Call ``call`` on each rank, and return this rank's result once every rank has succeeded."""
         return call()
 
+    def gathered(self, value: T) -> list[T]:
+        """Return the value of each rank, in order."""
+        return self.everyone(lambda: value)
+
     def any(self, flags: Iterable[bool]) -> list[bool]:
-        """Of each flag, whether it is set on any rank."""
+        """Return for each flag whether it is set on any rank."""
         return list(flags)
 
+    def sums(self, numbers: Iterable[float]) -> list[float]:
+        """Return the sum of each number over the ranks, added in float64."""
+        return list(numbers)
+
+    def wait(self) -> None:
+        """Wait until every rank has called this."""
+
     def another(self) -> Ranks:
-        """The same ranks, for another thread."""
+        """Return the same ranks for another thread, whose exchanges must not mix with those of this one."""
         return self
 
 
 ALONE = Ranks()
 
 
-class Together(Ranks):
-    """Several processes; all of them make the same calls in the same order."""
+class Group(Ranks):
+    """Several processes, which exchange over a gloo group.
 
-    def __init__(self) -> None:
-        self._group: Any = distributed.new_group(backend="gloo", timeout=_patience())
+    Args:
+        timeout: How long a rank waits for the others; None for gloo's own 30 minutes.
+    """
+
+    def __init__(self, timeout: timedelta | None) -> None:
+        self._timeout = timeout
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+
+    @functools.cached_property
+    def _group(self) -> Any:
+        # Opens a socket to each other rank, once: at the first exchange, to which all ranks come.
+        return distributed.new_group(backend="gloo", timeout=self._timeout)
 
     def first(self, call: Callable[[], T]) -> T:
         """See `Ranks`."""
         value, mine = _tried(call) if self.rank == 0 else (None, None)
-        found: list[Any] = [(value, _told(mine))]
+        sent: list[Any] = [(value, _reported(mine))]
+        # Two broadcasts, of the pickle's length and of the pickle: other ranks must not read the file themselves, for
+        # it may change between two reads.
         with _reaching():
-            distributed.broadcast_object_list(found, src=0, group=self._group)
-        value, failed = found[0]
+            distributed.broadcast_object_list(sent, src=0, group=self._group)
+        value, failed = sent[0]
         if mine is not None:
             raise mine
         if failed is not None:
@@ -80,9 +118,11 @@ class Together(Ranks):
 
     def _exchanged(self, value: Any, mine: Exception | None) -> list[Any]:
         found: list[Any] = [None] * self.size
+        # Two gathers, of the pickles' lengths and of the pickles, each padded to the longest. A result travels with the
+        # error, so that a rank that failed does not leave the others waiting.
         with _reaching():
-            distributed.all_gather_object(found, (value, _told(mine)), group=self._group)
-        failed = {rank: told for rank, (_, told) in enumerate(found) if told is not None}
+            distributed.all_gather_object(found, (value, _reported(mine)), group=self._group)
+        failed = {rank: reported for rank, (_, reported) in enumerate(found) if reported is not None}
         if failed:
             raise _error(failed, self.size) from mine
         return [value for value, _ in found]
@@ -90,21 +130,38 @@ class Together(Ranks):
     def any(self, flags: Iterable[bool]) -> list[bool]:
         """See `Ranks`."""
         votes = torch.tensor(list(flags), dtype=torch.int32)
+        # 4 bytes a flag, after each step: a signal that one rank gets must end the run on all after the same step.
         with _reaching():
             distributed.all_reduce(votes, op=distributed.ReduceOp.MAX, group=self._group)
         return votes.bool().tolist()
 
+    def sums(self, numbers: Iterable[float]) -> list[float]:
+        """See `Ranks`."""
+        total = torch.tensor(list(numbers), dtype=torch.float64)
+        # 8 bytes a number: counts of the run, which exist on the host only.
+        with _reaching():
+            distributed.all_reduce(total, group=self._group)
+        return total.tolist()
+
+    def wait(self) -> None:
+        """See `Ranks`."""
+        # No data; for what one rank does on a disk and the others read next.
+        with _reaching():
+            distributed.barrier(group=self._group)
+
     def another(self) -> Ranks:
         """See `Ranks`."""
-        return Together()
+        other = Group(self._timeout)
+        _ = other._group  # made now, by all ranks in the same order: a thread would make it at a time of its own
+        return other
 
 
-def _patience() -> timedelta | None:
-    """How long the job's ranks wait for each other, if it is told."""
+def _job_timeout() -> timedelta | None:
+    """How long the job's ranks wait for each other; None if no backend on the host says so."""
     try:
         world: Any = distributed.group.WORLD
         return world._get_backend(torch.device("cpu")).options._timeout
-    except (RuntimeError, AttributeError):  # a job that has no backend on the host, or one that does not tell
+    except (RuntimeError, AttributeError):
         return None
 
 
@@ -115,7 +172,8 @@ def _tried(call: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _told(error: Exception | None) -> tuple[str, str] | None:
+def _reported(error: Exception | None) -> tuple[str, str] | None:
+    """The class and the text of an error; errors themselves may not be picklable."""
     if error is None:
         return None
     kind = type(error).__name__
@@ -123,7 +181,7 @@ def _told(error: Exception | None) -> tuple[str, str] | None:
 
 
 def _error(failed: dict[int, tuple[str, str]], size: int) -> Exception:
-    """The same error on every rank: which rank it comes from, unless all say the same."""
+    """The same error on every rank; it names the ranks that failed, unless all failed alike."""
     texts: dict[str, list[int]] = {}
     for rank, (_, text) in failed.items():
         texts.setdefault(text, []).append(rank)
@@ -131,8 +189,8 @@ def _error(failed: dict[int, tuple[str, str]], size: int) -> Exception:
     kind = {"ValueError": ValueError, "TypeError": TypeError}.get(kinds.pop() if len(kinds) == 1 else "")
     if len(texts) == 1 and len(failed) == size:
         return (kind or CheckpointError)(next(iter(texts)))
-    said = (f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in texts.items())
-    return (kind or CheckpointError)("\n".join(said))
+    lines = (f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in texts.items())
+    return (kind or CheckpointError)("\n".join(lines))
 
 
 @contextlib.contextmanager
@@ -147,17 +205,22 @@ def _reaching() -> Generator[None]:
         ) from error
 
 
-# --- the world ----------------------------------------------------------------------------------------------------
+_made: list[tuple[Any, Ranks]] = []  # the default group and its ranks; at most one, for a group may be destroyed
 
 
-_made: list[tuple[Any, Ranks]] = []  # the default group, and its ranks: at most one, for a group may be destroyed
+def ranks(*, timeout: float | None = None) -> Ranks:
+    """Return the processes of this job, for the main thread; in a world of several, all of them call this.
 
+    Args:
+        timeout: Seconds to wait for another rank; by default, the job's own. The first call decides.
 
-def together() -> Ranks:
-    """All processes of this job, for the main thread. In a world of several, all of them call this together."""
+    >>> import trainfn as tfn
+    >>> tfn.launch.ranks().size
+    1
+    """
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return ALONE
     world = distributed.group.WORLD
     if not _made or _made[0][0] is not world:
-        _made[:] = [(world, Together())]
+        _made[:] = [(world, Group(_job_timeout() if timeout is None else timedelta(seconds=timeout)))]
     return _made[0][1]

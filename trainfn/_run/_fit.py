@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 
 from trainfn._checkpoint import Checkpoints, ranks_of
-from trainfn._plan import agreed, check_together, divided, plan_of, told
+from trainfn._plan import agreed, check_together, divided, plan_of
 from trainfn._ranks._errors import explained, launched
+from trainfn._ranks._group import ranks
 from trainfn._run._batches import Batches, placed, source
 from trainfn._run._nonfinite import Policy, Watch
 from trainfn._run._requests import Requests
@@ -76,7 +77,7 @@ def _run(
         check_together(plan, latest[0], until)
     stream, until = source(batches, n, until)
     if plan is not None:
-        until = None if until is None else max(told(until))
+        until = None if until is None else max(ranks().gathered(until))
         what = f"steps(step, state, batches), step {n + 1} or later"
         stream = agreed(stream, what, equal=equal, parts=plan.data_size)
     watch = Watch(nonfinite)

@@ -20,7 +20,7 @@ from trainfn.hf._checkpoints import _folders
 from trainfn.hf._evaluation import _evaluate, _prediction
 from trainfn.hf._optim import _resolve
 from trainfn.hf._parallel import _parameters
-from trainfn.hf._parallel._layout import ranks_of
+from trainfn.hf._parallel._layout import world_of
 from trainfn.hf._reporting import _hub, _logs
 from trainfn.hf._reporting._methods import Reporting
 from trainfn.hf._reporting._trackers import tracker_callbacks
@@ -40,6 +40,7 @@ from trainfn.hf._types import (
     MetricsFunction,
     Nested,
     Optimizer,
+    Outputs,
     Processor,
     Scheduler,
     Trial,
@@ -125,7 +126,7 @@ class Trainer(Reporting):
         _setup.check_liger(self.args)
         self.model_init = model_init
         self.model = _setup.first_model(model, model_init, self.args)
-        self._trainfn = Record(ranks=ranks_of(self.args, self.model), given=optimizers)
+        self._trainfn = Record(world=world_of(self.args, self.model), given=optimizers)
         self.processing_class = _setup.renamed("tokenizer", tokenizer, "processing_class", processing_class)
         self.data_collator = data_collator or _setup.default_collator(self.processing_class)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset

@@ -17,10 +17,17 @@ started by                                        is
 ``notebook_launcher(train, num_processes=N)``     N processes, from a notebook
 ================================================  ==========================================================
 
+What the processes exchange on the host has one home, too::
+
+    ranks = tfn.launch.ranks()               after `settings`, in every process
+    path = ranks.first(make_a_folder)        called on rank 0 only, returned on all; an error is raised on all
+
 Each works on CPUs as on GPUs. ``trainfn test`` launches with your configuration, and checks that N ranks compute what
 one does.
 """
 
+from trainfn._ranks._group import Ranks as Ranks
+from trainfn._ranks._group import ranks as ranks
 from trainfn.launch._fields import Field as Field
 from trainfn.launch._join import join as join
 from trainfn.launch._settings import Launch as Launch

@@ -168,7 +168,7 @@ def _refresh(due: Tensor, grads: Params, left: Params, right: Params, align: boo
 
     if tree.is_traced(due):
         # What is split over ranks is whole here at every step: a branch can't gather it.
-        bases = torch.cond(due, fresh, kept, tree.map(tree.whole, given))
+        bases = torch.cond(due, fresh, kept, tree.map(tree.full, given))
         return tree.map(tree.split_like, bases, (left, right))
     return fresh(*given) if due.is_meta or bool(due) else (left, right)
 

@@ -108,7 +108,7 @@ def scale_by_muon(
         mu = average(state.mu, updates, momentum)
         mixed = average(mu, updates, momentum) if nesterov else mu
         options: Any = {"steps": steps, "coefficients": coefficients, "eps": eps}
-        step = tree.map(lambda m: tree.of_whole(lambda x: orthogonalize(x, **options), m), mixed)
+        step = tree.map(lambda m: tree.on_full(lambda x: orthogonalize(x, **options), m), mixed)
         return tree.cast_like(step, updates), ScaleByMuonState(mu)
 
     return Transform(init, update)

@@ -25,10 +25,11 @@ import trainfn as tfn
 from trainfn.hf._checkpoints._transformers import from_transformers, load_weights
 from trainfn.hf._optim._resolve import control_again, metric_name
 from trainfn.hf._parallel._parameters import plain, see, whole
-from trainfn.hf._parallel._ranks import ALONE, Ranks
+from trainfn.hf._parallel._world import ALONE
 from trainfn.hf._run._position import go_to, position
 from trainfn.hf._run._record import TrainingRun, newest_state
 from trainfn.hf._types import Metrics, TrainerLike, Values
+from trainfn.launch import Ranks
 
 logger = logging.get_logger(__name__)
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -54,9 +55,8 @@ class Saving:
         self.trainer, self.run = trainer, run
         best = metric_name(args) if args.load_best_model_at_end else None
         mode = "max" if args.greater_is_better else "min"
-        full = (
-            not trainer._trainfn.ranks.sharded_files
-        )  # else each rank writes its part, and there is no model.safetensors
+        # With sharded files each rank writes its part, and there is no model.safetensors.
+        full = not trainer._trainfn.world.sharded_files
         self.store = tfn.Checkpoints(output_dir(trainer), keep=args.save_total_limit, best=best, mode=mode, full=full)
 
     def __enter__(self) -> Self:
@@ -81,7 +81,7 @@ class Saving:
         folder = output_dir(trainer) / f"checkpoint-{trainer.state.global_step}"
         if trainer.push_in_progress is not None and trainer.args.save_total_limit:
             trainer.push_in_progress.wait_until_done()  # what is being uploaded must not be rotated away
-        ranks = trainer._trainfn.ranks
+        ranks = trainer._trainfn.world.ranks
         if trainer.args.save_only_model:
             trainer._save(str(folder))
             ranks.first(lambda: _rotate(trainer, folder))
@@ -161,19 +161,19 @@ def to_resume(trainer: TrainerLike, asked: str | bool | None) -> str | None:
     if asked is None or asked is False:
         return None
     if asked is True:
-        folder = last_checkpoint(str(output_dir(trainer)), trainer._trainfn.ranks)
+        folder = last_checkpoint(str(output_dir(trainer)), trainer._trainfn.world.ranks)
         if folder is None:
             raise ValueError(
                 f"train(resume_from_checkpoint=True): no valid checkpoint found in output directory"
                 f" ({output_dir(trainer)}). Leave it out to begin a run, or give a checkpoint's path."
             )
         return folder
-    if not trainer._trainfn.ranks.first(Path(asked).is_dir):
+    if not trainer._trainfn.world.ranks.first(Path(asked).is_dir):
         raise ValueError(f"train(resume_from_checkpoint={str(asked)!r}): there is no such folder.")
     return str(asked)
 
 
-def last_checkpoint(folder: str, ranks: Ranks = ALONE) -> str | None:
+def last_checkpoint(folder: str, ranks: Ranks = ALONE.ranks) -> str | None:
     """The newest complete checkpoint in a folder: ours by its seal, or one of transformers with its state file."""
     newest = tfn.Checkpoints(folder).newest()
     foreign = ranks.first(lambda: [p for p in _numbered(folder).values() if _is_foreign(p)])
@@ -210,16 +210,15 @@ def resume(trainer: TrainerLike, run: TrainingRun, folder: str) -> None:
         setattr(trainer.state, name, getattr(fresh, name))  # from the arguments, never from the checkpoint
     trainer.state.is_local_process_zero = fresh.is_local_process_zero
     trainer.state.is_world_process_zero = fresh.is_world_process_zero
-    trainer.callback_handler.load_states(
-        cast("Values", trainer.state.stateful_callbacks)
-    )  # or early stopping would start anew
+    # Without their states, early stopping would start anew.
+    trainer.callback_handler.load_states(cast("Values", trainer.state.stateful_callbacks))
     go_to(run.windows, where, skip=not trainer.args.ignore_data_skip)
 
 
 def place(trainer: TrainerLike, saved: tfn.TrainState) -> None:
     """Take a restored state; its parameters and buffers go into the model's own memory."""
     mine = newest_state(trainer)
-    if trainer._trainfn.ranks.plan is not None:
+    if trainer._trainfn.world.plan is not None:
         trainer.train_state = saved
         see(trainer)
         return
@@ -234,7 +233,7 @@ def set_aside(trainer: TrainerLike) -> None:
 
     They are not removed, for they may be all there is of a long run that was started again by mistake.
     """
-    trainer._trainfn.ranks.first(lambda: _set_aside(trainer))
+    trainer._trainfn.world.ranks.first(lambda: _set_aside(trainer))
 
 
 def _set_aside(trainer: TrainerLike) -> None:
@@ -310,7 +309,7 @@ def save_model(trainer: TrainerLike, folder: str) -> None:
         if trainer.args.should_save:
             _save_model(trainer, folder)
     if trainer.is_in_train:
-        trainer._trainfn.ranks.wait()
+        trainer._trainfn.world.ranks.wait()
 
 
 def _save_model(trainer: TrainerLike, folder: str) -> None:

@@ -29,8 +29,8 @@ import trainfn as tfn
 from trainfn.hf._evaluation._concatenate import PADDING, check_tensors, merged
 from trainfn.hf._evaluation._gather import all_batches, one_batch
 from trainfn.hf._evaluation._prediction import mean_of
-from trainfn.hf._parallel._ranks import Ranks
 from trainfn.hf._parallel._sharding import dealt, is_empty
+from trainfn.hf._parallel._world import World
 from trainfn.hf._run._data import together
 from trainfn.hf._step._modes import as_found
 from trainfn.hf._types import Batch, Dataset, Datasets, Loader, Metrics, Nested, TrainerLike
@@ -74,7 +74,7 @@ def evaluate(
     output = trainer.evaluation_loop(loader, "Evaluation", loss_only, ignore_keys, metric_key_prefix)
     metrics = _with_speed(trainer, output, metric_key_prefix, start)
     # The same on all ranks, times and all: what is decided by them is decided alike.
-    metrics = trainer._trainfn.ranks.first(lambda: metrics)
+    metrics = trainer._trainfn.world.ranks.first(lambda: metrics)
     trainer.log(metrics)
     if trainer.state.epoch is not None:  # `log` adds it; an override of `log` may not
         metrics.setdefault("epoch", trainer.state.epoch)
@@ -103,7 +103,7 @@ def predict(
     start = time.time()
     output = trainer.evaluation_loop(loader, "Prediction", ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
     metrics = _with_speed(trainer, output, metric_key_prefix, start)
-    metrics = trainer._trainfn.ranks.first(lambda: metrics)
+    metrics = trainer._trainfn.world.ranks.first(lambda: metrics)
     shown = trainer.args, trainer.state, trainer.control, dict(metrics)
     trainer.control = trainer.callback_handler.on_predict(*shown)
     return PredictionOutput(output.predictions, output.label_ids, metrics)
@@ -134,15 +134,15 @@ def evaluation_loop(
     args = trainer.args
     loss_only = args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
     logger.info("***** Running %s, batch size %s *****", description, args.eval_batch_size)
-    ranks = trainer._trainfn.ranks
-    dataloader = dealt(ranks, dataloader)
+    world = trainer._trainfn.world
+    dataloader = dealt(world, dataloader)
     trainer.callback_handler.eval_dataloader = dataloader
     kept, totals, metrics = _Kept.empty(), _Totals(), None
     places: list[int] = []  # the batches of which this rank has rows
     with as_found(trainer):
         model = trainer.model
         for step, (inputs, is_last) in enumerate(_with_last(dataloader)):
-            batch = None if _has_none(ranks, inputs) else _batch(trainer, model, inputs, loss_only, ignore_keys)
+            batch = None if _has_none(world, inputs) else _batch(trainer, model, inputs, loss_only, ignore_keys)
             totals = totals.plus(batch)
             trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
             if args.batch_eval_metrics:
@@ -152,10 +152,10 @@ def evaluation_loop(
                 places.append(step)
             if args.eval_accumulation_steps and (step + 1) % args.eval_accumulation_steps == 0:
                 kept.to_host()
-        totals = totals.of_all(ranks)
+        totals = totals.of_all(world)
         if totals.batches == 0:
             raise ValueError(_EMPTY.format(call="predict" if description == "Prediction" else "evaluate"))
-        arrays = kept.arrays(ranks, places, concat=args.eval_do_concat_batches)
+        arrays = kept.arrays(world, places, concat=args.eval_do_concat_batches)
         if not args.batch_eval_metrics:
             metrics = _metrics(trainer, arrays)
     # The rows that were seen, for a length may be unknown; batches of a shape that nobody can count go by the dataset.
@@ -199,9 +199,9 @@ def _batch(
     return _Batch(mean, rows, predictions, labels, main, losses)
 
 
-def _has_none(ranks: Ranks, inputs: Batch) -> bool:
+def _has_none(world: World, inputs: Batch) -> bool:
     """Whether other ranks have all the rows of a batch."""
-    return ranks.plan is not None and is_empty(inputs)
+    return world.plan is not None and is_empty(inputs)
 
 
 def _each_row(loss: Tensor | float, rows: int) -> Tensor:
@@ -254,12 +254,12 @@ class _Totals(NamedTuple):
         not_finite = self.not_finite + (~torch.isfinite(total)).sum()
         return _Totals(mean if self.loss is None else self.loss + mean, not_finite, rows, batches)
 
-    def of_all(self, ranks: Ranks) -> _Totals:
+    def of_all(self, world: World) -> _Totals:
         """The same on all ranks; every rank calls this."""
-        if ranks.plan is None:
+        if world.plan is None:
             return self
-        loss = ranks.means({} if self.loss is None else {"loss": self.loss}).get("loss")
-        not_finite, rows, batches = zip(*ranks.parts((int(self.not_finite), self.rows, self.batches)), strict=True)
+        loss = world.means({} if self.loss is None else {"loss": self.loss}).get("loss")
+        not_finite, rows, batches = zip(*world.of_parts((int(self.not_finite), self.rows, self.batches)), strict=True)
         return _Totals(loss, sum(not_finite), sum(rows), max(batches))
 
     def finish(self, prefix: str) -> dict[str, float]:
@@ -301,9 +301,9 @@ class _Kept(NamedTuple):
         for container in self:
             container.to_cpu_and_numpy()
 
-    def arrays(self, ranks: Ranks, places: list[int], *, concat: bool) -> _Kept:
+    def arrays(self, world: World, places: list[int], *, concat: bool) -> _Kept:
         """NumPy arrays, or `None` where there was nothing: of all rows of all ranks, or a list of one a batch."""
-        each = all_batches(ranks, places, [container.get_arrays() for container in self])
+        each = all_batches(world, places, [container.get_arrays() for container in self])
         return _Kept(*(None if arrays is None else merged(arrays) if concat else arrays for arrays in each))
 
 
@@ -323,7 +323,7 @@ def _batch_metrics(trainer: TrainerLike, batch: _Batch | None, inputs: Batch, is
         return None
     given = inputs if "inputs" in trainer.args.include_for_metrics else None  # all of them, as in transformers
     mine = None if batch is None else (batch.predictions, batch.labels, given, batch.losses)
-    predictions, labels, given, losses = one_batch(trainer._trainfn.ranks, mine) or (None,) * 4
+    predictions, labels, given, losses = one_batch(trainer._trainfn.world, mine) or (None,) * 4
     if predictions is None or labels is None:
         return None
     shown = EvalPrediction(predictions, labels, inputs=given, losses=losses)

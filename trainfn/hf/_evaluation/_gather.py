@@ -10,26 +10,26 @@ from torch import Tensor
 from transformers.trainer_pt_utils import nested_numpify
 
 from trainfn.hf._evaluation._concatenate import merged
-from trainfn.hf._parallel._ranks import Ranks
+from trainfn.hf._parallel._world import World
 from trainfn.hf._types import Nested
 
 
-def all_batches(ranks: Ranks, places: list[int], fields: list[list[Nested] | None]) -> list[list[Nested] | None]:
+def all_batches(world: World, places: list[int], fields: list[list[Nested] | None]) -> list[list[Nested] | None]:
     """For each field one tree of arrays a batch, with the rows of all ranks.
 
     Args:
-        ranks: All of them call this.
+        world: All of its ranks call this.
         places: The numbers of the batches of which this rank has rows.
         fields: What it has of them; None where nothing is kept.
     """
-    if ranks.plan is None:
+    if world.plan is None:
         return fields
-    said = ranks.parts((places, fields))
-    count = max((place + 1 for theirs, _ in said for place in theirs), default=0)
+    found = world.of_parts((places, fields))
+    count = max((place + 1 for theirs, _ in found for place in theirs), default=0)
     out: list[list[Nested] | None] = []
     for i in range(len(fields)):
         batches: list[list[Nested]] = [[] for _ in range(count)]
-        for theirs, kept in said:
+        for theirs, kept in found:
             for place, tree in zip(theirs, kept[i] or (), strict=False):
                 batches[place].append(tree)
         full = [merged(pieces) for pieces in batches if pieces]
@@ -37,11 +37,11 @@ def all_batches(ranks: Ranks, places: list[int], fields: list[list[Nested] | Non
     return out
 
 
-def one_batch(ranks: Ranks, mine: Nested | None) -> Nested | None:
+def one_batch(world: World, mine: Nested | None) -> Nested | None:
     """The rows of all ranks, as tensors, of a batch of which this rank has ``mine``."""
-    if ranks.plan is None:
+    if world.plan is None:
         return mine
-    pieces = [piece for piece in ranks.parts(_arrays(mine)) if piece is not None]
+    pieces = [piece for piece in world.of_parts(_arrays(mine)) if piece is not None]
     return _tensors(merged(pieces)) if pieces else None
 
 

@@ -14,7 +14,7 @@ from torch import distributed
 import trainfn as tfn
 from trainfn import launch as launchers
 from trainfn.hf._parallel import _deepspeed
-from trainfn.hf._parallel._ranks import ALONE, Ranks
+from trainfn.hf._parallel._world import ALONE, World
 
 _STRATEGIES: dict[str, dict[str, Any]] = {  # of FSDP 1, `fsdp_config["reshard_after_forward"]`
     "full_shard": {"shard": -1, "stage": 3},
@@ -27,7 +27,7 @@ _STRATEGIES: dict[str, dict[str, Any]] = {  # of FSDP 1, `fsdp_config["reshard_a
 _TOLD: list[_deepspeed.Configured] = []  # what the user knows of already
 
 
-def ranks_of(args: Any, model: Any) -> Ranks:
+def world_of(args: Any, model: Any) -> World:
     """Bring the processes together, and say how they work; one process by itself needs nothing.
 
     Raises:
@@ -48,20 +48,17 @@ def ranks_of(args: Any, model: Any) -> Ranks:
     plan = dataclasses.replace(plan, precision=precision, rules=rules)
     plan.shape(launch.world)
     config = args.fsdp_config or {}
-    found = Ranks(
+    if launch.world > 1:
+        _check_together(args, launch)
+    return World(
         plan=plan if launch.world > 1 else None,
-        rank=launch.rank,
-        world=launch.world,
+        ranks=launchers.ranks(timeout=float(args.ddp_timeout)),
         compile=launch.compile,
         loss_scale=launch.loss_scale or {},
         checkpointing=launch.checkpointing or _true(config.get("activation_checkpointing")),
         sharded_files=launch.state_dict == "sharded"
         or str(config.get("state_dict_type", "")).upper() == "SHARDED_STATE_DICT",
-        timeout=float(args.ddp_timeout),
     )
-    if found.plan is not None:
-        _check_together(args, launch)
-    return found
 
 
 def met(args: Any) -> None:

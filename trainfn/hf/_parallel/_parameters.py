@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Generator
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 import trainfn as tfn
@@ -26,23 +24,23 @@ logger = logging.get_logger(__name__)
 
 def see(trainer: TrainerLike) -> None:
     """Let the model have the memory of the state, as far as this rank has it."""
-    if trainer._trainfn.ranks.plan is None:
+    if trainer._trainfn.world.plan is None:
         return
     trainer._trainfn.released = False
     for tensor, leaf in _pairs(trainer):
-        if _is_split(leaf):
+        if tfn.tree.is_split(leaf):
             tensor.data = torch.full((), torch.nan, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
             trainer._trainfn.released = True
         else:
-            tensor.data = _local(leaf)
+            tensor.data = tfn.tree.local(leaf).detach()
 
 
 def fill(trainer: TrainerLike) -> None:
     """Bring together what is split; every rank calls this. It takes the memory of the whole parameters."""
     if trainer._trainfn.released:
         for tensor, leaf in _pairs(trainer):
-            if _is_split(leaf):
-                tensor.data = leaf.detach().full_tensor()
+            if tfn.tree.is_split(leaf):
+                tensor.data = tfn.tree.full(leaf.detach())
         trainer._trainfn.released = False
 
 
@@ -62,7 +60,7 @@ def whole(trainer: TrainerLike) -> Generator[None]:
 @contextlib.contextmanager
 def plain(trainer: TrainerLike) -> Generator[None]:
     """The state as it would be in one process, which the model shares; afterwards laid out again."""
-    plan = trainer._trainfn.ranks.plan
+    plan = trainer._trainfn.world.plan
     if plan is None:
         yield
         return
@@ -89,7 +87,7 @@ def check_whole(trainer: TrainerLike) -> None:
 
 def warn_of_callbacks(trainer: TrainerLike) -> None:
     """Say once which callbacks take a model that has no values when they are called."""
-    if not trainer._trainfn.released or trainer._trainfn.ranks.rank > 0:
+    if not trainer._trainfn.released or trainer._trainfn.world.ranks.rank > 0:
         return
     for callback in trainer.callback_handler.callbacks:
         kind = type(callback)
@@ -115,11 +113,3 @@ def _pairs(trainer: TrainerLike) -> list[tuple[Tensor, Tensor]]:
         **dict(model.named_parameters(remove_duplicate=False)),
     }
     return [(held[name], leaf) for name, leaf in {**state.params, **state.buffers}.items()]
-
-
-def _is_split(leaf: Tensor) -> TypeGuard[DTensor]:
-    return isinstance(leaf, DTensor) and any(placement.is_shard() for placement in leaf.placements)
-
-
-def _local(leaf: Tensor) -> Tensor:
-    return (leaf.to_local() if isinstance(leaf, DTensor) else leaf).detach()

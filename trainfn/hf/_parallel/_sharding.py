@@ -13,10 +13,10 @@ from torch.utils.data import DistributedSampler
 from transformers.trainer_pt_utils import find_batch_size
 
 import trainfn as tfn
-from trainfn.hf._parallel._ranks import Ranks
+from trainfn.hf._parallel._world import World
 
 
-def dealt(ranks: Ranks, loader: Any) -> Any:
+def dealt(world: World, loader: Any) -> Any:
     """A loader's part for this rank.
 
     ======================================= ==========================================================================
@@ -26,11 +26,11 @@ def dealt(ranks: Ranks, loader: Any) -> Any:
     any other                                every N-th batch, as Accelerate deals them out; the others are read, too
     ======================================= ==========================================================================
     """
-    if ranks.plan is None:
+    if world.plan is None:
         return loader
     if isinstance(loader, tfn.data.Loader | tfn.data.Stream):
-        return loader.shard(ranks.part, ranks.size, even=False) if loader.world == 1 else loader
-    return Own(ranks, loader) if is_divided(loader) else Dealt(ranks, loader)
+        return loader.shard(world.part, world.parts, even=False) if loader.world == 1 else loader
+    return Own(world, loader) if is_divided(loader) else Dealt(world, loader)
 
 
 def is_divided(loader: Any) -> bool:
@@ -46,21 +46,21 @@ class Dealt:
     """Every N-th batch of a loader that all ranks read; what it has besides is the loader's.
 
     Args:
-        ranks: The ranks.
+        world: The processes of the run.
         loader: Anything that gives the same batches on every rank.
     """
 
-    def __init__(self, ranks: Ranks, loader: Iterable[Any]) -> None:
-        self.ranks, self.loader = ranks, loader
+    def __init__(self, world: World, loader: Iterable[Any]) -> None:
+        self.world, self.loader = world, loader
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
-        while group := list(itertools.islice(batches, self.ranks.size)):
-            part = self.ranks.part
+        while group := list(itertools.islice(batches, self.world.parts)):
+            part = self.world.part
             yield group[part] if part < len(group) else no_rows(group[0])
 
     def __len__(self) -> int:
-        return -(-len(self.loader) // self.ranks.size)  # type: ignore[arg-type]
+        return -(-len(self.loader) // self.world.parts)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -73,7 +73,7 @@ class Own(Dealt):
         last, batches = None, iter(self.loader)
         while True:
             batch = next(batches, None)
-            if not self.ranks.any([batch is not None])[0]:
+            if not self.world.ranks.any([batch is not None])[0]:
                 return
             last = batch if batch is not None else last
             if last is None:
@@ -84,7 +84,7 @@ class Own(Dealt):
             yield last if batch is not None else no_rows(last)
 
     def __len__(self) -> int:
-        return max(self.ranks.told(len(self.loader)))  # type: ignore[arg-type]
+        return max(self.world.ranks.gathered(len(self.loader)))  # type: ignore[arg-type]
 
 
 class NoRows:

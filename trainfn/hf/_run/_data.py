@@ -40,7 +40,7 @@ def train_loader(trainer: TrainerLike) -> Loader:
     _check_enough(trainer, dataset, "training", "per_device_train_batch_size", last, size)
     if not _is_sized(dataset):
         stream = tfn.data.stream(dataset, size, last=last, seed=seed, collate=collate, **_reader(args))
-        return dealt(trainer._trainfn.ranks, stream)
+        return dealt(trainer._trainfn.world, stream)
     n = len(dataset)
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     if strategy == "group_by_length":
@@ -50,7 +50,7 @@ def train_loader(trainer: TrainerLike) -> Loader:
     else:
         sampler = tfn.data.shuffled(n, size, seed=seed, last=last)
     loader = tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args))
-    return dealt(trainer._trainfn.ranks, loader)
+    return dealt(trainer._trainfn.world, loader)
 
 
 def eval_loader(trainer: TrainerLike, dataset: Dataset, description: str) -> Loader:
@@ -60,17 +60,17 @@ def eval_loader(trainer: TrainerLike, dataset: Dataset, description: str) -> Loa
     dataset, collate = prepared(trainer, dataset, description)
     last = "drop" if args.dataloader_drop_last and _is_sized(dataset) else "short"
     _check_enough(trainer, dataset, description, "per_device_eval_batch_size", last, size)
-    ranks = trainer._trainfn.ranks
+    world = trainer._trainfn.world
     if not _is_sized(dataset):
-        return dealt(ranks, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
+        return dealt(world, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
     sampler = tfn.data.sequential(len(dataset), size, last=last)
-    return dealt(ranks, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
+    return dealt(world, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
 
 
 def together(trainer: TrainerLike, size: int) -> int:
     """The rows of a micro-batch on all ranks, of which each has ``size``; or ``size``, if that is to be split."""
     split = getattr(trainer.args.accelerator_config, "split_batches", False)
-    return size if split else size * trainer._trainfn.ranks.size
+    return size if split else size * trainer._trainfn.world.parts
 
 
 def _is_sized(dataset: Dataset) -> TypeGuard[SizedDataset]:
@@ -79,7 +79,7 @@ def _is_sized(dataset: Dataset) -> TypeGuard[SizedDataset]:
 
 def _check_enough(trainer: TrainerLike, dataset: Dataset, description: str, name: str, last: str, size: int) -> None:
     """Raise if there is no batch of ``size`` rows, in the words of the arguments; ``name`` is the one for its rows."""
-    ranks = trainer._trainfn.ranks.size
+    ranks = trainer._trainfn.world.parts
     rows = len(dataset) if isinstance(dataset, Sized) else None
     if rows == 0:
         raise ValueError(f"Trainer: the {description} set has no rows.")
@@ -243,7 +243,7 @@ class Windows:
         if self.length.accumulate == 1 and not self.trainer.args.auto_find_batch_size:
             return window[0]
         # On ranks a stream: each is asked whether it has rows for a micro-batch.
-        return window if self.trainer._trainfn.ranks.plan is None else iter(window)
+        return window if self.trainer._trainfn.world.plan is None else iter(window)
 
     def end_epoch(self) -> None:
         """What belongs to the end of an epoch; what is saved there begins with the next one."""
@@ -264,7 +264,7 @@ class Windows:
             batches = _seeded(loader, seed if seed is not None else 0, epoch, first)
         for batch in batches:
             if isinstance(batch, NoRows):
-                size = self.trainer._trainfn.ranks.size
+                size = self.trainer._trainfn.world.parts
                 raise TypeError(
                     f"Trainer.train() on {size} ranks: the loader has no batch for this one where"
                     " others have, and no tensor to make one of no rows of. Return tensors from the collator:"
@@ -284,7 +284,7 @@ class Windows:
         if kind != "no" and isinstance(tokens, torch.Tensor):
             mask = inputs.get("attention_mask") if kind == "non_padding" else None
             counted[1] += int(mask.sum()) if mask is not None else tokens.numel()
-        if trainer._trainfn.ranks.plan is None:
+        if trainer._trainfn.world.plan is None:
             self.take_counts(counted)
 
     def take_counts(self, counted: list[float]) -> None:

@@ -21,8 +21,8 @@ from trainfn.hf._checkpoints import _folders
 from trainfn.hf._installed import attribute
 from trainfn.hf._optim._resolve import transform_of
 from trainfn.hf._parallel import _parameters
-from trainfn.hf._parallel._ranks import Ranks
 from trainfn.hf._parallel._sharding import dealt, is_empty
+from trainfn.hf._parallel._world import World
 from trainfn.hf._reporting._logs import LossWindow
 from trainfn.hf._run._data import Ended, Windows, arithmetic
 from trainfn.hf._run._record import TrainingRun, newest_state
@@ -55,7 +55,7 @@ def train(
         trainer.label_smoother = smoother(trainer.args, trainer.model)
     if trainer.args.use_liger_kernel:  # it replaces layers of the model, for good; twice is the same as once
         apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
-    loader = dealt(trainer._trainfn.ranks, trainer.get_train_dataloader())
+    loader = dealt(trainer._trainfn.world, trainer.get_train_dataloader())
     length = arithmetic(trainer.args, loader, trainer.num_examples(loader))
     windows = Windows(trainer, loader, length)
     losses = LossWindow(nan_inf_filter=trainer.args.logging_nan_inf_filter)
@@ -70,7 +70,7 @@ def train(
                 _folders.resume(trainer, run, folder)
             _folders.set_aside(trainer)
             _announce(trainer, folder)
-            with _holding_ctrl_c(run, trainer._trainfn.ranks):
+            with _holding_ctrl_c(run, trainer._trainfn.world):
                 return _loop(trainer, run)
     except BaseException as error:
         if trainer._trainfn.released:
@@ -95,7 +95,7 @@ def _surroundings(trainer: TrainerLike, run: TrainingRun) -> Generator[None]:
         if args.full_determinism:
             torch.use_deterministic_algorithms(True)
             stack.callback(torch.use_deterministic_algorithms, deterministic)
-        if args.activation_checkpointing or trainer._trainfn.ranks.checkpointing:
+        if args.activation_checkpointing or trainer._trainfn.world.checkpointing:
             stack.enter_context(_recomputing(model, cast("Values", args.activation_checkpointing_kwargs or {})))
         if args.neftune_noise_alpha is not None:
             stack.enter_context(neftune(model, args.neftune_noise_alpha))
@@ -112,9 +112,9 @@ def _saving_at_sigterm(run: TrainingRun) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _holding_ctrl_c(run: TrainingRun, ranks: Ranks) -> Generator[None]:
+def _holding_ctrl_c(run: TrainingRun, world: World) -> Generator[None]:
     """On several ranks Ctrl-C waits until all have heard of it; a second one is raised at once."""
-    if ranks.plan is None:
+    if world.plan is None:
         yield
         return
     with tfn.process.uninterrupted() as held:
@@ -123,7 +123,7 @@ def _holding_ctrl_c(run: TrainingRun, ranks: Ranks) -> Generator[None]:
             yield
         finally:
             run.held = tfn.process.Pending()
-    if ranks.any([held.arrived])[0]:  # after the last step
+    if world.ranks.any([held.arrived])[0]:  # after the last step
         raise KeyboardInterrupt
 
 
@@ -155,7 +155,7 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     trainer.create_optimizer_and_scheduler(num_training_steps=length.max_steps)
     transform = transform_of(trainer, length.max_steps)
     trainer.train_state = tfn.init(trainer.model, transform, seed=args.seed, storage="adopt")
-    plan = trainer._trainfn.ranks.plan
+    plan = trainer._trainfn.world.plan
     alone = length.accumulate == 1 and not args.auto_find_batch_size
     accumulate = 1 if alone else "stream"
     compiled, _ = compiles(trainer)
@@ -171,7 +171,7 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     how: Values = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
     how |= {
         "dynamic": "auto",
-        **(trainer._trainfn.ranks.compile or {}),
+        **(trainer._trainfn.world.compile or {}),
     }  # rows of ragged length: a few graphs, not one each
     run.step = tfn.jit(step, compile=compiled, donate=True, max_graphs=64, **how)
     if args.auto_find_batch_size:
@@ -197,7 +197,7 @@ def _scaled(trainer: TrainerLike, step: tfn.TrainStep) -> tfn.TrainStep:
             "TrainingArguments(fp16=True) with an overridden training_step: its backward pass knows nothing of the loss"
             " scale. Override compute_loss in place of training_step, or write `bf16=True`."
         )
-    scaling = tfn.transforms.dynamic_loss_scale(**trainer._trainfn.ranks.loss_scale)
+    scaling = tfn.transforms.dynamic_loss_scale(**trainer._trainfn.world.loss_scale)
     trainer.train_state = scaling.init(newest_state(trainer))
     return scaling(step)
 
@@ -210,7 +210,7 @@ def compiles(trainer: TrainerLike) -> tuple[bool, str]:
         return False, f"{', '.join(overrides)} is overridden, which runs Python between the parts of a step"
     if getattr(args, "torch_compile_given", True):
         return bool(args.torch_compile), "as torch_compile says"
-    if trainer._trainfn.ranks.compile is not None:
+    if trainer._trainfn.world.compile is not None:
         return True, "as the launcher's configuration says"
     if args.device.type == "cpu":
         return False, "on a CPU compiling takes longer than most runs; torch_compile=True does it"
@@ -252,8 +252,8 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
 
 def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
     """The step, after what was decided between the steps: another learning rate, say."""
-    ranks, windows = trainer._trainfn.ranks, run.windows
-    looked = trainer.args.gradient_accumulation_steps == 1 and ranks.plan is None
+    world, windows = trainer._trainfn.world, run.windows
+    looked = trainer.args.gradient_accumulation_steps == 1 and world.plan is None
     known = False
 
     def look() -> None:
@@ -265,9 +265,9 @@ def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
                 if not looked:
                     check_additive(trainer, windows.first)
         looked = True
-        found = [shifts for shifts in ranks.told(trainer._trainfn.shifts) if shifts is not None]
+        found = [shifts for shifts in world.ranks.gathered(trainer._trainfn.shifts) if shifts is not None]
         trainer._trainfn.shifts = found[0] if found else None
-        known = bool(found) or not any(ranks.told(may_shift(trainer, windows.first)))
+        known = bool(found) or not any(world.ranks.gathered(may_shift(trainer, windows.first)))
 
     def step(state: tfn.TrainState, batch: Batch | list[Batch], /) -> tuple[tfn.TrainState, tfn.Metrics]:
         for change in run.changes:
@@ -277,7 +277,7 @@ def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
             look()
         return run.step(state, batch)
 
-    step.plan = ranks.plan  # type: ignore[attr-defined]
+    step.plan = world.plan  # type: ignore[attr-defined]
     return step
 
 
@@ -289,16 +289,16 @@ def _end_epoch(trainer: TrainerLike, run: TrainingRun) -> None:
 
 def agree(trainer: TrainerLike, run: TrainingRun) -> None:
     """What any rank has decided, all have; and what each has counted is added up."""
-    ranks = trainer._trainfn.ranks
+    world = trainer._trainfn.world
     run.terminated |= run.sigterm.arrived
-    if ranks.plan is None:
+    if world.plan is None:
         return
     control = trainer.control
     flags = [*(bool(getattr(control, name)) for name in DECISIONS), run.terminated, run.held.arrived]
-    *found, run.terminated, run.interrupted = ranks.any(flags)
+    *found, run.terminated, run.interrupted = world.ranks.any(flags)
     for name, value in zip(DECISIONS, found, strict=True):
         setattr(control, name, value)
-    run.windows.take_counts(ranks.sums(run.windows.counted))
+    run.windows.take_counts(world.sums(run.windows.counted))
 
 
 def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:

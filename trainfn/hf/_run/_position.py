@@ -38,7 +38,7 @@ def rows_of(windows: Windows) -> int:
         return loader.sampler.batch_size
     found = [getattr(each, "batch_size", None) for each in (loader, getattr(loader, "batch_sampler", None))]
     size = next((size for size in found if isinstance(size, int)), 1)
-    return size * loader.ranks.size if isinstance(loader, Dealt) else size
+    return size * loader.world.parts if isinstance(loader, Dealt) else size
 
 
 def go_to(windows: Windows, then: Values, *, skip: bool) -> None:
@@ -68,7 +68,7 @@ def go_to(windows: Windows, then: Values, *, skip: bool) -> None:
             "rows that are grouped into batches, as by length, are grouped in another way: some of this epoch are seen"
             " again, and others not at all"
         )
-    if said and windows.trainer._trainfn.ranks.rank == 0:
+    if said and windows.trainer._trainfn.world.ranks.rank == 0:
         said += _remedy(windows, then, rows)
         logger.warning(f"Trainer.train(resume_from_checkpoint=...): {'; '.join(said)}.")
 

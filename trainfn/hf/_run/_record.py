@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 import trainfn as tfn
-from trainfn.hf._parallel._ranks import ALONE, Ranks
+from trainfn.hf._parallel._world import ALONE, World
 from trainfn.hf._types import Batch, LossMetrics, Metrics, Optimizer, Outputs, Rate, Scheduler, TrainerLike, Trial
 
 if TYPE_CHECKING:  # the files that define these import this one
@@ -89,7 +89,7 @@ class Record:
     """What is private on a Trainer, all under the one name ``_trainfn``: a subclass may have any other.
 
     Attributes:
-        ranks: The processes that train together.
+        world: The processes that train together.
         given: The optimizer and the schedule that the user passed.
         run: The newest run; it stays after its end, for those who look at its step.
         search: The trial that is being trained, if there is one.
@@ -103,9 +103,9 @@ class Record:
     """
 
     # A step is captured with what it reads. The rest, such as the run and its logs, changes while it trains.
-    _steps_read: ClassVar[frozenset[str]] = frozenset(("ranks",))
+    _steps_read: ClassVar[frozenset[str]] = frozenset(("world",))
 
-    ranks: Ranks = ALONE
+    world: World = ALONE
     given: tuple[Optimizer | None, Scheduler | None] = (None, None)
     run: TrainingRun | None = None
     search: Search | None = None

@@ -54,11 +54,11 @@ def hyperparameter_search(
         ValueError: If there is no ``model_init``, the backend is another one, or an argument does not exist.
         ImportError: If optuna is not installed.
     """
-    ranks = trainer._trainfn.ranks
-    if ranks.plan is not None:
+    world = trainer._trainfn.world
+    if world.plan is not None:
         raise ValueError(
-            f"hyperparameter_search on {ranks.world} processes: each would draw trials of its own. Start the search"
-            " with `python script.py`, and train what it finds on all of them."
+            f"hyperparameter_search on {world.ranks.size} processes: each would draw trials of its own. Start the"
+            " search with `python script.py`, and train what it finds on all of them."
         )
     if trainer.model_init is None:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainfn.hf._parallel._ranks import Ranks
+from trainfn.hf._parallel._world import World
 from trainfn.hf._run._data import Length, arithmetic, together
 from trainfn.hf._run._loop import compiles
 from trainfn.hf._types import TrainerLike
@@ -19,13 +19,14 @@ def summary(trainer: TrainerLike) -> str:
     loader = trainer.get_train_dataloader() if run is None else run.windows.loader
     length = arithmetic(args, loader, trainer.num_examples(loader))
     compiled, why = compiles(trainer)
-    ranks, size = trainer._trainfn.ranks, together(trainer, args.train_batch_size)
+    world, size = trainer._trainfn.world, together(trainer, args.train_batch_size)
+    each = f"{size // world.parts} rows{f' x {world.parts} ranks' if world.parts > 1 else ''}"
     rows = "unknown" if length.num_examples is None else f"{length.num_examples:,}"
     lines = {
         "rows": f"{rows} per epoch",
-        "batch": f"{size // ranks.size} rows{f' x {ranks.size} ranks' if ranks.size > 1 else ''} x {length.accumulate}"
-        f" micro-batches = {size * length.accumulate} rows per update; the split changes nothing but memory",
-        **({} if ranks.plan is None else {"ranks": _layout(ranks)}),
+        "batch": f"{each} x {length.accumulate} micro-batches = {size * length.accumulate} rows per update; the split"
+        " changes nothing but memory",
+        **({} if world.plan is None else {"ranks": _layout(world)}),
         "updates": f"{length.max_steps:,}" + _per_epoch(length, args),
         "optimizer": f"{_value(args.optim)}, {_value(args.lr_scheduler_type)} schedule from {args.learning_rate:g},"
         f" {args.get_warmup_steps(length.max_steps)} updates of warm-up",
@@ -40,13 +41,13 @@ def summary(trainer: TrainerLike) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
-def _layout(ranks: Ranks) -> str:
-    plan = ranks.plan
+def _layout(world: World) -> str:
+    plan = world.plan
     assert plan is not None
-    axes = ", ".join(f"{axis}={size}" for axis, size in plan.shape(ranks.world).items())
+    axes = ", ".join(f"{axis}={size}" for axis, size in plan.shape(world.ranks.size).items())
     split = {0: "nothing", 1: "the optimizer state", 2: "optimizer state and gradients", 3: "parameters, too"}
-    what = split[plan.stage] if plan.shape(ranks.world)["shard"] > 1 else "nothing"
-    return f"{ranks.world} processes, {axes}; split: {what}"
+    what = split[plan.stage] if plan.shape(world.ranks.size)["shard"] > 1 else "nothing"
+    return f"{world.ranks.size} processes, {axes}; split: {what}"
 
 
 def _per_epoch(length: Length, args: TrainingArguments) -> str:

@@ -197,7 +197,7 @@ class SFTTrainer(Trainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
             evaluated = {name: mean for name, mean in record.evaluated.items() if name != "num_tokens"}
-            means = self._trainfn.ranks.means(evaluated)
+            means = self._trainfn.world.means(evaluated)
         finally:
             record.evaluated = None
         assert output.metrics is not None

@@ -43,7 +43,7 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
     On ranks each brings the parameters together for every micro-batch, for the method sees the model's own.
     """
     record = trainer._trainfn
-    plan = record.ranks.plan
+    plan = record.world.plan
     _check_axes(trainer, plan)
 
     def gradients(state: tfn.TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> tfn.Gradients:
