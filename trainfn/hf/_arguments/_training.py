@@ -117,7 +117,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
     """
 
     if TYPE_CHECKING:
-        output_dir: str = "trainer_output"  # None until `__post_init__`
+        output_dir: str = "trainer_output"  # type: ignore[assignment]  # it is None until `__post_init__` only
 
     # The documentation of the Trainer promises INFO for the main process, and WARNING for the others. The
     # default in transformers, "passive", follows whatever the application has set: WARNING if nothing.
@@ -264,7 +264,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
 
 
 @dataclasses.dataclass(repr=False)
-class Seq2SeqTrainingArguments(TrainingArguments, transformers.Seq2SeqTrainingArguments):
+class Seq2SeqTrainingArguments(TrainingArguments, transformers.Seq2SeqTrainingArguments):  # type: ignore[misc]
     """What a run of `Seq2SeqTrainer` is to do: `TrainingArguments`, and how to generate.
 
     >>> Seq2SeqTrainingArguments(predict_with_generate=True, use_cpu=True).generation_max_length is None

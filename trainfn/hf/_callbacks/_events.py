@@ -248,7 +248,7 @@ def _restored(callback: TrainerCallback, state: Values) -> TrainerCallback:
     """The callback with a saved state; the same object unless its class says how to make a new one."""
     kind = cast("type[ExportableState]", type(callback))
     if kind.from_state.__func__ is not ExportableState.from_state.__func__:  # type: ignore[attr-defined]
-        return kind.from_state(state)
+        return cast("TrainerCallback", kind.from_state(state))
     for name, value in state.get("attributes", {}).items():
         setattr(callback, name, value)
     return callback

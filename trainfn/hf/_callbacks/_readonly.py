@@ -77,7 +77,7 @@ class FrozenList(list[object]):
     append = extend = insert = pop = remove = clear = sort = reverse = _refuse  # type: ignore[assignment]
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse  # type: ignore[assignment]
 
-    def __getitem__(self, index: SupportsIndex | slice) -> object:
+    def __getitem__(self, index: SupportsIndex | slice) -> object:  # type: ignore[override]
         """The item, or the slice, frozen."""
         return freeze(list.__getitem__(self, index))
 

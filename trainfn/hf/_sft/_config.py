@@ -123,12 +123,10 @@ def check(args: SFTConfig) -> None:
     """
     for field, allowed in _CHOICES.items():
         _allowed(args, field, allowed)
-    for field in ("max_length", "pad_to_multiple_of"):
+    for field, others in (("max_length", (None,)), ("pad_to_multiple_of", (None, "auto"))):
         value = getattr(args, field)
-        if value not in (None, "auto") and (not isinstance(value, int) or value < 1):
+        if value not in others and (not isinstance(value, int) or value < 1):
             _refuse(field, value, "it is a number of tokens, 1 or more", f"Write `{field}=1024`, or None")
-    if args.max_length == "auto":
-        _refuse("max_length", "auto", "it is a number of tokens, 1 or more", "Write `max_length=1024`, or None")
     if args.max_length is None and (args.packing or args.packs_eval):
         _refuse("packing", True, "with `max_length=None` packs have no length", "Write `max_length=1024`")
     for name in (args.dataset_kwargs or {}) if isinstance(args.dataset_kwargs, dict) else ():

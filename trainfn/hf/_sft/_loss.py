@@ -58,7 +58,7 @@ def separation(trainer: SFTLike) -> str:
 def _separates(trainer: SFTLike, way: str) -> bool:
     """Whether a sequence's logits are the same after this sequence, after that one, and alone."""
     model, device = trainer.model, trainer.args.device
-    words = cast("PreTrainedModel", model).get_input_embeddings().num_embeddings
+    words = cast("nn.Embedding", cast("PreTrainedModel", model).get_input_embeddings()).num_embeddings
     one = (torch.arange(8, device=device) % words)[None]
     other = torch.cat([(one[:, :4] + 3) % words, one[:, 4:]], 1)
     segments = torch.tensor([[1] * 4 + [2] * 4], device=device)

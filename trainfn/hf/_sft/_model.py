@@ -154,7 +154,7 @@ def balance_experts(model: nn.Module, args: SFTConfig) -> None:
     """A mixture of experts gives its load-balancing loss, unless its coefficient is 0."""
     get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
     text = None if get_text_config is None else get_text_config()
-    if getattr(text, "output_router_logits", None) is not None:
+    if text is not None and getattr(text, "output_router_logits", None) is not None:
         text.output_router_logits = args.router_aux_loss_coef != 0
         text.router_aux_loss_coef = args.router_aux_loss_coef
 

@@ -135,7 +135,8 @@ class SFTTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), "seq_lengths"]))
+        if self._signature_columns is not None and "seq_lengths" not in self._signature_columns:
+            self._signature_columns.append("seq_lengths")
 
     # --- loss -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Generator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def _computed(
 ) -> tuple[Loss, Outputs]:
     options: Values = {"num_items_in_batch": count} if "num_items_in_batch" in takes else {}
     if "return_outputs" not in takes:
-        return trainer.compute_loss(model, inputs, **options), None
+        return cast("Loss", trainer.compute_loss(model, inputs, **options)), None
     returned = trainer.compute_loss(model, inputs, return_outputs=True, **options)
     return returned if isinstance(returned, tuple) and not isinstance(returned, tfn.Mean) else (returned, None)
 
