@@ -159,10 +159,26 @@ IGNORED: dict[str, str] = {
     "sortish_sampler": "nothing reads it, in transformers neither; `train_sampling_strategy` is what sorts by length",
 }
 
-_LOOP, _LOG, _EVAL = "the loop, _train.py", "the log, _logs.py", "the evaluation, _evaluation.py"
-_SAVE, _HUB, _LOAD = "the checkpoints, _checkpoints.py", "the Hub, _hub.py", "the loaders, _data.py"
-_OPT, _RATE, _LOSS = "the optimizer, _optimizers.py", "the learning rate, _schedules.py", "the loss, _loss.py"
-_SCRIPT, _ARGS, _TRACK = "nothing here: scripts read it", "TrainingArguments itself", "the trackers, _trackers.py"
+_LOOP, _LOG, _EVAL = (
+    "the loop, _run/_loop.py",
+    "the log, _reporting/_logs.py",
+    "the evaluation, _evaluation/_evaluate.py",
+)
+_SAVE, _HUB, _LOAD = (
+    "the checkpoints, _checkpoints/_folders.py",
+    "the Hub, _reporting/_hub.py",
+    "the loaders, _run/_data.py",
+)
+_OPT, _RATE, _LOSS = (
+    "the optimizer, _optim/_named.py",
+    "the learning rate, _optim/_schedules.py",
+    "the loss, _step/_loss.py",
+)
+_SCRIPT, _ARGS, _TRACK = (
+    "nothing here: scripts read it",
+    "TrainingArguments itself",
+    "the trackers, _reporting/_trackers.py",
+)
 USED: dict[str, str] = {
     **dict.fromkeys(("output_dir", "save_strategy", "save_steps", "save_total_limit", "save_only_model"), _SAVE),
     "save_on_each_node": _SAVE,
@@ -175,7 +191,9 @@ USED: dict[str, str] = {
     ),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32"), _LOOP),
     **dict.fromkeys(("use_cpu",), _LOOP),
-    **dict.fromkeys(("fsdp", "deepspeed", "parallelism_config", "ddp_backend", "ddp_timeout"), "the plan, _layout.py"),
+    **dict.fromkeys(
+        ("fsdp", "deepspeed", "parallelism_config", "ddp_backend", "ddp_timeout"), "the plan, _parallel/_layout.py"
+    ),
     **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs"), _LOOP),
     **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs"), _LOOP),
     **dict.fromkeys(("label_smoothing_factor", "bf16", "use_cache", "neftune_noise_alpha", "label_names"), _LOSS),

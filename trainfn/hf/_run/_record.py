@@ -42,7 +42,7 @@ class Search(NamedTuple):
     name: Callable[[Trial], str] | None = None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class TrainingRun:
     """One call of `Trainer.train`.
 
@@ -84,7 +84,7 @@ def no_metrics(inputs: Batch, outputs: Outputs) -> dict[str, tfn.Mean]:
     return {}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Record:
     """What is private on a Trainer, all under the one name ``_trainfn``: a subclass may have any other.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the files that define these import this one
     from trainfn.hf._sft._data import Preparation
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class SFTRecord:
     """What is private on an `SFTTrainer`, all under the one name ``_trainfn_sft``.
 

@@ -109,7 +109,8 @@ class SFTTrainer(Trainer):
         _model.balance_experts(model, args)
         named = processing_class if processing_class is not None else tokenizer
         found = _model.tokenizer_of(model, args, named)
-        prepare = Preparation(found, formatting_func)
+        self._trainfn_sft = SFTRecord(Preparation(found, formatting_func))
+        prepare = self._trainfn_sft.prepare
         super().__init__(
             model,
             args,
@@ -125,7 +126,6 @@ class SFTTrainer(Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             tokenizer=tokenizer,
         )
-        self._trainfn_sft = SFTRecord(prepare)
         self._trainfn.shifts = True  # a causal language model does
         self._trainfn.loss_metrics = functools.partial(_loss.metrics, self)
         _loss.separate(self, self.train_dataset)
