@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import EvalLoopContainer, find_batch_size, nested_detach
 from transformers.trainer_utils import (
@@ -140,9 +140,8 @@ def evaluation_loop(
     kept, totals, metrics = _Kept.empty(), _Totals(), None
     places: list[int] = []  # the batches of which this rank has rows
     with as_found(trainer):
-        model = trainer.model
         for step, (inputs, is_last) in enumerate(_with_last(dataloader)):
-            batch = None if _has_none(world, inputs) else _batch(trainer, model, inputs, loss_only, ignore_keys)
+            batch = None if _has_none(world, inputs) else _batch(trainer, inputs, loss_only, ignore_keys)
             totals = totals.plus(batch)
             trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
             if args.batch_eval_metrics:
@@ -184,10 +183,8 @@ class _Batch(NamedTuple):
     losses: Nested = None
 
 
-def _batch(
-    trainer: TrainerLike, model: nn.Module, inputs: Batch, loss_only: bool, ignore_keys: list[str] | None
-) -> _Batch:
-    loss, predictions, labels = trainer.prediction_step(model, inputs, loss_only, ignore_keys=ignore_keys)
+def _batch(trainer: TrainerLike, inputs: Batch, loss_only: bool, ignore_keys: list[str] | None) -> _Batch:
+    loss, predictions, labels = trainer.prediction_step(trainer.model, inputs, loss_only, ignore_keys=ignore_keys)
     mean = None if loss is None else mean_of(trainer, loss, inputs)
     rows = find_batch_size(inputs) or 0
     wanted = trainer.args.include_for_metrics

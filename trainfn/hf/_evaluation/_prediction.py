@@ -38,7 +38,7 @@ def prediction_step(
 
     Args:
         trainer: The trainer.
-        model: What to call: the model, or what `trainer._eval_model` made of it.
+        model: The model to call.
         inputs: One batch.
         prediction_loss_only: Return the loss alone.
         ignore_keys: Names of model outputs to leave out of the predictions. What is no tensor is left out as well.
@@ -84,10 +84,8 @@ def mean_of(trainer: TrainerLike, loss: Tensor | float, inputs: Batch) -> tfn.Me
     number of rows for a mean over rows; a mean weighted in another way, as by classes, stays a mean of means.
     """
     exact, version = getattr(loss, "undivided", (None, None))
-    if (
-        isinstance(exact, tfn.Mean) and isinstance(loss, Tensor) and loss._version == version
-    ):  # not after `loss += penalty`
-        return exact
+    if isinstance(exact, tfn.Mean) and isinstance(loss, Tensor) and loss._version == version:
+        return exact  # not after `loss += penalty`
     loss = torch.as_tensor(loss).detach().float()
     if loss.dim() == 1 and len(loss) == find_batch_size(inputs):  # one loss a row
         return tfn.Mean.of(loss)
