@@ -19,7 +19,6 @@ from trainfn.hf._sft._config import SFTConfig, check
 from trainfn.hf._types import Processor, Values
 
 if TYPE_CHECKING:
-    from peft import PeftConfig  # type: ignore[import-not-found]
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 OLD = {
@@ -108,7 +107,7 @@ def model_of(
     model: str | Path | nn.Module,
     args: SFTConfig,
     quantization_config: QuantizationConfigMixin | None,
-    peft_config: PeftConfig | None,
+    peft_config: object | None,
 ) -> nn.Module:
     """The model itself, from a name or a folder; with adapters, if there are to be any.
 
@@ -132,7 +131,7 @@ def model_of(
     return model if peft_config is None else _adapted(model, args, peft_config)
 
 
-def _adapted(model: nn.Module, args: SFTConfig, peft_config: PeftConfig) -> nn.Module:
+def _adapted(model: nn.Module, args: SFTConfig, peft_config: object) -> nn.Module:
     if importlib.util.find_spec("peft") is None:
         raise ImportError(
             f"SFTTrainer(peft_config={type(peft_config).__name__}): adapters are those of the package peft, which is"

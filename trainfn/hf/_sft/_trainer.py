@@ -38,7 +38,6 @@ from trainfn.hf._types import (
 )
 
 if TYPE_CHECKING:
-    from peft import PeftConfig  # type: ignore[import-not-found]
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
@@ -97,7 +96,7 @@ class SFTTrainer(Trainer):
         optimizer_cls_and_kwargs: tuple[Callable[..., torch.optim.Optimizer], Values] | None = None,
         preprocess_logits_for_metrics: Callable[[Nested, Nested], Nested] | None = None,
         quantization_config: QuantizationConfigMixin | None = None,
-        peft_config: PeftConfig | None = None,
+        peft_config: object | None = None,
         formatting_func: Callable[[Row], str] | None = None,
         *,
         tokenizer: Processor | None = None,
