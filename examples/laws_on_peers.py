@@ -160,12 +160,33 @@ def one_label(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**batch, "labels": batch["input_ids"][:, 0] % 3}
 
 
+# --- torch: the loop of its examples, with the loss of a micro-batch divided by their number ------------------------
+def mean_over_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch["input_ids"]).mT, batch["labels"])
+
+
+def mean_of_means(batches: Micro) -> float:
+    model = seeded(tagger)
+    return float(torch.stack([mean_over_tokens(model, batch) for batch in batches]).mean())
+
+
+def plain_loop() -> Contestant:
+    def update(ranks: list[Micro]) -> dict[str, Tensor]:
+        model = seeded(tagger)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        micro = [m for rank in ranks for m in rank]
+        for batch in micro:
+            (mean_over_tokens(model, batch) / len(micro)).backward()
+        optimizer.step()
+        return change(model, before)
+
+    return update, mean_of_means
+
+
 # --- Lightning Fabric: gradient accumulation as its guide shows it -------------------------------------------------
 def fabric() -> Contestant:
     from lightning.fabric import Fabric
-
-    def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch["input_ids"]).mT, batch["labels"])
 
     def update(ranks: list[Micro]) -> dict[str, Tensor]:
         engine = Fabric(accelerator="cpu", devices=1)
@@ -175,15 +196,11 @@ def fabric() -> Contestant:
         micro = [m for rank in ranks for m in rank]
         for i, batch in enumerate(micro):
             with engine.no_backward_sync(wrapped, enabled=i < len(micro) - 1):
-                engine.backward(mean_loss(wrapped, batch) / len(micro))
+                engine.backward(mean_over_tokens(wrapped, batch) / len(micro))
         optimizer.step()
         return change(model, before)
 
-    def evaluate(batches: Micro) -> float:
-        model = seeded(tagger)
-        return float(torch.stack([mean_loss(model, batch) for batch in batches]).mean())
-
-    return update, evaluate
+    return update, mean_of_means
 
 
 # --- optax.MultiSteps ----------------------------------------------------------------------------------------------
@@ -218,6 +235,7 @@ def multi_steps() -> Contestant:
 # --- the table -----------------------------------------------------------------------------------------------------
 CONTESTANTS: dict[str, tuple[str | None, Callable[[], Contestant]]] = {
     "trainfn": (None, ours),
+    "torch, a plain loop": (None, plain_loop),
     "transformers Trainer, GPT-2": ("transformers", lambda: hugging_face(gpt2, as_it_is)),
     "transformers Trainer, BERT tagging": ("transformers", lambda: hugging_face(bert_tagger, as_it_is)),
     "transformers Trainer, BERT classes": ("transformers", lambda: hugging_face(bert_classifier, one_label)),

@@ -1,56 +1,57 @@
-"""The same step on N ranks as on one: every plan, optimizer and kind of model, by processes that torchrun starts."""
+"""The same step on N ranks as on one: every plan, optimizer and kind of model, by ranks that `server.py` forks."""
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import trainfn as tfn
 from tests.helpers import assert_close
+from tests.optim.table import OPTIMIZERS
+from tests.ranks import cases
+from tests.ranks.server import Server
 
-HERE = Path(__file__).parent
 # Most parameters are of order 1, and Adam's steps of 1e-2: what is left is the order of additions in float32, and what
 # the compiler makes of it.
 TOLERANCE, COMPILED_TOLERANCE = 1e-6, 5e-6
 
 
-def launched(ranks, group, tmp_path, timeout):
-    """What each case of a group deviates from one process, or its error."""
-    out = tmp_path / "results.json"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-    command = [*launch, str(HERE / "worker.py"), str(out), group]
-    run = subprocess.run(command, env=env, timeout=timeout, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    assert "Dynamo detected" not in run.stderr  # the tracer's warnings reach whoever runs a script
-    return json.loads(out.read_text())
+LONG = pytest.mark.skipif(not os.environ.get("TRAINFN_LONG"), reason="takes minutes; TRAINFN_LONG=1 runs it")
 
 
-LONG = pytest.mark.skipif(not os.environ.get("TRAINFN_LONG"), reason="compiles for minutes; TRAINFN_LONG=1 runs it")
+@pytest.fixture(scope="module")
+def server():
+    server = Server("tests.ranks.cases")
+    yield server
+    server.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "group", "cases"),
-    [
-        (2, "two", 206),
-        (4, "four", 18),
-        (2, "compiled", 2),
-        pytest.param(2, "compiled more", 8, marks=LONG),
-        pytest.param(4, "compiled four", 2, marks=LONG),
-    ],
+    "name", [pytest.param(name, marks=[] if case.quick else LONG) for name, case in cases.CASES.items()]
 )
-def test_n_ranks_are_one(ranks, group, cases, tmp_path):
-    pytest.importorskip("transformers")
-    results = launched(ranks, group, tmp_path, timeout=500)
-    most = COMPILED_TOLERANCE if "compiled" in group else TOLERANCE
-    bad = {name: r for name, r in results.items() if not isinstance(r, float) or not r < most}
-    assert not bad, "\n".join(f"{name}: {r}" for name, r in bad.items())
-    assert len(results) >= cases
+def test_n_ranks_are_one(name, server):
+    most = COMPILED_TOLERANCE if name.startswith("compiled") else TOLERANCE
+    assert max(server(cases.CASES[name].world, name)) < most
+
+
+@pytest.mark.parametrize("plan", cases.PLANS)
+def test_callbacks_end_a_run_as_in_one_process(plan, server):
+    (step, best), *_ = server(1, plan)
+    assert step < 20
+    for there, found in server(2, plan):
+        assert there == step
+        assert_close(
+            {name: torch.tensor(p) for name, p in found.items()}, {n: torch.tensor(p) for n, p in best.items()}
+        )
+
+
+def test_every_optimizer_has_its_turn_and_every_kind_of_state_under_every_plan():
+    quick = {(plan, name) for plan in cases.PLANS for name, *_ in OPTIMIZERS if cases.CASES[f"{plan}: {name}"].quick}
+    for kind, names in cases.KINDS.items():
+        for plan in cases.PLANS:
+            assert any((plan, name) in quick for name in names), (plan, kind)
+    for name, *_ in OPTIMIZERS:
+        assert sum((plan, name) in quick for plan in cases.PLANS) >= 2, name
 
 
 # --- in one process -----------------------------------------------------------------------------------------------

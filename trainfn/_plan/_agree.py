@@ -35,7 +35,7 @@ def divided(plan: Layout, batches: Any) -> tuple[Any, bool]:
     if not hasattr(batches, "shard") or not hasattr(batches, "world") or getattr(batches, "own_shards", False):
         return batches, False
     if batches.world == 1:
-        cut = getattr(batches, "plan", batches)
+        cut = getattr(batches, "sampler", batches)
         even = cut.last == "pad" or (cut.last == "drop" and cut.batch_size % plan.data_size == 0)
         return batches.shard(plan.data_rank, plan.data_size, even=even), even
     if (batches.rank, batches.world) == (plan.data_rank, plan.data_size):

@@ -1,0 +1,25 @@
+"""What mkdocs builds beside the pages that are written: reference, arguments, messages, and the places of tests."""
+
+from pathlib import Path
+from typing import Any
+
+import api
+import arguments
+import messages
+import promises
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are generated from the code."""
+    pages = {**api.pages(), "arguments.md": arguments.page(), "messages.md": messages.page(ROOT / "trainfn")}
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Say of each test that a page names in which file it is."""
+    return promises.placed(markdown, ROOT / "tests") if page.file.src_uri == "promises.md" else markdown
