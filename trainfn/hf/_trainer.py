@@ -58,7 +58,8 @@ class Trainer(Reporting):
     by ``fsdp="full_shard"``, it holds in evaluations, in a `whole_model` block, and after `train`, by Ctrl-C too; else
     they are NaN there, and after an error the checkpoints have them. Constructing a Trainer draws nothing and changes
     nothing but ``model.config.use_cache``. `train` called again starts a new run from the weights
-    as they are: step, schedule, optimizer state and data order begin anew.
+    as they are: step, schedule, optimizer state and data order begin anew. A subclass may have any private name but
+    ``_trainfn``, under which a Trainer keeps what is its own.
 
     Args:
         model: What is called with the batches' entries as keywords; or ``model_init``, called for each run.
