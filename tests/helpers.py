@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import trainfn as tfn
+
+LONG = os.environ.get("TRAINFN_LONG") == "1"
+takes_long = pytest.mark.skipif(not LONG, reason="the full product, and what takes minutes: TRAINFN_LONG=1 runs it")
+
+
+def long(*values: Any) -> Any:
+    """A row of a table that runs with the full product only; `tests/README.md` says what proves it otherwise."""
+    return pytest.param(*values, marks=takes_long)
 
 
 def seeded(make: Callable[[], Any], seed: int = 0) -> Any:

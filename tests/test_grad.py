@@ -69,7 +69,7 @@ def test_a_loss_may_return_metrics():
 
 MESSAGE = (
     "The loss returned a bare scalar. It is taken as the mean over the batch's rows, which is exact only if every row"
-    " weighs the same: not with masked, padded or weighted rows. Return `Mean(total, weight)` instead:"
+    " weighs the same. With masked, padded or weighted rows it is wrong. Return `Mean(total, weight)` instead:"
     " `tfn.losses.cross_entropy(logits, targets)`, or `tfn.Mean.of(values, mask)` of what you would have averaged."
 )
 

@@ -3,10 +3,12 @@
 import ast
 import doctest
 import importlib
+import math
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -191,11 +193,17 @@ def test_a_message_finds_its_entry(call, wrong, found):
     with pytest.raises(Exception) as caught:
         wrong()
     words = [set(re.findall(r"[a-z_]{2,}", message.text.lower())) for message in found]
+    named = [{call.rpartition(".")[2].lower() for call in message.calls[:4]} for message in found]
     asked = set(re.findall(r"[a-z_]{2,}", str(caught.value).lower()))
-    rarity = {word: 1 / sum(word in one for one in words) for one in words for word in one}
-    scores = [sum(rarity[word] for word in asked & one) / sum(map(rarity.get, one), 1e-9) ** 0.5 for one in words]
-    assert call in found[scores.index(max(scores))].calls
-    assert found[scores.index(max(scores))].kind in (type(caught.value).__name__, "_NoArgument")
+    counts = Counter(word for pair in zip(words, named, strict=True) for word in set.union(*pair))
+    worth = {word: math.log(1 + len(found) / count) for word, count in counts.items()}
+    scores = [
+        sum(worth[word] for word in asked & (one | calls)) / math.sqrt(sum(worth[word] for word in one) or 1)
+        for one, calls in zip(words, named, strict=True)
+    ]
+    nearest = found[scores.index(max(scores))]
+    assert call in nearest.calls
+    assert nearest.kind in (type(caught.value).__name__, "_NoArgument")
 
 
 def test_a_promise_without_a_test_is_noticed(generator):

@@ -198,7 +198,7 @@ def test_small_float16_gradients_survive():
 
 def test_the_scales_numbers_are_checked():
     for options in ({"initial": 0.0}, {"growth_interval": 0}, {"growth": 1.0}, {"backoff": 1.0}):
-        with pytest.raises(ValueError, match=r"the scale is positive, the interval 1 or more"):
+        with pytest.raises(ValueError, match=r"can't work. The scale is positive, the interval 1 or more"):
             dynamic_loss_scale(**options)
     state, step = linear()
     with pytest.raises(ValueError, match=r"no 'loss_scale'.*dynamic_loss_scale\(65536\.0\)\.init\(state\)"):

@@ -53,6 +53,7 @@ from trainfn._step import TrainStep as TrainStep
 from trainfn._step import accumulate as accumulate
 from trainfn._step import eval_step as eval_step
 from trainfn._step import train_step as train_step
+from trainfn._types import Callback as Callback
 from trainfn._types import Gradients as Gradients
 from trainfn._types import Mean as Mean
 from trainfn._types import Metrics as Metrics

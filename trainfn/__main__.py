@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _DESCRIPTION = """\
-Launch as `accelerate launch` would, and check that N ranks compute what one process does: three updates of a small
-model by the configured plan, in float32 and in the configured precision. Run it once after `accelerate config`.
+Launch as `accelerate launch` would, and check that N ranks compute what one process does. A small model takes three
+updates by the configured plan, in float32 and in the configured precision. Run it once after `accelerate config`.
 """
 
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status.
 
     Args:
-        arguments: Those of the command line, by default.
+        arguments: By default, the ones of the command line.
     """
     parser = argparse.ArgumentParser(prog="trainfn")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -67,8 +67,8 @@ class Spec(NamedTuple):
 
     Attributes:
         mesh: The ranks, by axes.
-        placements: Of each axis, whether it splits the tensor, repeats it, or holds summands of it.
-        shape: Of the full tensor.
+        placements: For each axis, whether it splits the tensor, repeats it, or holds summands of it.
+        shape: The shape of the full tensor.
         stride: The same.
     """
 

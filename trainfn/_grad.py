@@ -104,7 +104,7 @@ def detached(mean: Mean) -> Mean:
 
 
 def exact(output: object, rows: int) -> tuple[Mean, Metrics]:
-    """What a loss returned, in its full form."""
+    """The mean and the metrics that a loss returned, in their full form."""
     mean, metrics = output, {}
     if isinstance(output, tuple) and not isinstance(output, Mean):
         if len(output) != 2:
@@ -133,7 +133,7 @@ def _warn_inexact() -> None:
     """A compiled step warns once, while it is captured."""
     warnings.warn(
         "The loss returned a bare scalar. It is taken as the mean over the batch's rows, which is exact only if every"
-        f" row weighs the same: not with masked, padded or weighted rows. {_HOW_EXACT}",
+        f" row weighs the same. With masked, padded or weighted rows it is wrong. {_HOW_EXACT}",
         InexactLossWarning,
         stacklevel=2,
     )

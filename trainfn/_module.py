@@ -46,8 +46,8 @@ def init(
 
     Floating-point parameters with ``requires_grad`` become ``state.params``; all else the module holds (its
     buffers, frozen and non-float parameters) becomes ``state.buffers``: saved and used, never updated by the
-    optimizer. Tied weights appear once, under their first name. Submodules that are in eval mode while the
-    module itself is in training mode (a frozen BatchNorm, say) stay in eval mode in every training step.
+    optimizer. Tied weights appear once, under their first name. Submodules that are in eval mode while the module
+    itself is in training mode stay so in every training step: a frozen BatchNorm, say.
 
     Args:
         model: Any module; or a dict of tensors, which the loss then receives as it is.
@@ -142,7 +142,7 @@ def _sites(module: nn.Module) -> tuple[Site, ...]:
 
 
 def _modes(module: nn.Module) -> tuple[tuple[nn.Module, bool], ...]:
-    """Which mode each submodule has in a training step: its own, or True if the whole module sleeps in eval."""
+    """The mode of each submodule in a training step: its own, or True if the whole module is in eval mode."""
     return tuple((m, m.training or not module.training) for m in module.modules())
 
 
@@ -170,7 +170,7 @@ def _empty(sites: tuple[Site, ...]) -> None:
 
 
 def check_state(state: object) -> None:
-    """Raise if what a step got as its state is none."""
+    """Raise if a step got something else than a state."""
     if not isinstance(state, TrainState):
         raise TypeError(
             f"step(state, batch) got a {type(state).__name__} for the state. Make one first:"
@@ -179,12 +179,12 @@ def check_state(state: object) -> None:
 
 
 def check_whole(state: TrainState) -> None:
-    """Raise if a step without a plan gets a state that is laid out over ranks: nothing would bring it together."""
+    """Raise if a step without a plan gets a sharded state: nothing would gather it."""
     check_state(state)
     if is_distributed(next(iter(state.params.values()), None)):
         raise ValueError(
-            "step(state, batch): the state is laid out over ranks, and the step has no plan. Make the step with"
-            " `train_step(loss, optimizer, plan=plan)` or `eval_step(loss, plan=plan)`; or the state whole again:"
+            "step(state, batch): the state is sharded over ranks, and the step has no plan. Make the step with"
+            " `train_step(loss, optimizer, plan=plan)` or `eval_step(loss, plan=plan)`; or gather the state:"
             " `tfn.gather(state)`."
         )
 
@@ -237,7 +237,7 @@ def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 def export(state: TrainState, model: nn.Module | None = None) -> nn.Module:
     """Write the state's parameters and buffers into a module, and return it.
 
-    Of a state that is laid out over ranks, every rank calls this and gets whole tensors, gathered one at a time.
+    If the state is sharded, every rank calls this and gets full tensors, gathered one at a time.
 
     Args:
         state: The state.

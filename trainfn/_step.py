@@ -27,7 +27,7 @@ Update = Callable[[TrainState, Gradients], tuple[TrainState, Metrics]]
 
 
 class Distribution(Protocol):
-    """What spreads a step over ranks: `trainfn.Plan`."""
+    """The part of a step that spreads it over ranks: `trainfn.Plan`."""
 
     @property
     def world(self) -> int:
@@ -112,11 +112,11 @@ def train_step(
     Args:
         loss: See `value_and_grad`.
         optimizer: What `init` was given.
-        accumulate: Into how many micro-batches to split each batch: the update is the same, up to the order of
-            floating-point additions, the memory for activations smaller. ``"stream"``: the batch is an iterable
-            of micro-batches, which need not fit in memory together.
+        accumulate: Into how many micro-batches to split each batch. The update is the same, up to the order of
+            floating-point additions, and activations take less memory. ``"stream"``: the batch is an iterable of
+            micro-batches, which need not fit in memory together.
         plan: A `trainfn.Plan`: the same update on N ranks, of which each is called with its own rows and a state that
-            `trainfn.shard` laid out.
+            `trainfn.shard` made.
 
     >>> import torch, trainfn as tfn
     >>> optimizer = tfn.optim.sgd(0.5)

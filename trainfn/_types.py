@@ -8,13 +8,15 @@ Gradients  what one pass over a batch adds up; pieces of a batch combine by addi
 Step       ``(state, batch) -> (state, metrics)``, pure
 Transform  ``(init, update)``: a rule that turns gradients into updates
 Schedule   ``step -> value``, tensors in and out
+Callback   what happens after each step of a run: a role whose every method may be left out
 ========== =================================================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,19 @@ class Mean(NamedTuple):
         """``total / weight``, a tensor; NaN where the weight is 0, for there is no mean of nothing."""
         return self.total / self.weight
 
+    def wide(self) -> Mean:
+        """The same mean in float64, in memory of its own, without a derivative: for sums over many steps.
+
+        A sum in float32 loses what is 2⁻²⁴ of it, so thousands of steps would not add up. A device without float64
+        (MPS) keeps float32. The copy outlives a donating step, which may overwrite its metrics.
+
+        >>> import torch
+        >>> Mean.of(torch.ones(2)).wide().total.dtype
+        torch.float64
+        """
+        dtype = torch.float32 if self.total.device.type == "mps" else torch.float64
+        return Mean(self.total.detach().to(dtype, copy=True), self.weight.detach().to(dtype, copy=True))
+
     def __add__(self, other: object) -> Mean:  # type: ignore[override]
         """Combine two means of disjoint rows into the mean of all of them."""
         if not isinstance(other, Mean):
@@ -87,8 +102,8 @@ Schedule: TypeAlias = Callable[[Tensor], Tensor]
 class TrainState(NamedTuple):
     """Everything a training step reads and writes, as one immutable tree of tensors.
 
-    Made by `trainfn.init`, which returns a subclass that remembers the module: structure lives in the
-    type, numbers in the value, so `_replace`, `optree.tree_map` and friends keep it.
+    Made by `trainfn.init`, which returns a subclass that remembers the module. Structure lives in the type and numbers
+    in the value, so `_replace`, `optree.tree_map` and friends keep it.
 
     Attributes:
         step: Completed optimizer updates, ``int64[]``.
@@ -156,7 +171,7 @@ class Step(Protocol):
 
 
 class StepInfo(NamedTuple):
-    """What the driver yields after each step, and what callbacks see.
+    """One finished step: `steps` yields it, and callbacks get it.
 
     Attributes:
         n: Completed steps: the value of ``state.step``.
@@ -175,10 +190,72 @@ class StepInfo(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """What a callback returns to end the run after the step at hand.
+    """A callback returns this to end the run after the current step.
 
     Attributes:
         reason: Why; `fit` prints it.
     """
 
     reason: str
+
+
+class Callback:
+    """The role of a callback: `fit` calls it after each step of a run.
+
+    Every method does nothing, so a subclass writes only those that it needs. A plain function of a `StepInfo` will do
+    where `__call__` is all.
+
+    Attributes:
+        latest: The step of the last evaluation and its metrics, where the callback evaluates. `Checkpoints` keeps the
+            best by it.
+
+    >>> import torch, trainfn as tfn
+    >>> class Slowest(Callback):
+    ...     seconds = 0.0
+    ...     def __call__(self, info):
+    ...         self.seconds = max(self.seconds, info.seconds)
+    ...     def state_dict(self):
+    ...         return {"seconds": self.seconds}
+    ...     def load_state_dict(self, state):
+    ...         self.seconds = state["seconds"]
+    >>> optimizer, slowest = tfn.optim.sgd(0.1), Slowest()
+    >>> step = tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer)
+    >>> state = tfn.init({"w": torch.tensor([4.0])}, optimizer)
+    >>> _ = tfn.fit(step, state, [torch.ones(1)] * 2, callbacks=[slowest])
+    >>> slowest.seconds > 0
+    True
+    """
+
+    latest: tuple[int, dict[str, float]] | None = None
+
+    def __enter__(self) -> Self:
+        """Called when the run begins, before a checkpoint's state is looked at by `begin`."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> bool | None:
+        """Called when the run has ended, however it ended; True holds its error back."""
+        return None
+
+    def begin(self, info: StepInfo, /) -> list[str] | None:
+        """Called before the first step; returns the names of the metrics that this callback will evaluate, if any."""
+        return None
+
+    def check(self, names: list[str], /) -> None:
+        """Called before the first step by the evaluation that this callback follows, with its metrics' names.
+
+        Raises:
+            ValueError: If the metric that this callback waits for is not among them.
+        """
+
+    def __call__(self, info: StepInfo, /) -> Stop | None:
+        """Called after each step; a `Stop` ends the run."""
+        return None
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The state that a checkpoint keeps of this callback, as plain JSON; None if there is nothing to keep."""
+        return None
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Take what `state_dict` returned when the checkpoint was saved."""

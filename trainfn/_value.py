@@ -16,7 +16,7 @@ from trainfn._types import TrainState, Tree
 
 
 class Difference(NamedTuple):
-    """What one leaf of two trees differs in.
+    """The difference between one leaf of two trees.
 
     Attributes:
         what: In words.
@@ -65,7 +65,7 @@ class Diff(Mapping[str, Difference]):
 def diff(a: Tree, b: Tree) -> Diff:
     """The leaves in which two states, or two trees, differ in any bit.
 
-    Leaves that are laid out over ranks are gathered, one at a time: then every rank calls this.
+    Sharded leaves are gathered, one at a time: then every rank calls this.
 
     >>> import torch, trainfn as tfn
     >>> state = tfn.init({"w": torch.ones(2)}, tfn.optim.sgd(0.1))
@@ -120,8 +120,8 @@ class Digest(NamedTuple):
     """Fingerprints of a tree.
 
     Attributes:
-        total: Of all leaves, whatever their order.
-        leaves: Of each leaf, by path.
+        total: The digest of all leaves, in any order.
+        leaves: The digest of each leaf, by path.
     """
 
     total: str
@@ -134,8 +134,8 @@ class Digest(NamedTuple):
 def digest(state: Tree) -> Digest:
     """Fingerprints of a state, or of any tree of tensors: BLAKE2b of each leaf's dtype, shape and bytes.
 
-    Two states are the same to the bit if their totals are equal; the same on every machine and device, and in every
-    layout over ranks: each leaf is gathered for its turn, and every rank calls this.
+    Two states are the same to the bit if their totals are equal. The digest is the same on every machine and device,
+    and however the state is sharded. Each leaf is gathered in its turn, and every rank calls this.
 
     >>> import torch, trainfn as tfn
     >>> one, other = {"a": torch.ones(2), "b": torch.zeros(1)}, {"b": torch.zeros(1), "a": torch.ones(2)}

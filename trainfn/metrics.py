@@ -25,7 +25,7 @@ def accuracy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, top_k
 
     Raises:
         ValueError: If shapes disagree or ``top_k`` is out of range.
-        TypeError: If the targets are no integers.
+        TypeError: If the targets are not integers.
 
     Source: https://arxiv.org/abs/1409.0575, section 4.1, whose top-5 error is 1 less this.
 
@@ -51,7 +51,7 @@ def per_class_accuracy(logits: Tensor, targets: Tensor, *, ignore_index: int = -
 
     Raises:
         ValueError: If shapes disagree.
-        TypeError: If the targets are no integers.
+        TypeError: If the targets are not integers.
 
     >>> logits = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
     >>> per_class_accuracy(logits, torch.tensor([1, 1, 0])).value.tolist()

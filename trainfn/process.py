@@ -112,9 +112,9 @@ class Generators(NamedTuple):
     """The states of the global generators of Python, NumPy and torch (on the CPU).
 
     Attributes:
-        python: Of `random`.
-        numpy: Of `numpy.random`.
-        torch: Of `torch.default_generator`.
+        python: The state of `random`.
+        numpy: The state of `numpy.random`.
+        torch: The state of `torch.default_generator`.
 
     >>> saved = Generators.now()
     >>> first = torch.rand(())

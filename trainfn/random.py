@@ -1,9 +1,9 @@
 """Counter-based randomness: a key is a value, a draw is a pure function of (key, shape).
 
 The generator is SplitMix64 with its published splitting rule: a key is ``(seed, gamma)``, draw ``i`` is
-``mix(seed + i * gamma)``. Only integer arithmetic makes the bits, so eager and compiled programs, CPUs and GPUs
-draw the same ones, and draw ``i`` costs the same as draw 0. As in JAX, use a key once: either draw from it,
-or derive new keys from it.
+``mix(seed + i * gamma)``. Only integer arithmetic makes the bits, so eager and compiled programs, CPUs and GPUs draw
+the same ones. Draw ``i`` costs the same as draw 0. As in JAX, use a key once: either draw from it, or derive new keys
+from it.
 
 Source: Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """

@@ -27,7 +27,7 @@ _Advance = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 class StepTransform(NamedTuple):
-    """What to add to a state, and how to change a step.
+    """An addition to a state, and a change of a step.
 
     Attributes:
         init: ``state -> state``, with what the transform keeps.
@@ -131,7 +131,7 @@ def dynamic_loss_scale(
     """Scale the loss on its way back, so that float16 gradients neither vanish nor overflow.
 
     The gradients that come out are those of the loss itself. A step whose gradients are NaN or infinite changes no
-    parameter, buffer or optimizer state, as with `skip_nonfinite`, and lowers the scale; after so many good steps it
+    parameter, buffer or optimizer state, as with `skip_nonfinite`, and lowers the scale. After so many good steps it
     rises. The scale is in ``state.extra["loss_scale"]``, and among the metrics. Only for losses that compute in
     float16: bfloat16 has the range of float32.
 
@@ -156,8 +156,8 @@ def dynamic_loss_scale(
     """
     if not (initial > 0 and growth_interval >= 1 and growth > 1 and 0 < backoff < 1):
         raise ValueError(
-            f"dynamic_loss_scale({initial}, growth_interval={growth_interval}, growth={growth}, backoff={backoff}): the"
-            " scale is positive, the interval 1 or more, growth above 1 and backoff between 0 and 1."
+            f"dynamic_loss_scale({initial}, growth_interval={growth_interval}, growth={growth}, backoff={backoff}) "
+            "can't work. The scale is positive, the interval 1 or more, growth above 1 and backoff between 0 and 1."
         )
     skip = skip_nonfinite()
 

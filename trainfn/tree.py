@@ -1,8 +1,8 @@
 """Arithmetic on trees of tensors, so that an optimizer reads like its equations.
 
-A tree is any nesting of dicts, lists, tuples and NamedTuples. The vector operations (`add`, `mul`, `lerp`, …)
-take trees of one structure and use PyTorch's multi-tensor kernels: one launch, one graph node, for all leaves.
-`map` is for everything else.
+A tree is any nesting of dicts, lists, tuples and NamedTuples. The vector operations (`add`, `mul`, `lerp`, …) take
+trees of one structure and use PyTorch's multi-tensor kernels. All leaves take one launch and one graph node. `map` is
+for everything else.
 
 Tensors that are spread over ranks (`full`, `local`, `sum_over`, …) have their code in `_dtensor`.
 
@@ -310,7 +310,7 @@ def row_count(batch: Tree) -> int:
 def split(batch: Tree, num: int) -> Iterator[tuple[Tree, int]]:
     """Cut a batch into ``num`` pieces along the rows, sizes as equal as can be; yield (piece, first row).
 
-    Tensors without dimensions and values that are no tensors go to every piece.
+    Tensors without dimensions, and values of other types, go to every piece.
 
     Raises:
         ValueError: If the batch has fewer rows than pieces, or its tensors disagree on the number of rows.
@@ -323,8 +323,8 @@ def split(batch: Tree, num: int) -> Iterator[tuple[Tree, int]]:
     for name, leaf in named_leaves(batch).items():
         if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] != rows:
             raise ValueError(
-                f"a batch is split along its rows, but its tensors disagree on how many there are: {rows} in the first"
-                f" and {leaf.shape[0]} in batch[{name!r}] of shape {list(leaf.shape)}. Give every tensor the rows as"
+                f"a batch is split along its rows, but its first tensor has {rows} rows and batch[{name!r}]"
+                f" {leaf.shape[0]}, with the shape {list(leaf.shape)}. Give every tensor the rows as"
                 " its first dimension, or make it a scalar, which every micro-batch gets whole."
             )
     if rows < num:

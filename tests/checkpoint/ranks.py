@@ -22,6 +22,7 @@ from tests.ranks.forked import Ended, on
 from trainfn._checkpoint import Checkpoints, _disk
 from trainfn.errors import CheckpointError
 
+LONG = os.environ.get("TRAINFN_LONG") == "1"
 RULES = (("^a", "columns"), ("^b", "rows"))
 PLANS = {
     1: {"alone": tfn.Plan()},
@@ -118,10 +119,12 @@ def write_all(folder, plans):
 
 
 def read_all(folder, plans, digests):
-    count = 0
-    for plan in plans.values():
+    count, order = 0, [name for named in PLANS.values() for name in named]
+    for reader, plan in plans.items():
         like = fresh(plan)
         for name, digest in digests.items():
+            if not LONG and (order.index(reader) + order.index(name)) % 3:
+                continue
             for kind in ("", ", full"):
                 state = tfn.restore(Path(folder) / (name + kind), like=like)
                 assert tfn.digest(state).total == digest, (name, kind, plan)
@@ -136,12 +139,15 @@ def numbers(folder):
 
 
 def case_every_layout(folder):
-    """Saved in each layout, restored in each: the same to the bit, in the layout asked for."""
+    """Saved in each layout, restored in each: the same to the bit, in the layout asked for.
+
+    Each is restored in three layouts, and each restores three, of one, two and four ranks; with the full product, nine.
+    """
     digests = {}
     for world, plans in PLANS.items():
         digests |= same(on(world, write_all, folder, plans))
     counts = [same(on(world, read_all, folder, plans, digests)) for world, plans in PLANS.items()]
-    assert sum(counts) == 9 * 9 * 2
+    assert sum(counts) == 9 * (9 if LONG else 3) * 2
     files = {path.name: sorted(p.name for p in path.iterdir()) for path in Path(folder).iterdir()}
     assert files["replicated"] == ["manifest.json", "model.safetensors", "state.safetensors"]
     parts = [f"rank-{r}-of-4.safetensors" for r in range(4)]

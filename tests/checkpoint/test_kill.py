@@ -1,22 +1,18 @@
 """A run that is killed anywhere and resumed ends with the same bits. See `kill_training.py`."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import takes_long
+from tests.processes import printed
 
 SCRIPT = Path(__file__).with_name("kill_training.py")
 
 
 def run(kills, timeout):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--kills", str(kills)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "every run ended with the bits of the run in one go" in done.stdout
-    return done.stdout
+    text = printed("-m", "tests.checkpoint.kill_training", "--kills", kills, timeout=timeout)
+    assert "every run ended with the bits of the run in one go" in text
 
 
 def test_a_killed_run_ends_with_the_same_bits():
@@ -24,6 +20,6 @@ def test_a_killed_run_ends_with_the_same_bits():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("TRAINFN_LONG"), reason="takes minutes: set TRAINFN_LONG=1 to run it")
+@takes_long
 def test_a_run_killed_anywhere_ends_with_the_same_bits():
     run(400, 1200)

@@ -1,12 +1,12 @@
 """Checkpoints of states on several ranks: gloo processes on this machine, many cases to a launch."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import takes_long
+from tests.processes import printed
 
 HERE = Path(__file__).parent
 CASES = (
@@ -26,18 +26,10 @@ MISTAKES = {
 }
 
 
-def run(script, *args, timeout):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run("ranks.py", folder / "results.json", folder, timeout=600)
+    printed("-m", "tests.checkpoint.ranks", folder / "results.json", folder, timeout=600)
     found = json.loads((folder / "results.json").read_text())
     assert set(found) == set(CASES)
     return found
@@ -55,11 +47,11 @@ def test_a_mistake_is_told(mistake, results):
 
 
 def test_a_rank_that_is_killed_takes_nothing_with_it():
-    out = run("kill_ranks.py", "--kills", 6, timeout=300)
+    out = printed("-m", "tests.checkpoint.kill_ranks", "--kills", 6, timeout=300)
     assert "every run ended with the bits of the run in one go" in out
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("TRAINFN_LONG"), reason="takes minutes: set TRAINFN_LONG=1 to run it")
+@takes_long
 def test_a_rank_killed_anywhere_takes_nothing_with_it():
-    run("kill_ranks.py", "--kills", 180, "--seed", 1, timeout=1800)
+    printed("-m", "tests.checkpoint.kill_ranks", "--kills", 180, "--seed", 1, timeout=1800)

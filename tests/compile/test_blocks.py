@@ -10,6 +10,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from trainfn._compile import _blocks
+from trainfn._compile._atoms import check
 from trainfn._compile._blocks import compile_pieces, cut
 from trainfn._compile._inductor import compile_graph
 from trainfn._compile._repeats import repeats
@@ -339,3 +340,16 @@ def test_seeds_of_attention_kernels_are_returned():
     returned = next(iter(reversed(module.graph.nodes))).args[0]
     assert count == 1
     assert [node.args[1] for node in returned] == [0, 2, 3]
+
+
+def test_numbers_among_the_results_of_an_operation_do_not_keep_a_graph_whole():
+    """The attention of a GPU returns the longest lengths beside its tensors."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(2)
+    call = graph.call_function(torch.ops.aten._scaled_dot_product_flash_attention.default, (x, x, x))
+    call.meta["val"] = (torch.empty(2), torch.empty(2), None, None, 16, 16, torch.empty(2), torch.empty(()), None)
+    first = graph.call_function(operator.getitem, (call, 0))
+    first.meta["val"] = torch.empty(2)
+    graph.output([first])
+    check(torch.fx.GraphModule({}, graph))

@@ -9,7 +9,7 @@ from torch import nn
 
 import trainfn as tfn
 from tests.compile.capture_models import ROWS, Experts, classified, numbers
-from tests.helpers import CONV_NET, adamw, assert_close, assert_identical, generator, quick, seeded
+from tests.helpers import CONV_NET, adamw, assert_close, assert_identical, generator, long, quick, seeded
 from trainfn.errors import CaptureError, LeakedError, RecompileError, TrainfnError
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
@@ -35,8 +35,10 @@ def batch(rows=4, width=3, seed=0):
 # --- what can be captured -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
-@pytest.mark.parametrize("accumulate", [1, 2])
+IN_TWO = [(row, 2) if n % 2 else long(row, 2) for n, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize(("row", "accumulate"), [*((row, 1) for row in ROWS), *IN_TWO], ids=str)
 def test_the_graph_gives_the_bits_of_the_eager_step(row, accumulate):
     optimizer = adamw()
     eager = tfn.train_step(row.loss, optimizer, accumulate=accumulate)
@@ -65,7 +67,9 @@ def test_reentrant_checkpoints_are_captured_as_they_run():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lstm", "u-net", "auxiliary loss", "checkpoint", "double backward", "cond"])
+@pytest.mark.parametrize(
+    "name", [long("lstm"), long("u-net"), "auxiliary loss", long("checkpoint"), "double backward", "cond"]
+)
 def test_compiled_it_rounds_alike(name):
     row = next(row for row in ROWS if row.name == name)
     eager = tfn.train_step(row.loss, SGD)
@@ -658,3 +662,23 @@ def test_an_error_leaves_nothing_of_the_trace_on_the_module():
     with pytest.raises(ZeroDivisionError, match="mine"):
         step(state, batch())
     assert not hasattr(module.aux, "fake_mode")
+
+
+def test_numbers_are_written_on_the_device_where_they_are_used():
+    """A copy from the host would make a step wait, and a CUDA graph can't record it."""
+    from trainfn._compile._graph import lift_constants
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    held = graph.get_attr("held")
+    fresh = graph.call_function(torch.ops.aten.lift_fresh_copy.default, (held,))
+    options = {"dtype": torch.bfloat16, "device": torch.device("meta")}
+    moved = graph.call_function(torch.ops.aten._to_copy.default, (fresh,), options)
+    graph.output([graph.call_function(torch.ops.aten.mul.Tensor, (x, moved))])
+    module = torch.fx.GraphModule({"held": torch.tensor(1.5)}, graph)
+    assert lift_constants(module, lambda value: value) == []
+    names = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+    assert names == ["aten.full.default", "aten.mul.Tensor"]
+    full = next(iter(module.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)))
+    assert full.args == ([], 1.5)
+    assert (full.kwargs["dtype"], full.kwargs["device"]) == (torch.bfloat16, torch.device("meta"))

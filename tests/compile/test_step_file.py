@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from tests.compile.step_file_things import BUCKETS, batch_of, things
 from tests.helpers import assert_close, assert_identical, quick
 from trainfn._compile import _file_describe as describe
 from trainfn._compile import _file_format
+from trainfn._compile._file_save import check_loads
 from trainfn._compile._structure import Other, flatten
 from trainfn.errors import CheckpointError, DonatedStateError
 
@@ -400,3 +402,17 @@ def test_a_name_in_a_file_imports_nothing():
     with pytest.raises(ValueError, match="there is no such NamedTuple"):
         describe.structure_of({"kind": "os:system", "items": []}, tfn.TrainState)
     assert "antigravity" not in sys.modules
+
+
+def test_a_file_that_cannot_be_loaded_is_removed(tmp_path, saved):
+    """A library for a GPU is loaded once, in a process of its own, before it is said to be saved."""
+    good, bad = tmp_path / "good.step", tmp_path / "bad.step"
+    shutil.copy(saved, good)
+    check_loads(good, "step.save(path, state, batch)")
+    assert good.exists()
+    bad.write_bytes(b"not a file of a step")
+    with pytest.raises(
+        tfn.errors.CaptureError, match=r"step.save\(path, state, batch\): the library .* can't be loaded"
+    ):
+        check_loads(bad, "step.save(path, state, batch)")
+    assert not bad.exists()

@@ -79,10 +79,10 @@ def test_json_files(unlaunched, tmp_path):
     path.write_text(json.dumps(config(1)))
     assert resolved(path, {}, net()) == resolved(str(path), {}, net()) == config(1)
     path.write_text("[1]")
-    with pytest.raises(ValueError, match="the json is a list"):
+    with pytest.raises(ValueError, match="the JSON is a list"):
         resolved(path, {}, net())
     path.write_text("{")
-    with pytest.raises(ValueError, match="the file is no json"):
+    with pytest.raises(ValueError, match="that is not valid JSON"):
         resolved(path, {}, net())
 
 

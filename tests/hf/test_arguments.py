@@ -1,5 +1,6 @@
 """TrainingArguments: transformers' fields, the old names, any machine, no side effects, and what is refused."""
 
+import ast
 import copy
 import dataclasses
 import inspect
@@ -18,6 +19,7 @@ import transformers
 from accelerate.state import AcceleratorState, PartialState
 from transformers import HfArgumentParser
 
+from trainfn import hf
 from trainfn.hf._arguments import _support
 from trainfn.hf._arguments._legacy import RULES
 from trainfn.hf._arguments._support import IGNORED, REFUSED, USED, check_supported
@@ -382,6 +384,7 @@ NOT_DEFAULT = {  # a value for every field that is refused or ignored, and what 
     "ddp_bucket_cap_mb": (25, "no DistributedDataParallel"),
     "ddp_broadcast_buffers": (True, "no DistributedDataParallel"),
     "ddp_static_graph": (True, "no DistributedDataParallel"),
+    "trackio_static_space_id": ("user/frozen", r"trackio\.freeze"),
     "eval_use_gather_object": (True, "of any shape"),
     "accelerator_config": ({"even_batches": False}, "split_batches"),
 }
@@ -404,21 +407,26 @@ def test_every_field_is_used_or_refused_or_ignored_aloud(field):
             check_supported(args)
 
 
-THROUGH = {  # what transformers' own code reads for us: the flow callback, trackers, properties of the arguments
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_checkpointing", "warmup_steps"),
-    *("gradient_checkpointing_kwargs", "logging_first_step", "eval_delay", "save_on_each_node", "use_cpu"),
-    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-}
+def mentions(file):
+    """The names that a file reads: attributes, and strings for `getattr`."""
+    nodes = [*ast.walk(ast.parse((Path(hf.__file__).parent / file).read_text()))]
+    documented = {id(each.value) for each in nodes if isinstance(each, ast.Expr)}
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return read | names | {n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in documented}
 
 
-def test_what_is_said_to_be_used_is_read_somewhere():
-    own = {"_support.py", "_legacy.py", "_training.py"}
-    text = "".join(
-        file.read_text() for file in Path(_support.__file__).parent.parent.rglob("*.py") if file.name not in own
-    )
-    said = {name for name, where in USED.items() if where.endswith(".py")} - THROUGH
-    unread = {name for name in said if not re.search(rf"\.{name}\b|['\"]{name}['\"]", text)}
-    assert unread <= {"tf32"}  # through `TrainingArguments.matmul_precision`
+@pytest.mark.parametrize("field", [field for field, reader in USED.items() if ".py" in reader])
+def test_the_file_that_is_said_to_read_a_field_does(field):
+    file, _, alias = USED[field].partition(" as ")
+    assert (alias or field) in mentions(file)
+
+
+@pytest.mark.parametrize("field", [field for field, reader in USED.items() if ".py" not in reader])
+def test_the_other_fields_are_read_by_no_file(field):
+    root = Path(hf.__file__).parent
+    files = [file for file in root.rglob("*.py") if file.parent.name != "_arguments"]
+    assert not [file for file in files if re.search(rf"\bargs\.{field}\b", file.read_text())]
 
 
 def test_the_table_names_no_field_that_is_not_there():

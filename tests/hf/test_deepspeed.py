@@ -33,7 +33,7 @@ DS = {"ACCELERATE_USE_DEEPSPEED": "true"}
 def alone(monkeypatch):
     """No launcher, an Accelerate that was not asked before, and a user who was told nothing."""
     monkeypatch.setattr(PartialState, "_shared_state", {})
-    monkeypatch.setattr(_layout, "_TOLD", [])
+    monkeypatch.setattr(_layout, "_REPORTED", [])
     for name in os.environ:
         if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")) or name in ("WORLD_SIZE", "RANK"):
             monkeypatch.delenv(name)
@@ -172,8 +172,8 @@ def test_one_error_for_all_that_differs():
     ("given", "match"),
     [
         ("nowhere.json", r"deepspeed='nowhere.json'\)` can't work: there is no such file. Write the path"),
-        ("{", r"deepspeed='\{'\)` can't work: it is no json"),
-        (3, r"deepspeed=3\)` can't work: that is a int. Write `deepspeed='ds.json'`"),
+        ("{", r"deepspeed='\{'\)` can't work: that is not valid JSON"),
+        (3, r"deepspeed=3\)` can't work: that is a int. Write the path of a DeepSpeed JSON, such as 'ds.json'"),
     ],
 )
 def test_a_configuration_that_is_none(given, match):
@@ -183,7 +183,7 @@ def test_a_configuration_that_is_none(given, match):
 
 def test_a_file_that_holds_a_list(tmp_path):
     (tmp_path / "ds.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"the json is a list, not an object. Write `\{\"zero_optimization\""):
+    with pytest.raises(ValueError, match=r"the JSON is a list, not an object. Write `\{\"zero_optimization\""):
         configuration(arguments(deepspeed=str(tmp_path / "ds.json")))
 
 
@@ -204,7 +204,7 @@ def test_one_process_trains_the_same_and_is_told_once(tmp_path, capsys):
         assert torch.equal(one, other)
     said = capsys.readouterr().out
     assert "runs natively, as a plan of the same ZeRO stage. DeepSpeed's own engine is `tfn.deepspeed.init(mo" in said
-    assert "as the training arguments say: train_batch_size=8, " in said
+    assert "from the training arguments: train_batch_size=8, " in said
     assert "the warm-up is linear; DeepSpeed's, without" in said and "biases and norms don't decay" in said
     assert "zero_optimization.stage               3      mapped      Plan.zero(3)" in said
     Trainer(gpt2(), trainer.args)
@@ -244,7 +244,7 @@ def test_a_launchers_yaml_and_the_arguments_that_it_says(monkeypatch, capsys):
     assert (args.max_grad_norm, args.gradient_accumulation_steps, args.bf16) == (0.7, 1, True)
     said = capsys.readouterr().out
     assert "the DeepSpeed configuration of `accelerate launch`: runs natively" in said
-    assert "max_grad_norm=0.7, as the configuration of `accelerate launch` says" in said
+    assert "max_grad_norm=0.7, from the configuration of `accelerate launch`" in said
     assert "clipping   global norm 0.7" in trainer_summary(trainer)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(ValueError, match=r"launch` can't work.*steps=2, .*: write `gradient_accumulation_steps=2`"):
@@ -288,7 +288,7 @@ def test_processes_meet_before_a_trainer_without_a_table(monkeypatch, capsys):
     env(monkeypatch, **DS)
     met = []
     monkeypatch.setattr(tfn.launch, "join", lambda **_: met.append(1) or torch.device("cpu"))
-    _layout.met(arguments())
+    _layout.meet(arguments())
     assert met == [1] and capsys.readouterr().out == ""
 
 

@@ -235,7 +235,7 @@ def test_a_run_learns_and_its_split_is_free(optim, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_it_takes_the_same_steps(tmp_path):
-    compiled = trained(tmp_path, "galore_adamw", torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = trained(tmp_path, "galore_adamw", torch_compile=True, torch_compile_backend="eager")
     assert_close(parameters(compiled), parameters(trained(tmp_path, "galore_adamw")), 1e-4)
 
 

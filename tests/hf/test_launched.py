@@ -7,8 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +19,15 @@ from transformers import BatchEncoding, BertForSequenceClassification, EarlyStop
 from transformers.training_args import ParallelMode
 
 import trainfn as tfn
+from tests.helpers import takes_long
 from tests.hf.models import bert, gpt2, tokens
 from tests.hf.script_folders import write_all
 from tests.launch.test_launch import adapted
+from tests.processes import printed
 from trainfn import Trainer, TrainingArguments
+from trainfn.data import NoRows, is_empty, no_rows
 from trainfn.hf._parallel import _layout, _parameters, _world
-from trainfn.hf._parallel._sharding import Dealt, NoRows, Own, dealt, is_empty, no_rows
+from trainfn.hf._parallel._sharding import Dealt, Own, dealt
 from trainfn.hf._run import _loop
 from trainfn.hf._run._data import Windows
 from trainfn.hf._run._record import TrainingRun
@@ -77,12 +78,12 @@ def test_the_plan_of_arguments(options, plan):
 
 
 def test_arguments_win_over_a_launcher_that_says_nothing_and_never_contradict_it(monkeypatch):
-    assert _layout._agreed(tfn.Plan.fsdp(), launched()) == tfn.Plan.fsdp()
+    assert _layout._consistent(tfn.Plan.fsdp(), launched()) == tfn.Plan.fsdp()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     same = {"shard": -1, "stage": 3}
-    assert _layout._agreed(tfn.Plan.fsdp(), launched(plan=same)) == tfn.Plan.fsdp()
+    assert _layout._consistent(tfn.Plan.fsdp(), launched(plan=same)) == tfn.Plan.fsdp()
     with pytest.raises(ValueError, match=r"arguments ask for .*'stage': 2.*launch` for .*'stage': 3.*Leave `fsdp`"):
-        _layout._agreed(tfn.Plan.zero(2), launched(plan=same))
+        _layout._consistent(tfn.Plan.zero(2), launched(plan=same))
 
 
 @pytest.mark.parametrize(
@@ -148,13 +149,13 @@ def test_layouts_that_cannot_be(options, match):
 def test_what_several_processes_cannot_do(options, match, monkeypatch):
     monkeypatch.setattr(tfn.Plan, "data_size", 2)
     with pytest.raises(ValueError, match=match):
-        _layout._check_together(arguments(**options), launched())
+        _layout._check_possible(arguments(**options), launched())
 
 
 def test_several_machines_share_a_disk(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     with pytest.raises(ValueError, match=r"save_on_each_node=True.*one checkpoint together.*Leave `save_on_each_node`"):
-        _layout._check_together(arguments(save_on_each_node=True), launched())
+        _layout._check_possible(arguments(save_on_each_node=True), launched())
 
 
 def test_precisions_that_contradict_each_other():
@@ -166,7 +167,7 @@ def test_a_backend_that_the_device_does_not_have(monkeypatch):
     monkeypatch.setattr(tfn.launch, "join", lambda **_: CPU)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"ddp_backend='nccl'.*on cpu.*over gloo. Leave `ddp_backend` out"):
-        _layout.met(arguments(ddp_backend="nccl"))
+        _layout.meet(arguments(ddp_backend="nccl"))
 
 
 def of_ranks(trainer, world=2, **plan):
@@ -321,12 +322,8 @@ def test_ctrl_c_after_the_last_step_ends_all_ranks():
 
 
 def run(*command, cwd, **variables):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", **variables}
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=170, env=env, cwd=cwd, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
+    variables = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", **variables}
+    return printed(*command, timeout=170, cwd=cwd, **variables)
 
 
 @pytest.mark.slow
@@ -357,6 +354,7 @@ def test_a_script_by_accelerate_launch(tmp_path):
     assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
 
 
+@takes_long
 @pytest.mark.slow
 def test_the_functional_script_by_torchrun(tmp_path):
     """Two processes go on where one was, and end where it ends."""

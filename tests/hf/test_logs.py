@@ -426,6 +426,12 @@ def test_the_run_has_its_name(tmp_path):
     assert TrackerCallback([])._options("dvclive", 7) == {"resume": True}
 
 
+def test_a_tracker_has_options_of_its_own(fake):
+    args = SimpleNamespace(report_to=["fake"], run_name=None, logging_dir="logs", trackio_space_id="user/space")
+    (callback,) = tracker_callbacks(args)
+    assert callback._options("trackio", 0) == {"space_id": "user/space"} and callback._options("fake", 0) == {}
+
+
 def test_the_folder_is_named_after_time_and_host(monkeypatch):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     args = SimpleNamespace(output_dir="out")

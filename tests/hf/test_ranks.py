@@ -1,27 +1,16 @@
 """The Trainer on several processes: the same as in one, with the same rows in all."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.hf import ranks_worker as worker
+from tests.processes import printed, torchrun
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def launch(command, timeout, ranks=2, **env):
-    """Run by torchrun; what it printed."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-    run = subprocess.run([*start, *command], env=env, timeout=timeout, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    return run.stdout + run.stderr
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +24,10 @@ def results(tmp_path_factory):
             one[name] = one[again] if again else case(folder / "one" / name, {}, **options)
     one[worker.CARRIED] = one["saved, fsdp"]
     shutil.copytree(folder / "one" / "saved, ddp" / "cut", folder / "two" / worker.CARRIED / "cut")
-    printed = launch([str(HERE / "ranks_worker.py"), str(folder / "out"), str(folder / "two")], timeout=300)
+    command = (*torchrun(2), HERE / "ranks_worker.py", folder / "out", folder / "two")
+    told = printed(*command, timeout=300)
     two = [torch.load(f"{folder / 'out'}.{rank}") for rank in range(2)]
-    return one, two, printed, folder
+    return one, two, told, folder
 
 
 def differs(expected, found, name=""):

@@ -247,7 +247,9 @@ def test_every_split_gives_the_same_update_and_the_same_log(loss_type, packing, 
 def test_a_model_that_can_not_keep_sequences_apart_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`SFTConfig\(packing=True\)`.*can't work with BloomForCausalLM"):
         trainer(tmp_path, of=model("bloom"), packing=True)
-    assert trained(tmp_path, of=model("bloom"), packing=True, packing_strategy="wrapped")._trainfn_sft.separation is None
+    assert (
+        trained(tmp_path, of=model("bloom"), packing=True, packing_strategy="wrapped")._trainfn_sft.separation is None
+    )
 
 
 # --- the loss and its metrics -------------------------------------------------------------------------------------

@@ -624,7 +624,7 @@ def test_hyperparameter_search(tmp_path):
     )
     assert best.hyperparameters == {"learning_rate": 0.5} and trainer.args is options
     assert sorted(p.name for p in tmp_path.glob("run-*")) == ["run-0", "run-1"]
-    with pytest.raises(ValueError, match=r"'learning_rat' is no TrainingArguments field.*'learning_rate'"):
+    with pytest.raises(ValueError, match=r"'learning_rat' is not a field of TrainingArguments.*learning_rate"):
         trainer.hyperparameter_search(lambda trial: {"learning_rat": 1.0}, n_trials=1)
     with pytest.raises(ValueError, match=r"needs `Trainer\(model_init="):
         Trainer(llama(), options).hyperparameter_search()

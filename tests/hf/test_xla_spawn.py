@@ -1,9 +1,12 @@
 """The launcher of the documentation's TPU command, on processes of the CPU."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -33,9 +36,15 @@ def test_processes_of_the_cpu(tmp_path):
         assert (tmp_path / f"out-{index}").read_text() == "3 2 ['--do_train', '--lr', '1e-3']"
 
 
-def test_what_is_missing_is_told(tmp_path):
-    script = tmp_path / "trained.py"
+def test_what_is_missing_is_told(tmp_path, monkeypatch):
+    script = tmp_path / "trained_elsewhere.py"
     script.write_text("")
-    assert "there is no script" in spawned("--cpu", tmp_path / "none.py").stderr
-    assert "has no function `_mp_fn(index)`" in spawned("--cpu", script).stderr
-    assert "pip install torch==2.9.0 torch_xla[tpu]==2.9.0" in spawned(script).stderr
+    monkeypatch.setattr(sys, "argv", ["xla_spawn.py", str(script)])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    launcher = runpy.run_path(str(ROOT / "examples" / "xla_spawn.py"))
+    with pytest.raises(SystemExit, match="there is no script"):
+        launcher["loaded"](tmp_path / "none.py")
+    with pytest.raises(SystemExit, match=r"has no function `_mp_fn\(index\)`"):
+        launcher["loaded"](script)
+    with pytest.raises(SystemExit, match=r"pip install torch==2\.9\.0 torch_xla\[tpu\]==2\.9\.0"):
+        launcher["main"]()

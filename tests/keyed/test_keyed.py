@@ -868,7 +868,7 @@ def test_a_draw_from_numpy_or_python_is_refused(draw, name, before, restored_gen
     for _ in range(before):
         run(STATE, body)
     message = (
-        rf"this step drew from the global generator of {name}, which is no part of the state.*`torch\.rand\(\(\)\)`"
+        rf"this step drew from the global generator of {name}, which is not a part of the state.*`torch\.rand\(\(\)\)`"
     )
     with pytest.raises(RandomnessError, match=message):
         run(STATE, body)

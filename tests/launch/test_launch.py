@@ -18,6 +18,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig, T5Config
 
 import trainfn as tfn
+from tests.helpers import long
 from trainfn.__main__ import main
 from trainfn.launch._config import exported
 from trainfn.launch._settings import fields_of, read_environment
@@ -181,13 +182,13 @@ OTHERS = [  # variables, the field, what becomes of it, why
         {**DYNAMO, "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "True"},
         "dynamo_use_regional_compilation",
         "ignored",
-        "compiled whole",
+        "compiled as one graph",
     ),
     ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision", "refused", '"bf16"'),
     ({"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_TP_DEGREE": "2"}, "use_megatron_lm", "refused", "Megatron"),
-    ({"ACCELERATE_WHAT": "1"}, "what", "ignored", "nothing here knows it"),
+    ({"ACCELERATE_WHAT": "1"}, "what", "ignored", "the name is unknown"),
     ({**DS, "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}, "zero3_init_flag", "not needed", "meta device"),
-    ({**DS, "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}, "zero3_save_16bit_model", "not needed", "whole"),
+    ({**DS, "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}, "zero3_save_16bit_model", "not needed", "full"),
     ({**DS, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "offload_param_device", "ignored", "stage 3"),
     ({**DS, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "offload_optimizer_device", "refused", "engine"),
     ({**DS, "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "Moe"}, "deepspeed_moe_layer_cls_names", "refused", "engine"),
@@ -258,6 +259,25 @@ def zero(tmp_path, **changes):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({**ZERO3, **changes}))
     return path
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("full_shard", tfn.Plan.fsdp()),
+        ("2", tfn.Plan.fsdp(reshard=False)),
+        ("NO_SHARD", tfn.Plan.replicated()),
+        ("HYBRID_SHARD", tfn.Plan.fsdp(replicate=3)),
+        ("5", tfn.Plan.fsdp(replicate=3, reshard=False)),
+    ],
+)
+def test_strategies_of_fsdp(name, plan):
+    assert tfn.launch.fsdp_plan(name, nodes=3) == plan
+
+
+def test_a_strategy_that_fsdp_does_not_have():
+    with pytest.raises(ValueError, match=r"fsdp_plan\('6'\): that is not a strategy. Write one of FULL_SHARD, "):
+        tfn.launch.fsdp_plan("6")
 
 
 def test_the_usual_zero_3_json(env, tmp_path, capsys):
@@ -336,7 +356,7 @@ def test_a_precision_that_the_launcher_contradicts(tmp_path):
     path = zero(tmp_path, bf16={"enabled": True})
     variables = {**DS, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path), "ACCELERATE_MIXED_PRECISION": "fp16"}
     found = {f.name: f for f in read(variables).fields}["bf16.enabled"]
-    assert found.fate == "refused" and "mixed_precision=fp16 says something else" in found.detail
+    assert found.fate == "refused" and "mixed_precision=fp16 contradicts it" in found.detail
 
 
 def test_deepspeed_is_an_explicit_choice(env, tmp_path):
@@ -349,7 +369,7 @@ def test_deepspeed_is_an_explicit_choice(env, tmp_path):
     env(**DS, ACCELERATE_DEEPSPEED_CONFIG_FILE="nowhere.json")
     with pytest.raises(ValueError, match=r"deepspeed_config_file='nowhere.json': there is no such file"):
         tfn.launch.settings(deepspeed="native")
-    for content, said in (("{", "is no json"), ("[]", "holds a list")):
+    for content, said in (("{", "is not valid JSON"), ("[]", "the JSON is a list")):
         (tmp_path / "bad.json").write_text(content)
         env(ACCELERATE_DEEPSPEED_CONFIG_FILE=str(tmp_path / "bad.json"))
         with pytest.raises(ValueError, match=said):
@@ -391,7 +411,7 @@ def test_a_file_is_read_as_the_launcher_reads_it(name, tmp_path, env):
     by_file = read(exported(path))
     assert by_launcher.plan == by_file.plan
     assert "refused" not in fates(by_launcher).values()
-    assert not [f for f in by_launcher.fields if "nothing here knows" in f.detail]
+    assert not [f for f in by_launcher.fields if "the name is unknown" in f.detail]
     rest = {"state_dict": "full", "checkpointing": False} | by_file.rest  # the launcher writes its defaults
     assert {"state_dict": "full", "checkpointing": False} | by_launcher.rest == rest
 
@@ -412,7 +432,7 @@ def test_a_file_that_is_none(env, tmp_path):
     with pytest.raises(ValueError, match="holds a str"):
         tfn.launch.settings(config=tmp_path / "text.yaml")
     (tmp_path / "typo.yaml").write_text("mixed_precison: bf16\ndistributed_type: 'NO'\n")
-    with pytest.raises(ValueError, match=r"nobody knows the field 'mixed_precison'. Did you mean 'mixed_precision'"):
+    with pytest.raises(ValueError, match=r"the field 'mixed_precison' is unknown. Did you mean 'mixed_precision'"):
         tfn.launch.settings(config=tmp_path / "typo.yaml")
 
 
@@ -485,9 +505,9 @@ def stand_in(tmp_path):
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
-        ("ddp", "replicate=-1, shard=1, tensor=1, stage=0"),
+        long("ddp", "replicate=-1, shard=1, tensor=1, stage=0"),
         ("fsdp", "replicate=1, shard=-1, tensor=1, stage=3"),
-        ("deepspeed_file", "replicate=1, shard=-1, tensor=1, stage=3"),
+        long("deepspeed_file", "replicate=1, shard=-1, tensor=1, stage=3"),
         ("deepspeed", "replicate=1, shard=-1, tensor=1, stage=2"),
     ],
 )
@@ -595,7 +615,7 @@ def test_the_command_names_what_the_launcher_drops(tmp_path, monkeypatch, capfd)
     launched = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: launched.append(command) or FakeDone())
     assert main(["test", "--config_file", str(path), "--num_processes", "2"]) == 3
-    said = "fsdp_use_orig_parms=true (nothing here knows it. Did you mean 'fsdp_use_orig_params'?)"
+    said = "fsdp_use_orig_parms=true (the name is unknown. Did you mean 'fsdp_use_orig_params'?)"
     assert said in capfd.readouterr().err
     assert launched[0][1:] == [
         *("-m", "accelerate.commands.launch", "--config_file", str(path), "--num_processes", "2"),

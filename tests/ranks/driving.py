@@ -216,7 +216,7 @@ def laid_out(plan):
     return tfn.shard(tfn.init(net(), optimizer), plan), tfn.train_step(squared, optimizer, plan=plan)
 
 
-def not_laid_out(plan):
+def not_sharded(plan):
     _, step = laid_out(plan)
     state = tfn.init(net(), tfn.optim.sgd(0.1))
     return raises(r"tfn\.shard\(state, plan\)", lambda: step(state, rows(4)))
@@ -236,15 +236,15 @@ def alone():
     return tfn.train_step(squared, tfn.optim.sgd(0.1))
 
 
-def laid_out_twice(plan):
+def sharded_twice(plan):
     state, _ = laid_out(plan)
-    return raises("laid out already", lambda: tfn.shard(state, plan))
+    return raises("sharded already", lambda: tfn.shard(state, plan))
 
 
 def by_another_plan(plan):
     _, step = laid_out(plan)
     other, _ = laid_out(tfn.Plan.fsdp() if plan.stage < 3 else tfn.Plan.zero(1))
-    return raises("laid out by another plan", lambda: step(other, rows(4)))
+    return raises("sharded by another plan", lambda: step(other, rows(4)))
 
 
 def refused(plan, match):
@@ -267,18 +267,18 @@ def cases(plan):
     yield "kinds", partial(kinds, plan)
     yield "steps", partial(apart, plan, r"Their step:\n  rank 0: 0\n  rank 1: 7", step=torch.tensor(7))
     yield "keys", partial(apart, plan, r"Their key:\n  rank 0", key=tfn.random.key(5))
-    yield "not laid out", partial(not_laid_out, plan)
+    yield "not sharded", partial(not_sharded, plan)
     yield "no plan, a step", partial(no_plan, plan, alone)
     yield "no plan, an evaluation", partial(no_plan, plan, lambda: tfn.eval_step(squared))
     yield "no plan, compiled", partial(no_plan, plan, lambda: tfn.jit(alone()))
     yield "fit without a plan", partial(fit_without_a_plan, plan)
-    yield "laid out twice", partial(laid_out_twice, plan)
+    yield "sharded twice", partial(sharded_twice, plan)
     yield "by another plan", partial(by_another_plan, plan)
     yield "sizes", partial(refused, tfn.Plan(shard=3, stage=1), "is for 3 ranks")
     yield "rule", partial(refused, tfn.Plan.fsdp(rules=(("zz", "rows"),)), "matches none")
     split = tfn.Plan(tensor=2, rules=(("conv.weight", "columns"),))
     yield "columns", partial(refused, split, "can't be split into 2 equal columns")
-    yield "no rule", partial(refused, tfn.Plan(tensor=2), "no rule says which layers")
+    yield "no rule", partial(refused, tfn.Plan(tensor=2), "no rule names the layers")
     yield "batch statistics", partial(batch_statistics, plan)
     yield "values on rank 0 alone", partial(meta_case, plan)
     yield "NaN on one rank", partial(nan_case, plan)

@@ -53,7 +53,7 @@ def test_nothing_is_added_in_one_process_or_when_batches_end(two_ranks, monkeypa
 
 def test_who_waited_in_vain_or_was_interrupted_leaves_word(two_ranks, monkeypatch):
     words = []
-    monkeypatch.setattr(_explain, "_tell", words.append)
+    monkeypatch.setattr(_explain, "_report", words.append)
     error = RuntimeError("Timed out waiting 3000ms for recv operation to complete")
     explain(error, ", in step 3,")
     assert words == ["rank 0 waited for the others in vain, in step 3"]

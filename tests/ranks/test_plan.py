@@ -1,12 +1,10 @@
 """The same step on N ranks as on one: every plan, optimizer and kind of model, by ranks that `server.py` forks."""
 
-import os
-
 import pytest
 import torch
 
 import trainfn as tfn
-from tests.helpers import assert_close
+from tests.helpers import assert_close, long
 from tests.optim.table import OPTIMIZERS
 from tests.ranks import cases
 from tests.ranks.server import Server
@@ -16,9 +14,6 @@ from tests.ranks.server import Server
 TOLERANCE, COMPILED_TOLERANCE = 1e-6, 5e-6
 
 
-LONG = pytest.mark.skipif(not os.environ.get("TRAINFN_LONG"), reason="takes minutes; TRAINFN_LONG=1 runs it")
-
-
 @pytest.fixture(scope="module")
 def server():
     server = Server("tests.ranks.cases")
@@ -26,9 +21,7 @@ def server():
     server.close()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if case.quick else LONG) for name, case in cases.CASES.items()]
-)
+@pytest.mark.parametrize("name", [name if case.quick else long(name) for name, case in cases.CASES.items()])
 def test_n_ranks_are_one(name, server):
     most = COMPILED_TOLERANCE if name.startswith("compiled") else TOLERANCE
     assert max(server(cases.CASES[name].world, name)) < most

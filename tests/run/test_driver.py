@@ -260,12 +260,6 @@ def test_window_sums_what_every_skips():
     assert (every, window) == ([4.0, 4.0], [12.0, 12.0])
 
 
-@pytest.mark.parametrize("callback", [tfn.callbacks.every, tfn.callbacks.window])
-def test_intervals_are_positive(callback):
-    with pytest.raises(ValueError, match=r"the interval is 1 or more"):
-        callback(0, print)
-
-
 def test_log_lines():
     lines = []
     tfn.fit(STEP, fresh(), batch, until=4, callbacks=[tfn.callbacks.log(2, lines.append)])

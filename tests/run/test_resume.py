@@ -285,7 +285,7 @@ def test_early_stopping_stops_and_remembers(tmp_path, capsys):
 
     go(tmp_path, 3, callbacks=[stopping([0.0, 3.0, 2.0, 2.5])])  # the first one is the trial before the first step
     assert int(go(tmp_path, 9, callbacks=[stopping([0.0, 2.0, 0.0])]).step) == 4
-    told = "stopped after step 4: 'eval_loss' was best at step 2 (2), and not better in 2 looks"
+    told = "stopped after step 4: 'eval_loss' was best at step 2 (2), and has not improved in 2 looks"
     assert told in capsys.readouterr().err
 
 

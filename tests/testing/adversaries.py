@@ -571,7 +571,7 @@ STEPS = [
     Adversary("boolean indexing", on_device, tfn.train_step(boolean_indexing, SGD), tfn.train_step(masked, SGD),
               r"index(_put)? at .* a shape depends on values \(boolean indexing"),
     Adversary("branch on a tensor", one_graph, branches, selects, "adversaries.py.*torch.where"),
-    Adversary("factor in a Python variable", one_graph, Anneals(), anneals, "no single graph.*writes step.factor"),
+    Adversary("factor in a Python variable", one_graph, Anneals(), anneals, "not a single graph.*writes step.factor"),
     Adversary("array changed in place", of_step(tt.check_eager_equals_compiled, backend="eager"),
               tfn.train_step(reads_an_array_that_it_changes, SGD), base, "frozen when the step was traced"),
     Adversary("stale donated state", of_step(tt.check_donation), KeepsOldParams(), base,
@@ -826,7 +826,7 @@ RUNS = [
               "an average or a moment kept elsewhere"),
     Adversary("optimizer's count lost", resumes, run_of(by_step, count_in_a_closure), run_of(by_step, tensor_count),
               "a Python counter"),
-    Adversary("number in a saved state", saved, 3.0, torch.tensor(3.0), "a leaf is no tensor"),
+    Adversary("number in a saved state", saved, 3.0, torch.tensor(3.0), "a leaf is not a tensor"),
 ]  # fmt: skip
 
 

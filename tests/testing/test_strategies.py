@@ -142,7 +142,7 @@ def test_specs_are_checked():
     for rows in ((0, 2), (3, 2)):
         with pytest.raises(ValueError, match=r"batches\(spec, rows=.*\): give the fewest and the most rows"):
             tt.batches(rows=rows)
-    with pytest.raises(ValueError, match=r"batches\(spec\): 4 is no field. Write `tfn.testing.floats\(4\)`"):
+    with pytest.raises(ValueError, match=r"batches\(spec\): 4 is not a field. Write `tfn.testing.floats\(4\)`"):
         tt.batches({"x": 4})
 
 

@@ -98,10 +98,10 @@ def check(module: fx.GraphModule) -> None:
             continue
         if node.op == "get_attr":
             if not isinstance(getattr(module, node.target, None), Tensor):
-                raise Uncuttable(f"{node} is no tensor")
+                raise Uncuttable(f"{node} is not a tensor")
         elif node.op == "call_function":
             if node.target is not operator.getitem and not isinstance(node.target, OpOverload):
-                raise Uncuttable(f"{node.target} is no operation of the dispatcher")
+                raise Uncuttable(f"{node.target} is not an operation of the dispatcher")
         elif node.op != "placeholder":
             raise Uncuttable(f"{node.op} {node}")
         for value in _tensors(node.meta.get("val")):
@@ -110,10 +110,9 @@ def check(module: fx.GraphModule) -> None:
 
 
 def _tensors(value: Any) -> Iterable[Any]:
-    """The tensors a node stands for. Of several results some may be missing."""
-    return (
-        [v for v in value if v is not None] if isinstance(value, list | tuple) else [value] if value is not None else []
-    )
+    """The tensors a node stands for. Of several results some may be missing, or numbers that are fixed by the sizes."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return [v for v in several if v is not None and type(v) is not int]
 
 
 def atoms(graph: fx.Graph) -> list[Atom]:

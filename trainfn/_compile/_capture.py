@@ -58,8 +58,8 @@ def capture(
 ) -> tuple[Trace, Outside]:
     """Return a function's graph, and what the function read from outside.
 
-    A function that changes what it reads is traced again: if the second graph is another one, or needs a tensor that
-    the first trace left behind, then the step is not a function of its arguments.
+    A function that changes what it reads is traced again. If the second graph is another one, or needs a tensor of the
+    first trace, then the step is not a function of its arguments.
 
     Raises:
         CaptureError: If the function runs eagerly, but has no graph.

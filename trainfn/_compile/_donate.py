@@ -1,6 +1,6 @@
 """Donation: the new state takes the old one's memory, and the old one says so if it is used again.
 
-Tensors in dicts and lists are overwritten in place. Those in tuples (the step count, the key, an optimizer's
+Tensors in dicts and lists are overwritten in place. Tensors in tuples (the step count, the key, an optimizer's
 counters) are small and come back fresh. `overwrite` is part of the captured graph; what empties the old state is
 `Structure.retire`, after the graph has run.
 """

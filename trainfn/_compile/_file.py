@@ -37,8 +37,9 @@ def load_step(path: str | os.PathLike[str]) -> LoadedStep:
     The file is machine code, so load only files that you trust. It holds for the same torch, trainfn and kind of
     machine, and for states and batches of the same names, shapes, dtypes and devices.
 
-    What the step read from outside its arguments when it was saved is fixed: the numbers of a module or a closure, and
-    the learning rate in an optimizer. Tensors among them are in the file. None of it can be compared.
+    Values that the step read from outside its arguments are fixed as they were when it was saved. They are the numbers
+    of a module or a closure, and the learning rate in an optimizer. Tensors among them are in the file. None of it can
+    be compared.
 
     While a step runs on a CPU, other threads of Python wait: torch's runner keeps Python's lock.
 
@@ -66,10 +67,10 @@ class LoadedStep:
     """A compiled step from a file: call it as the step itself. Made by `load_step`.
 
     Attributes:
-        path: Of the file.
+        path: The file.
         plan: None: a file holds the step of one process.
         accumulate: Into how many micro-batches it splits a batch.
-        signature: Whatever the file holds for: arguments by name, for each program.
+        signature: The arguments that the file holds for, by name, for each program.
         graphs: The hashes of the captured graphs; the same step, saved anywhere, has the same.
         seconds: What loading took.
     """

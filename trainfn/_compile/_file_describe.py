@@ -59,7 +59,7 @@ def unordered(found: Any) -> Any:
 
 
 def _path(kind: type) -> str:
-    """The name of a NamedTuple; a state's own type is the module's, and is told by the state that comes in."""
+    """The name of a NamedTuple; a state's own type is the module's, and is known from the state that comes in."""
     return _STATE if issubclass(kind, TrainState) else f"{kind.__module__}:{kind.__qualname__}"
 
 
@@ -114,7 +114,7 @@ def described(leaf: Any) -> dict[str, Any]:
 
 
 def check_plain(values: Sequence[Any], call: str) -> None:
-    """Raise if one of the values that are no tensors can't be written in a file."""
+    """Raise if one of the values that are not tensors can't be written in a file."""
     odd = next((x for x in values if not isinstance(x, (Tensor, *_PLAIN))), None)
     if odd is not None:
         raise ValueError(

@@ -6,7 +6,10 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import os
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -26,6 +29,7 @@ from trainfn._compile._program import Program
 from trainfn._compile._structure import Structure, flatten
 from trainfn._compile._trace import Trace
 from trainfn._step import TrainStep
+from trainfn.errors import CaptureError
 
 ARGUMENTS = {"gradients": ("state", "batch", "first_row"), "update": ("state", "gradients")}
 _DEVICES = ("cpu", "cuda")
@@ -64,6 +68,31 @@ def save_step(
         "libraries": contents.libraries,
     }
     _file_format.write_file(path, header, contents.members())
+    if contents.devices != {"cpu"}:
+        check_loads(path, call)
+
+
+def check_loads(path: Path, call: str) -> None:
+    """Load a file in a process of its own, and remove it if that fails.
+
+    A library that torch has made for a GPU may end the process that loads it: seen with torch 2.11.
+
+    Raises:
+        CaptureError: If the process ended with an error.
+    """
+    program = f"import trainfn; trainfn.load_step({str(path)!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    if done.returncode == 0:
+        return
+    Path(path).unlink(missing_ok=True)
+    ended = (
+        f"signal {-done.returncode}" if done.returncode < 0 else (done.stderr.strip().splitlines() or ["no word"])[-1]
+    )
+    raise CaptureError(
+        f"{call}: the library that torch {torch.__version__} made can't be loaded: the process that tried ended with"
+        f" {ended}. No file was written. Call `tfn.jit(step)` in each process: its compile cache is on the disk."
+    )
 
 
 def _check_settings(settings: Settings, plan: Any, call: str) -> None:
@@ -72,8 +101,9 @@ def _check_settings(settings: Settings, plan: Any, call: str) -> None:
         # The runner keeps Python's lock while a collective waits. A thread of gloo that frees a tensor of Python's
         # waits for that lock, so that a run in ten hangs: seen with torch 2.13.
         raise ValueError(
-            f"{call}: a file holds the step of one process, and this step's plan has {plan.world} ranks, which would"
-            " wait for each other for ever now and then. Call `tfn.jit(step)` on each rank: its caches are on the disk."
+            f"{call}: a file holds the step of one process, and this step's plan has {plan.world} ranks."
+            " They would wait for each other for ever now and then. Call `tfn.jit(step)` on each rank: its"
+            " caches are on the disk."
         )
     if not settings.compile:
         raise ValueError(f"{call}: a file holds compiled code, and this step has compile=False. Leave that out.")

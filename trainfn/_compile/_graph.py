@@ -59,12 +59,18 @@ def _attribute(graph: fx.GraphModule, target: Any) -> Any:
 
 
 def _replace_number(graph: fx.Graph, node: fx.Node, value: Tensor) -> None:
+    """Write a number where it is used. What copies it to another device is the number there: nothing is moved."""
+    for copy in [user for user in node.users if user.target is torch.ops.aten._to_copy.default]:
+        options: dict[str, Any] = {"dtype": value.dtype, "device": value.device, **copy.kwargs}
+        if options["dtype"] == value.dtype or (options["dtype"].is_floating_point and value.is_floating_point()):
+            _write_number(graph, copy, value, options["dtype"], options["device"])
+    _write_number(graph, node, value, value.dtype, value.device)
+
+
+def _write_number(graph: fx.Graph, node: fx.Node, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "pin_memory": False}
     with graph.inserting_before(node):
-        made = graph.call_function(
-            torch.ops.aten.full.default,
-            (list(value.shape), value.item()),
-            {"dtype": value.dtype, "device": value.device, "pin_memory": False},
-        )
+        made = graph.call_function(torch.ops.aten.full.default, (list(value.shape), value.item()), options)
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
     graph.erase_node(node)

@@ -40,7 +40,7 @@ class Compiled:
         elif self.settings.compile and isinstance(self.step, TrainStep):
             check_whole(state)
         if isinstance(batch, Mapping) and not isinstance(batch, dict):
-            batch = dict(batch)  # a `BatchEncoding`, say, which is no tree of tensors
+            batch = dict(batch)  # a `BatchEncoding`, say, which is not a tree of tensors
         if self.buckets is not None:
             batch = self.buckets.apply(batch)
         return self._run(state, batch)
@@ -128,7 +128,7 @@ def jit(
         backend: A backend of ``torch.compile``.
         mode: A mode of ``torch.compile``, such as ``"max-autotune"``. With ``"reduce-overhead"`` on CUDA, the whole
             step is one launch of a CUDA graph from its third call on.
-        dynamic: Dimensions of the batch whose sizes vary, compiled once for all sizes: True for every dimension,
+        dynamic: Dimensions of the batch whose sizes vary, compiled once for all sizes. True for every dimension,
             ``(1,)`` for the second of every leaf, ``{"input_ids": (0, 1)}`` by leaf, ``"auto"`` for those that are
             seen to vary. By default sizes are exact, and each new one is compiled for.
         options: Options of the backend.

@@ -90,14 +90,18 @@ class Launches:
         self._calls[key] = self._calls.get(key, 0) + 1
         if self._calls[key] <= _WARM:
             return self.run(state, batch)
-        if any(entry.trace.reads_host for program in self.programs for entry in program.entries()):
-            return self.run(state, batch)  # a condition is read on the host, which a recording can't do
+        if any(self._needs_the_host(entry) for program in self.programs for entry in program.entries()):
+            return self.run(state, batch)
         self._calls[key] = 0
         made = Recording(self, form, leaves, donated)
         self._recordings[key] = made
         while len(self._recordings) > _MOST:
             self._recordings.popitem(last=False)
         return made.launch(state, leaves)
+
+    def _needs_the_host(self, entry: Any) -> bool:
+        """Whether a condition is read on the host, or a constant is copied from there: a recording can do neither."""
+        return entry.trace.reads_host or any(x.device.type != self.device for x in entry.constants)
 
 
 def _overlaps(x: Tensor) -> bool:

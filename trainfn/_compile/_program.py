@@ -342,7 +342,7 @@ def _shapes(args: tuple[Any, ...]) -> dict[str, str]:
 
 
 def _difference(new: dict[str, str], known: list[dict[str, str]]) -> str:
-    """What sets ``new`` apart from the known shapes most like it."""
+    """The differences between ``new`` and the known shapes most like it."""
     nearest = min(known, key=lambda old: sum(old.get(name) != shape for name, shape in new.items()), default={})
     changes = [
         f"{name} from {nearest.get(name, 'absent')} to {new[name]}" for name in new if nearest.get(name) != new[name]

@@ -29,7 +29,7 @@ _CLOSED = (*PLAIN, type, types.ModuleType, Tensor)
 
 
 class Reach:
-    """What a step may look at.
+    """The objects that a step may look at.
 
     Attributes:
         names: The names that its code mentions.

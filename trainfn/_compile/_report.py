@@ -1,4 +1,4 @@
-"""What compiling a step took."""
+"""The cost of compiling a step."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def check_dynamic(dynamic: Any) -> None:
     if dynamic in (None, "auto") or isinstance(dynamic, bool | Mapping) or ints:
         return
     raise TypeError(
-        f"jit(step, dynamic={dynamic!r}): say which dimensions of the batch vary in size: `dynamic=True` for all,"
+        f"jit(step, dynamic={dynamic!r}): say which dimensions of the batch vary in size. Write `dynamic=True` for all,"
         ' `dynamic=(1,)` for the second of every leaf, `dynamic={"input_ids": (0, 1)}`, or `dynamic="auto"` for those'
         " that are seen to vary."
     )

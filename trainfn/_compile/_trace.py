@@ -32,7 +32,7 @@ class Output(NamedTuple):
         kind: ``"graph"``: output ``place`` of the graph. ``"input"``: leaf ``place`` of the arguments, untouched or
             overwritten in place. ``"value"``: the Python value itself.
         place: See above.
-        layout: Of a tensor that is spread over ranks.
+        layout: The layout of a tensor that is spread over ranks.
         value: See above.
     """
 
@@ -197,7 +197,7 @@ def _conditions(mode: Any) -> Generator[None]:
 
 @contextlib.contextmanager
 def _uncompiled() -> Generator[None]:
-    """What a user compiled with `torch.compile` runs as it is: as a part of this graph."""
+    """Run functions that a user compiled with `torch.compile` uncompiled: as a part of this graph."""
     if "torch._dynamo" not in sys.modules:  # it takes a second to import, and nothing is compiled without it
         yield
         return

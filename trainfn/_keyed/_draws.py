@@ -1,8 +1,8 @@
 """The mode that reroutes torch's random functions, and the bookkeeping of draws.
 
-Draw number ``n`` of a block uses ``fold_in(key, n)``. Where a drawn tensor starts with the batch's rows, row ``r`` of
-a micro-batch draws what row ``first_row + r`` of the whole batch would: so dropout, too, is the same for every split
-of the rows.
+Draw number ``n`` of a block uses ``fold_in(key, n)``. Where a drawn tensor starts with the batch's rows, row ``r`` of a
+micro-batch draws what row ``first_row + r`` of the whole batch would. So dropout, too, is the same for every split of
+the rows.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Draws(TorchFunctionMode):
     def count(self) -> int:
         """Number this draw.
 
-        The count is the seed of torch's own generator: a checkpointed module rewinds that generator before it
-        computes its forward again in the backward pass, and so draws the same numbers again.
+        The count is the seed of torch's own generator. A checkpointed module rewinds that generator before it computes
+        its forward pass again, and so draws the same numbers again.
         """
         self.drew = True
         number = torch.default_generator.initial_seed() + 1

@@ -88,7 +88,7 @@ def in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What is called ``training`` in `torch.nn.functional` is called ``train`` in `torch`."""
+    """`torch` has ``train`` as the name of an argument, where `torch.nn.functional` has ``training``."""
 
     def called(d: Draws, input: Tensor, p: float, train: bool) -> Tensor:
         return function(d, input, p, train)

@@ -26,10 +26,10 @@ def check_unmoved(before: dict[str, Any]) -> None:
     moved = [name for name in before if before[name] != now[name]]
     if moved:
         raise RandomnessError(
-            f"this step drew from the global generator of {' and '.join(moved)}, which is no part of the state: the"
-            " same state and batch would give another result, and a compiled step would draw the same number for ever."
-            " Draw with torch instead, such as `torch.rand(())`, which comes from state.key in a step; or draw before"
-            " the step and pass the number in the batch."
+            f"this step drew from the global generator of {' and '.join(moved)}, which is not a part of the state."
+            " The same state and batch would give another result, and a compiled step the same number at every call."
+            " Draw with torch instead, such as `torch.rand(())`, which comes from state.key in a step; or draw"
+            " before the step and pass the number in the batch."
         )
 
 

@@ -53,9 +53,9 @@ def check_unused(before: Found) -> None:
     untouched = torch.Generator().manual_seed(cpu.initial_seed()).get_state()
     if not torch.equal(cpu.get_state(), untouched) or (before.cuda and before.cuda != _cuda()):
         raise RandomnessError(
-            "something in this step drew from torch's global generator by a way that can't be rerouted to"
-            " state.key, such as `torch.ops.aten.rand` or another library's kernel. Draw it before the step and"
-            " pass it in the batch."
+            "this step drew from torch's global generator in a way that can't be rerouted to state.key. Such ways are"
+            " `torch.ops.aten.rand` and other libraries' kernels. Draw before the step and pass the numbers in the"
+            " batch."
         )
 
 

@@ -78,7 +78,7 @@ class Randomness:
 
 
 def _without_mode(body: Callable[[], T]) -> tuple[T, bool]:
-    """What ``body`` returns, and whether it drew from torch's generators, which are put back if so."""
+    """Run ``body``; return its result, and whether it drew from torch's generators. If so, they are put back."""
     before = _generators.found()
     drew = True
     try:

@@ -1,52 +1,34 @@
-"""A step on N ranks, out of a step on one: gradients of this rank's rows, their sum over ranks, the update."""
+"""A step on N ranks, made of a step on one: gradients of this rank's rows, their sum over ranks, the update.
+
+Rows are spread over the axes ``replicate`` and ``shard``. The ranks of the axis ``tensor`` have the same rows, so no
+sum here goes over it. Each comment at a collective names its reason, its bytes and how often it happens.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainfn import tree
+from trainfn._dtensor import Spec, full, is_distributed, local, spread_like
 from trainfn._plan._layout import Layout
+from trainfn._plan._no_rows import Idle
 from trainfn._plan._place import gradient_placements, is_sharded, placements
-from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, TrainState, Tree
+from trainfn._types import Batch, Gradients, Mean, Metrics, TrainState, Tree
 
-
-class Idle(NamedTuple):
-    """Rows that a rank computes and that count for nothing, because it has none of its own left.
-
-    Attributes:
-        rows: A batch of which only the shapes matter.
-    """
-
-    rows: Batch
-
-
-def idle(loss: Loss) -> Loss:
-    """The loss, which of `Idle` rows is 0 of weight 0."""
-
-    def counted(model: Any, batch: Batch) -> Any:
-        if not isinstance(batch, Idle):
-            return loss(model, batch)
-        out = loss(model, batch.rows)
-        if isinstance(out, Tensor):  # a bare scalar: a mean over rows, of which there are none
-            return Mean(out * 0.0, torch.zeros((), device=out.device))
-        mean, metrics = out if isinstance(out, tuple) and not isinstance(out, Mean) else (out, None)
-        none = _nothing(mean)
-        return none if metrics is None else (none, {name: _nothing(m) for name, m in metrics.items()})
-
-    return counted
-
-
-def _nothing(mean: Mean) -> Mean:
-    return Mean(mean.total * 0.0, mean.weight * 0.0)
+_SHARDED = ("params", "opt_state", "extra")  # the fields of a state that have `DTensor` leaves
+_BUCKET = 25 * 2**20  # bytes: large enough to fill a link, as in torch's DDP
 
 
 def gradients_on(plan: Layout, gradients: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """A gradient function of the rows of this rank; its sums are not added over ranks yet, except where split."""
+    """Return the gradient function of this rank's rows.
+
+    Its sums are not added up over ranks yet. Only gradients that the plan shards are: each rank keeps one shard.
+    """
 
     def of_this_rank(state: TrainState, batch: Batch, first_row: Tensor | int | None = None, /) -> Gradients:
         if plan.world == 1:
@@ -54,7 +36,7 @@ def gradients_on(plan: Layout, gradients: Callable[..., Gradients]) -> Callable[
                 return gradients(state, batch, 0 if first_row is None else first_row)
         from trainfn._plan._gathering import gathering
 
-        check_laid_out(plan, state)
+        check_sharded(plan, state)
         if first_row is None:
             first_row, _ = first_rows(plan, state, batch)
         with gathering(plan, training=True), _computing(plan, state):
@@ -67,90 +49,72 @@ def gradients_on(plan: Layout, gradients: Callable[..., Gradients]) -> Callable[
 
 
 def _kept(plan: Layout, param: Any, grad: Any) -> Any:
-    """A gradient as the plan keeps it; that of a parameter which this rank's rows did not touch is 0."""
-    from torch.distributed.tensor import DTensor
+    """A gradient with the placements that the plan keeps; zeros if this rank's rows did not touch the parameter."""
+    from torch.distributed.tensor import Replicate
 
     wanted = gradient_placements(plan, param)
     if grad.placements == wanted:
         return grad
     if any(p.is_partial() for p in wanted):
-        local = torch.zeros_like(
-            grad.redistribute(placements=[p if p.is_shard() else _whole() for p in wanted]).to_local()
-        )
-        return DTensor.from_local(
-            local, grad.device_mesh, wanted, run_check=False, shape=grad.shape, stride=grad.stride()
-        )
-    return grad.redistribute(placements=wanted)
-
-
-def _whole() -> Any:
-    from torch.distributed.tensor import Replicate
-
-    return Replicate()
+        # No communication: a gradient that no rank has computed is replicated zeros, and each rank cuts its shard.
+        zeros = grad.redistribute(placements=[p if p.is_shard() else Replicate() for p in wanted]).to_local()
+        return spread_like(torch.zeros_like(zeros), grad, wanted)
+    return grad.redistribute(placements=wanted)  # the same zeros, cut
 
 
 def update_on(plan: Layout, update: Callable[..., Any]) -> Callable[..., Any]:
-    """An update by the sums over all ranks, each rank computing the part of it that the plan gives it."""
+    """Return the update by the sums over all ranks; each rank computes the shard that the plan gives it."""
 
     def of_all_ranks(state: TrainState, sums: Gradients) -> tuple[TrainState, Metrics]:
         if plan.world == 1:
             return update(state, sums)
-        check_laid_out(plan, state)
+        check_sharded(plan, state)
         reduced = reduce_means(plan, state, {"loss": sums.loss, **sums.metrics})
         total = sums._replace(loss=reduced.pop("loss"), metrics=reduced, buffers={})
-        total = total._replace(buffers=_agreed(plan, state, sums, total))
+        total = total._replace(buffers=_mean_buffers(plan, state, sums, total))
         if plan.stage == 0 and plan.shape(plan.world)["tensor"] == 1:
             return _update_everywhere(plan, update, state, total)
         where = {name: placements(plan, name, tuple(p.shape), "opt_state") for name, p in state.params.items()}
-        parts: Any = state.params
-        split = {name: p.redistribute(placements=where[name]) for name, p in parts.items()}
+        params: Any = state.params
+        # No communication: a parameter that is full on this rank is cut to the shard of its optimizer state.
+        cut = {name: p.redistribute(placements=where[name]) for name, p in params.items()}
         grads = _reduced(plan, state, sums.grads, where)
-        new, metrics = update(state._replace(params=split), total._replace(grads=grads))
+        new, metrics = update(state._replace(params=cut), total._replace(grads=grads))
         return placed_like(new, state), metrics
 
     return of_all_ranks
 
 
 def _reduced(plan: Layout, state: TrainState, grads: Any, where: dict[str, Any]) -> dict[str, Any]:
-    """The gradients' sums over ranks, laid out as the update needs them."""
-    from torch.distributed.tensor import DTensor
+    """The gradients' sums over ranks, with the placements that the update needs."""
 
-    def added(name: str) -> bool:  # to be the same on all ranks that have different rows
+    def is_added(name: str) -> bool:  # to the same full sum on all ranks that have different rows
         axes = [(was, to) for was, to in zip(grads[name].placements, where[name], strict=True) if was != to]
         return bool(axes) and len(axes) == len(_data_axes(plan)) and all(not to.is_shard() for _, to in axes)
 
-    small = _summed(plan, state, {name: g.to_local() for name, g in grads.items() if added(name)})
+    small = _summed(plan, state, {name: g.to_local() for name, g in grads.items() if is_added(name)})
     done: dict[str, Any] = {}
     for name, g in grads.items():
-        if name not in small:
+        if name in small:
+            done[name] = spread_like(small[name], g, where[name])
+        else:
+            # A reduce-scatter of the gradient's bytes, once an update: the sum is only needed where its optimizer
+            # state is. With stages 2 and 3 the backward pass has done it, and only ``replicate`` is left to add up.
             done[name] = g.redistribute(placements=where[name])
-            continue
-        mesh, to = g.device_mesh, where[name]
-        done[name] = DTensor.from_local(small[name], mesh, to, run_check=False, shape=g.shape, stride=g.stride())
     return done
 
 
 def _update_everywhere(plan: Layout, update: Callable[..., Any], state: TrainState, sums: Gradients) -> Any:
     """The update where every rank holds everything: on plain tensors, which cost nothing to dispatch."""
-    plain = state._replace(**{field: tree.map(_local, getattr(state, field)) for field in _LAID_OUT})
-    new, metrics = update(plain, sums._replace(grads=_summed(plan, state, tree.map(_local, sums.grads))))
-    return new._replace(**{f: tree.map(_everywhere, getattr(new, f), getattr(state, f)) for f in _LAID_OUT}), metrics
-
-
-_LAID_OUT = ("params", "opt_state", "extra")
-_BUCKET = 25 * 2**20  # bytes: large enough to fill a link, as in torch's DDP
-
-
-def _local(x: Any) -> Any:
-    return x.to_local() if hasattr(x, "placements") else x
+    plain = state._replace(**{field: tree.map(local, getattr(state, field)) for field in _SHARDED})
+    new, metrics = update(plain, sums._replace(grads=_summed(plan, state, tree.map(local, sums.grads))))
+    return new._replace(**{f: tree.map(_everywhere, getattr(new, f), getattr(state, f)) for f in _SHARDED}), metrics
 
 
 def _everywhere(new: Any, like: Any) -> Any:
-    if not hasattr(like, "placements"):
+    if not is_distributed(like):
         return new
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(new, like.device_mesh, like.placements, run_check=False)
+    return Spec(like.device_mesh, like.placements, new.shape, new.stride()).of_local(new)
 
 
 def _summed(plan: Layout, state: TrainState, grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -159,6 +123,8 @@ def _summed(plan: Layout, state: TrainState, grads: dict[str, Tensor]) -> dict[s
     bucket: list[str] = []
 
     def flush() -> None:
+        # An all-reduce of up to 25 MB, once an update for each bucket: a collective for each parameter would spend
+        # more time on starting than on sending.
         flat = _sum(plan, state, torch.cat([grads[name].reshape(-1) for name in bucket]))
         parts = flat.split([grads[name].numel() for name in bucket])
         done.update({name: part.view(grads[name].shape) for name, part in zip(bucket, parts, strict=True)})
@@ -174,12 +140,14 @@ def _summed(plan: Layout, state: TrainState, grads: dict[str, Tensor]) -> dict[s
 
 
 def placed_like(new: TrainState, old: TrainState) -> TrainState:
-    """The new state, laid out as the old one."""
+    """The new state, with the placements of the old one."""
 
     def place(now: Any, then: Any) -> Any:
-        if hasattr(then, "placements"):
+        if is_distributed(then):
+            # Stages 1 and 2: an all-gather of the parameter's bytes, once an update, for the next forward pass needs
+            # it full. Stage 3 and the optimizer state are in place already: no communication.
             return now.redistribute(placements=then.placements)
-        return now.full_tensor() if hasattr(now, "full_tensor") else now
+        return full(now)  # of scalars, at most
 
     return new._replace(
         step=place(new.step, old.step),
@@ -188,7 +156,7 @@ def placed_like(new: TrainState, old: TrainState) -> TrainState:
     )
 
 
-# --- what is not a parameter --------------------------------------------------------------------------------------
+# --- scalars, buffers and rows ------------------------------------------------------------------------------------
 
 
 def _data_axes(plan: Layout) -> list[str]:
@@ -199,40 +167,43 @@ def _data_axes(plan: Layout) -> list[str]:
 def _sum(plan: Layout, state: TrainState, x: Tensor) -> Tensor:
     mesh = mesh_of(state)
     for axis in _data_axes(plan):
-        x = tree.sum_over(x, mesh[axis])
+        x = tree.sum_over(x, mesh[axis])  # the bytes of `x` for each axis, so twice for a hybrid plan
     return x
 
 
 def largest(plan: Layout, state: TrainState, weight: Tensor) -> Tensor:
-    """The largest of all ranks' weights, for what must be the same number everywhere."""
+    """The largest of all ranks' weights, where the same number is needed everywhere."""
     if plan.world == 1:
         return weight
     from torch.distributed import _functional_collectives as collectives
 
     for axis in _data_axes(plan):
+        # 4 bytes for each axis, once a micro-batch, and only with a loss scale: ranks must scale their sums alike.
         weight = collectives.wait_tensor(collectives.all_reduce(weight, "max", mesh_of(state)[axis]))
     return weight
 
 
 def mesh_of(state: TrainState) -> Any:
-    """The mesh that a state is laid out on."""
+    """The mesh that a state is sharded over."""
     return next(iter(state.params.values())).device_mesh  # type: ignore[attr-defined]
 
 
 def reduce_means(plan: Layout, state: TrainState, means: Metrics) -> Metrics:
-    """Totals and weights over all ranks: one reduction for all scalars of a dtype."""
+    """Totals and weights over all ranks."""
     leaves = {(name, i): x for name, mean in means.items() for i, x in enumerate(mean)}
     done: dict[tuple[str, int], Tensor] = {}
     for dtype in dict.fromkeys(x.dtype for x in leaves.values()):
         keys = [key for key, x in leaves.items() if x.dtype == dtype]
+        # 8 bytes a metric in float32, one all-reduce a step and dtype: the gradients are divided by the weight of the
+        # rows of all ranks, and metrics are means over them.
         flat = _sum(plan, state, torch.cat([leaves[key].reshape(-1) for key in keys]))
         sizes = [leaves[key].numel() for key in keys]
         done.update({key: x.reshape(leaves[key].shape) for key, x in zip(keys, flat.split(sizes), strict=True)})
     return {name: Mean(done[name, 0], done[name, 1]) for name in means}
 
 
-def _agreed(plan: Layout, state: TrainState, mine: Gradients, total: Gradients) -> dict[str, Tensor]:
-    """Running statistics: the mean over ranks, by the weight of their rows. Frozen parameters are the same already."""
+def _mean_buffers(plan: Layout, state: TrainState, mine: Gradients, total: Gradients) -> dict[str, Tensor]:
+    """Running statistics: their mean over ranks, weighted by the ranks' rows. Frozen parameters are equal already."""
     buffers = mine.buffers
     own = {site.name for site in state.sites if not site.is_parameter}
     names = [name for name, b in buffers.items() if name in own and b.is_floating_point()]
@@ -240,6 +211,8 @@ def _agreed(plan: Layout, state: TrainState, mine: Gradients, total: Gradients) 
         return buffers
     even, weight = 1.0 / plan.data_size, total.loss.weight
     share = torch.where(weight > 0, mine.loss.weight / torch.where(weight > 0, weight, 1.0), even).float()
+    # The bytes of all floating-point buffers in float32, one all-reduce a step: without it each rank would go on with
+    # the statistics of its own rows. A model without such buffers does not pay it.
     flat = _sum(plan, state, share * torch.cat([buffers[name].float().reshape(-1) for name in names]))
     parts = flat.split([buffers[name].numel() for name in names])
     shaped = {
@@ -249,7 +222,7 @@ def _agreed(plan: Layout, state: TrainState, mine: Gradients, total: Gradients) 
 
 
 def first_rows(plan: Layout, state: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of all ranks' rows in order: how many come before this rank's, and how many there are; ``int64[]`` both."""
+    """The number of rows on the ranks before this one, and on all ranks; ``int64[]`` both."""
     from torch.distributed import _functional_collectives as collectives
 
     _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # until torch 2.12
@@ -257,12 +230,14 @@ def first_rows(plan: Layout, state: TrainState, batch: Batch) -> tuple[Tensor, T
     counts = torch.full((1,), rows, dtype=torch.int64, device=state.step.device)
     mesh = mesh_of(state)
     for axis in reversed(_data_axes(plan)):
+        # 8 bytes a rank, once a batch: dropout is drawn by a row's number in the batch of all ranks, and ranks may have
+        # unequally many rows.
         counts = collectives.wait_tensor(_all_gather(counts, 0, mesh[axis]))
     return counts[: plan.data_rank].sum(), counts.sum()
 
 
 def metrics_on(plan: Layout, evaluate: Callable[..., Metrics]) -> Callable[[TrainState, Batch], Metrics]:
-    """The metrics of all ranks' rows."""
+    """Return the function that computes the metrics of all ranks' rows."""
 
     def of_all_ranks(state: TrainState, batch: Batch, /) -> Metrics:
         if plan.world == 1:
@@ -270,7 +245,7 @@ def metrics_on(plan: Layout, evaluate: Callable[..., Metrics]) -> Callable[[Trai
                 return evaluate(state, batch)
         from trainfn._plan._gathering import gathering
 
-        check_laid_out(plan, state)
+        check_sharded(plan, state)
         first, _ = first_rows(plan, state, batch)
         with gathering(plan, training=False), _computing(plan, state):
             means = evaluate(state, batch, first)
@@ -289,12 +264,12 @@ def _computing(plan: Layout, state: TrainState) -> Generator[None]:
         yield
 
 
-def check_laid_out(plan: Layout, state: TrainState) -> None:
-    """Raise if a step of a plan got a state that is not laid out so."""
+def check_sharded(plan: Layout, state: TrainState) -> None:
+    """Raise if the state is not sharded by the plan of the step."""
     params: Tree = state.params
     if not is_sharded(params):
         raise ValueError(
-            "step(state, batch): the step has a plan, and the state is not laid out by it. Before the first step:"
+            "step(state, batch): the step has a plan, and the state is not sharded by it. Before the first step, write"
             " `state = tfn.shard(state, plan)`."
         )
     for name, param in params.items():
@@ -302,6 +277,7 @@ def check_laid_out(plan: Layout, state: TrainState) -> None:
         axes = tuple(axis for axis, size in plan.shape(plan.world).items() if size > 1)
         if param.device_mesh.mesh_dim_names != axes or param.placements != placements(plan, name, shape, "params"):
             raise ValueError(
-                f"step(state, batch): the state is laid out by another plan: {name!r} is {param.placements} on"
-                f" {param.device_mesh.mesh_dim_names}. Lay it out by the step's: `tfn.shard(tfn.gather(state), plan)`."
+                f"step(state, batch): the state is sharded by another plan: {name!r} is {param.placements} on"
+                f" {param.device_mesh.mesh_dim_names}. Shard it by the plan of the step:"
+                " `tfn.shard(tfn.gather(state), plan)`."
             )

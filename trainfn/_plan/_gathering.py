@@ -1,8 +1,8 @@
 """Parameters where they are used: gathered for one operation, and not kept.
 
-A module runs on `DTensor` parameters. Whatever function is called on one of them gets its whole local value, which
-exists for that call; what autograd would keep of it is gathered again in the backward pass. There, the gradient is
-reduced as soon as it is known. A captured step has all of it as operations of its graph.
+A module runs on `DTensor` parameters. A function that is called on one gets its full value, which exists for that call.
+Autograd does not keep the value: the backward pass gathers it again, and reduces the gradient as soon as it is known. A
+captured step has all of this as operations of its graph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainfn._plan._place import gradient_placements
 
 _ASKED = ("shape", "dtype", "device", "requires_grad", "ndim", "is_leaf", "grad", "grad_fn", "layout", "is_meta",
           "is_cuda")  # fmt: skip
-# What is asked of a parameter, rather than computed with it.
+# Questions about a parameter, for which its values are not needed.
 _QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in _ASKED),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex),
@@ -34,7 +34,13 @@ _QUESTIONS = {
 
 
 class Usage(NamedTuple):
-    """How a parameter is used on this rank, and what becomes of its gradient: placements on each axis."""
+    """Placements of a parameter and of its gradient, on each axis of the mesh.
+
+    Attributes:
+        used: Of the value that a function computes with.
+        local: Of the gradient that the function's backward pass gives this rank.
+        kept: Of the gradient that is kept until the update.
+    """
 
     used: tuple[Any, ...]
     local: tuple[Any, ...]
@@ -56,7 +62,7 @@ def usage(plan: Layout, param: DTensor, *, tensor_parallel: bool) -> Usage:
 
 
 class Use(torch.autograd.Function):
-    """A parameter's value on this rank; backward, its gradient's sum, laid out as the plan keeps gradients."""
+    """A parameter's value on this rank; backward, the sum of its gradient, with the placements that the plan keeps."""
 
     @staticmethod
     def forward(ctx: Any, param: DTensor, plan: Layout, how: Usage) -> Tensor:
@@ -71,6 +77,8 @@ class Use(torch.autograd.Function):
         mesh, dtype, shape, stride = ctx.spec
         grad = grads[0].to(ctx.plan.precision.reduce or dtype)
         sums = DTensor.from_local(grad, mesh, ctx.how.local, run_check=False, shape=shape, stride=stride)
+        # Stages 2 and 3: a reduce-scatter of the gradient's bytes over ``shard``, in each backward pass, so that a rank
+        # never holds more than one full gradient. Stages 0 and 1: none, the sum is kept as a summand until the update.
         kept = sums.redistribute(placements=ctx.how.kept)
         if kept.dtype != dtype:
             part = kept.to_local().to(dtype)
@@ -79,6 +87,11 @@ class Use(torch.autograd.Function):
 
 
 def gathered(param: DTensor, plan: Layout, how: Usage) -> Tensor:
+    """The value that this rank computes with.
+
+    Stage 3: an all-gather of the parameter's bytes in the dtype of the computation, for each use in the forward pass,
+    and with ``reshard`` once more in the backward pass. Stages 0 to 2: no communication, the parameter is full.
+    """
     compute = plan.precision.compute
     if compute is not None and param.is_floating_point():
         return param.to(compute).redistribute(placements=how.used).to_local()  # type: ignore[attr-defined]
@@ -86,7 +99,7 @@ def gathered(param: DTensor, plan: Layout, how: Usage) -> Tensor:
 
 
 class Gathering(TorchFunctionMode):
-    """Functions called in this block see parameters, not `DTensor`s."""
+    """Functions that are called in this block get the values of parameters, not `DTensor`s."""
 
     def __init__(self, plan: Layout, training: bool) -> None:
         super().__init__()
@@ -94,7 +107,7 @@ class Gathering(TorchFunctionMode):
         self.live: dict[int, tuple[StorageWeakRef, DTensor, Usage]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Gather what the function is called on."""
+        """Gather the parameters that the function is called on."""
         if func in _QUESTIONS:
             return func(*args, **(kwargs or {}))
         if func in COMPOSITES:  # the backward pass, which may compute a checkpointed module again
@@ -114,7 +127,7 @@ class Gathering(TorchFunctionMode):
         return x
 
     def value(self, param: DTensor, *, part: bool = False) -> Tensor:
-        """What this rank computes with: all of a parameter, or its part along the axis ``tensor``."""
+        """The value that this rank computes with: a full parameter, or its part along the axis ``tensor``."""
         how = usage(self.plan, param, tensor_parallel=part)
         if not torch.is_grad_enabled():
             return gathered(param, self.plan, how)
@@ -123,10 +136,10 @@ class Gathering(TorchFunctionMode):
         self.live[storage.cdata] = storage, param, how
         return value
 
-    # --- what autograd keeps --------------------------------------------------------------------------------------
+    # --- instead of the values that autograd would keep -----------------------------------------------------------
 
     def pack(self, kept: Tensor) -> Any:
-        """Instead of a gathered parameter, or a view of it: where to get it again."""
+        """The parameter to gather again, in place of a gathered value or a view of it."""
         found = self.live.get(StorageWeakRef(kept.untyped_storage()).cdata)
         if found is None:
             return kept

@@ -1,4 +1,4 @@
-"""A plan: frozen data that says which rank holds, computes and reduces what.
+"""A plan: frozen data by which ranks hold, compute and reduce their parts of a state.
 
 ::
 
@@ -31,7 +31,7 @@ Stage = Literal[0, 1, 2, 3]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Which dtype what is in; None for the parameters' own.
+    """The dtypes of a run; None stands for the dtype of the parameters.
 
     Attributes:
         param: Of the parameters in the state.
@@ -80,10 +80,10 @@ class Layout:
     # --- where this rank is ---------------------------------------------------------------------------------------
 
     def shape(self, world: int) -> dict[str, int]:
-        """The size of every axis when there are ``world`` ranks.
+        """Return the size of every axis when there are ``world`` ranks.
 
         Raises:
-            ValueError: If they don't multiply to it.
+            ValueError: If the sizes don't multiply to ``world``.
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
         known = functools.reduce(lambda a, b: a * b, (size for size in sizes.values() if size != -1))
@@ -103,17 +103,17 @@ class Layout:
 
     @property
     def data_size(self) -> int:
-        """Over how many ranks the rows of a batch are spread."""
+        """The number of parts that the rows of a batch are divided into."""
         sizes = self.shape(self.world)
         return sizes["replicate"] * sizes["shard"]
 
     @property
     def data_rank(self) -> int:
-        """Which part of a batch's rows is this rank's: ``loader.shard(plan.data_rank, plan.data_size)``."""
+        """The part of a batch's rows that this rank has: ``loader.shard(plan.data_rank, plan.data_size)``."""
         return rank() // self.shape(self.world)["tensor"]
 
     def mesh(self, device: str) -> DeviceMesh:
-        """The mesh of ranks, of those axes that are longer than 1; made once. All ranks must call this."""
+        """Return the mesh of ranks with the axes that are longer than 1; made once. All ranks call this."""
         sizes = {axis: size for axis, size in self.shape(self.world).items() if size > 1}
         return _mesh(device, tuple((sizes or {"replicate": 1}).items()))
 
@@ -130,21 +130,22 @@ def _listed(sizes: dict[str, int]) -> str:
 def _mesh(device: str, axes: tuple[tuple[str, int], ...]) -> DeviceMesh:
     from torch.distributed import init_device_mesh
 
+    # Makes a process group for each axis, once for each plan: a few round trips between the ranks, no data.
     return init_device_mesh(device, tuple(n for _, n in axes), mesh_dim_names=tuple(name for name, _ in axes))
 
 
 def world_size() -> int:
-    """The number of processes that work together.
+    """Return the number of processes of this job.
 
     Raises:
-        RuntimeError: If a launcher started several, and they have not found each other.
+        RuntimeError: If a launcher started several processes and they have not met.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     if launched() > 1:
         raise RuntimeError(
             f"{launched()} processes were launched (WORLD_SIZE={launched()}), and this one believes that it is alone:"
-            " each would train by itself. First of all, `plan = tfn.launch.plan()`, which brings them together, or"
+            " each would train by itself. Write `plan = tfn.launch.plan()` first of all, which brings them together, or"
             " `torch.distributed.init_process_group()`; on a machine without GPUs, launch with"
             " `ACCELERATE_USE_CPU=true accelerate launch ...`."
         )
@@ -152,5 +153,5 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """This process' number among them."""
+    """Return the number of this process."""
     return torch.distributed.get_rank() if world_size() > 1 else 0

@@ -1,4 +1,4 @@
-"""Where each leaf of a state is: `shard` lays a state out, `gather` brings it together again."""
+"""Where each leaf of a state is: `shard` spreads a state over ranks, `gather` makes it full again."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
 
-_SMALL = 2**16  # numbers: vectors below this size are whole on every rank
+_SMALL = 2**16  # numbers: vectors below this size are full on every rank
 
 
 def placements(plan: Layout, name: str, shape: tuple[int, ...], what: str) -> tuple[Placement, ...]:
-    """Along which dimension a parameter, or what belongs to it, is split on each axis of the mesh.
+    """The placements of a parameter, or of its optimizer state, on each axis of the mesh.
 
     Args:
         plan: The plan.
@@ -50,7 +50,7 @@ def _placements(plan: Layout, name: str, shape: tuple[int, ...], what: str) -> t
 
 
 def gradient_placements(plan: Layout, param: DTensor) -> tuple[Placement, ...]:
-    """How the sum of gradients over this rank's rows is kept until the update: split, or not yet added up."""
+    """The placements of the sum of gradients until the update: sharded, or a summand that is not added up yet."""
     from torch.distributed.tensor import Partial, Shard
 
     axes = dict(zip(param.device_mesh.mesh_dim_names or (), param.placements, strict=True))
@@ -66,7 +66,7 @@ def gradient_placements(plan: Layout, param: DTensor) -> tuple[Placement, ...]:
 def sharded_dim(shape: tuple[int, ...], ranks: int, taken: int | None) -> int | None:
     """The dimension that is split over the axis ``shard``: the first that divides evenly, or else is long enough.
 
-    None for biases and the like: they are a thousandth of the numbers, and would be most of the messages.
+    None for small vectors such as biases. They hold a thousandth of the numbers, and would be most of the messages.
     """
     if len(shape) < 2 and math.prod(shape) < _SMALL:
         return None
@@ -75,26 +75,26 @@ def sharded_dim(shape: tuple[int, ...], ranks: int, taken: int | None) -> int | 
 
 
 def _tensor_dim(rule: str | None, shape: tuple[int, ...], ranks: int) -> int | None:
-    """Of ``weight[out, in]`` or ``bias[out]``, the dimension that is split over the axis ``tensor``."""
+    """The dimension of ``weight[out, in]`` or ``bias[out]`` that is split over the axis ``tensor``."""
     if ranks == 1 or rule not in ("columns", "rows") or not shape:
         return None
     return 0 if rule == "columns" else 1 if len(shape) > 1 else None
 
 
 def shard(state: TrainState, plan: Layout) -> TrainState:
-    """Lay a state out over the ranks as ``plan`` says; every rank calls this with a state of the same model.
+    """Spread a state over the ranks by ``plan``; every rank calls this with a state of the same model.
 
-    The values are those of rank 0: it need not matter how the others were initialized, and on them the leaves may be
-    on the meta device. Parameters, and what an optimizer or a step transform keeps in their shape, become `DTensor`
-    leaves; counts, the key and the buffers are the same on every rank. In one process nothing changes.
+    The values are those of rank 0; the leaves of other ranks may be on the meta device. Parameters become `DTensor`
+    leaves, and so do leaves of their shapes in the optimizer's state. Counts, the key and the buffers are full on every
+    rank. In one process nothing changes.
 
     Args:
         state: From `trainfn.init`.
         plan: The plan that the step is given too.
 
     Raises:
-        ValueError: If the plan does not fit the number of processes, a rule chooses nothing, or the state is laid out
-            already.
+        ValueError: If the plan does not fit the number of processes, a rule matches no parameter, or the state is
+            sharded already.
 
     >>> import torch, trainfn as tfn
     >>> state = tfn.init(torch.nn.Linear(2, 1), tfn.optim.adam(1e-3))
@@ -102,7 +102,9 @@ def shard(state: TrainState, plan: Layout) -> TrainState:
     TrainState(Linear, step=0, params=2 tensors / 3 numbers)
     """
     if is_sharded(state):
-        raise ValueError("shard(state, plan): the state is laid out already. `tfn.shard(tfn.gather(state), plan)`.")
+        raise ValueError(
+            "shard(state, plan): the state is sharded already. Write `tfn.shard(tfn.gather(state), plan)`."
+        )
     _check_rules(plan, state)
     _check_offload(plan, state.step.device.type)
     if plan.precision.param is not None:
@@ -127,7 +129,7 @@ def shard(state: TrainState, plan: Layout) -> TrainState:
 
 
 def _device(state: TrainState) -> str:
-    """Where the state will be: where it is, or where it should be if it is nowhere yet."""
+    """The kind of device of the state; of one on the meta device, the accelerator of this machine."""
     if not state.step.is_meta:
         return state.step.device.type
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -146,9 +148,9 @@ def _warn_batch_statistics(plan: Layout, state: TrainState) -> None:
     name = next((name for name, m in found if isinstance(m, kinds) and m.training), None)
     if name is not None and rank() == 0:
         warnings.warn(
-            f"shard(state, plan): {name!r} normalizes by the statistics of its batch, which are of each rank's own"
-            f" rows: {plan.world} ranks do not update as one process does. `torch.nn.GroupNorm` does not depend on the"
-            " batch; one that is to stay as it is goes into `.eval()` before `tfn.init`.",
+            f"shard(state, plan): {name!r} normalizes by the statistics of its batch, and each rank has only its own"
+            f" rows. So {plan.world} ranks do not update as one process does. Write `torch.nn.GroupNorm`, which has no"
+            " such statistics; or keep the statistics, by `.eval()` of the module before `tfn.init`.",
             stacklevel=3,
         )
 
@@ -167,8 +169,8 @@ def _check_offload(plan: Layout, device: str) -> None:
     if plan.offload and device != "cpu":
         raise ValueError(
             f"shard(state, plan): Plan(offload={plan.offload!r}) on {device!r} is not there: a compiled step keeps its"
-            " state on one device. `Plan.fsdp()` splits it over more ranks; DeepSpeed's engine, `tfn.deepspeed`,"
-            " offloads."
+            " state on one device. Write `Plan.fsdp()`, which shards the state over more ranks; or take DeepSpeed's"
+            " engine, `tfn.deepspeed`, which offloads."
         )
 
 
@@ -192,7 +194,7 @@ def check_split(state: TrainState, plan: Layout, ranks: int) -> None:
             )
     if not any(plan.rule(name) in ("columns", "rows") for name in state.params):
         raise ValueError(
-            f"Plan(tensor={ranks}): no rule says which layers are split. Say `rules=tfn.launch.tensor_rules(model)` or"
+            f"Plan(tensor={ranks}): no rule names the layers to split. Write `rules=tfn.launch.tensor_rules(model)` or"
             ' such as `rules=((r"(q|k|v|gate|up)_proj", "columns"), (r"(o|down)_proj", "rows"))`.'
         )
 
@@ -202,18 +204,20 @@ def _distributed(leaf: Tensor, mesh: DeviceMesh, where: tuple[Placement, ...]) -
 
     if leaf.is_meta:
         leaf = torch.empty_like(leaf, device=mesh.device_type)
+    # A scatter of the leaf's bytes from rank 0 over each axis that splits it, and a broadcast over the others, once a
+    # run: the ranks may have been initialized differently.
     return distribute_tensor(leaf.detach(), mesh, where)
 
 
 def _same(leaf: Tensor, mesh: DeviceMesh) -> Tensor:
-    """A plain tensor with rank 0's value."""
+    """A plain tensor with the value of rank 0."""
     from torch.distributed.tensor import Replicate
 
     return _distributed(leaf, mesh, (Replicate(),) * mesh.ndim).to_local()  # type: ignore[attr-defined]
 
 
 def _kept(kept: Tree, plan: Layout, mesh: DeviceMesh, shapes: dict[str, tuple[int, ...]], what: str) -> Tree:
-    """What belongs to a parameter, by its name and shape, lies as that does; other tensors are whole everywhere."""
+    """A tree whose leaves are placed like the parameter of their name and shape; other leaves are full everywhere."""
     from torch.distributed.tensor import Replicate
 
     everywhere = (Replicate(),) * mesh.ndim
@@ -236,7 +240,9 @@ def _owner(path: str, names: dict[str, tuple[int, ...]]) -> str | None:
 
 
 def gather(state: Tree) -> Tree:
-    """The same state with whole tensors, as in one process; every rank calls this and gets it.
+    """Return the state with full tensors, as in one process; every rank calls this and gets all of them.
+
+    One gather of each sharded leaf's bytes, so every rank needs the memory of the full state.
 
     >>> import torch, trainfn as tfn
     >>> state = tfn.init(torch.nn.Linear(2, 1), tfn.optim.adam(1e-3))

@@ -1,4 +1,4 @@
-"""`Plan`: a layout, and what makes a step one of N ranks."""
+"""`Plan`: the data of a `Layout`, and the functions that make a step on one rank a step on N."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from typing import Any, Self
 from torch import Tensor
 
 from trainfn._grad import GradientFunction
-from trainfn._plan import _agree, _apply
+from trainfn._plan import _apply, _batches, _no_rows
 from trainfn._plan._layout import Layout, Stage
 from trainfn._types import Batch, Loss, Metrics, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan(Layout):
-    """How a state is laid out over ranks: sizes of the mesh's axes, and what is split along them.
+    """How a state is sharded over ranks: sizes of the mesh's axes, and what is split along them.
 
-    The sizes multiply to the number of processes; one of them may be -1, for what is left. `Plan()` is one process.
+    The sizes multiply to the number of processes; one of them may be -1, for the ranks that are left.
+    `Plan()` is one process.
 
     Attributes:
-        replicate: Ranks that hold the same, each with its own rows.
-        shard: Ranks that share what ``stage`` says, each with its own rows.
-        tensor: Ranks that share the work on the same rows.
+        replicate: The number of ranks that hold the same and have rows of their own.
+        shard: The number of ranks that share the state, as ``stage`` says, and have rows of their own.
+        tensor: The number of ranks that share the work on the same rows.
         stage: What is split over ``shard``, as DeepSpeed's ZeRO counts: 0 nothing, 1 the optimizer state, 2 also the
             gradients, 3 also the parameters. Rajbhandari et al. 2019, https://arxiv.org/abs/1910.02054.
         rules: ``(pattern, rule)`` by parameter name, the first that matches: ``"columns"`` and ``"rows"`` split a
             linear layer's outputs or inputs over ``tensor``; ``"replicate"`` leaves a parameter and its optimizer
-            state whole on every rank.
+            state full on every rank.
         reshard: With stage 3, whether gathered parameters are freed after the forward pass, and gathered again.
         precision: See `Precision`.
-        offload: What lives in host memory: ``"opt_state"``, ``"params"``. On a CPU all does; an accelerator's plan
-            can't offload, and `shard` says so.
+        offload: The parts of the state in host memory: ``"opt_state"``, ``"params"``. On a CPU all of it is. A plan
+            for an accelerator can't offload, and `shard` raises.
 
     Raises:
-        ValueError: If a size, the stage or a rule can't be.
+        ValueError: If a size, the stage or a rule is not valid.
 
     >>> Plan.fsdp(replicate=2).shape(world=8)
     {'replicate': 2, 'shard': 4, 'tensor': 1}
@@ -45,7 +46,7 @@ class Plan(Layout):
 
     @classmethod
     def replicated(cls, **fields: Any) -> Self:
-        """Every rank holds the whole state: data-parallel training, torch's DDP.
+        """Every rank holds the full state: data-parallel training, torch's DDP.
 
         >>> Plan.replicated().shape(world=4)
         {'replicate': 4, 'shard': 1, 'tensor': 1}
@@ -75,13 +76,13 @@ class Plan(Layout):
     # --- what makes a step one of N ranks; `train_step(..., plan=plan)` calls these -------------------------------
 
     def check(self, state: TrainState) -> None:
-        """Raise if a state is not laid out by this plan."""
+        """Raise if a state is not sharded by this plan."""
         if self.world > 1:
-            _apply.check_laid_out(self, state)
+            _apply.check_sharded(self, state)
 
     def loss(self, loss: Loss) -> Loss:
         """The loss, which of a rank without rows is 0 of weight 0."""
-        return _apply.idle(loss)
+        return _no_rows.idle(loss)
 
     def gradients(self, gradients: GradientFunction) -> GradientFunction:
         """The gradients of this rank's rows."""
@@ -101,4 +102,4 @@ class Plan(Layout):
 
     def pieces(self, state: TrainState, batch: Batch, accumulate: int | str) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's micro-batches, each with the place of its first row among those of all ranks."""
-        return _agree.pieces_on(self, state, batch, accumulate)
+        return _batches.pieces_on(self, state, batch, accumulate)

@@ -17,17 +17,19 @@ from trainfn import tree
 
 
 class Enter(autograd.Function):
-    """The same input for all ranks; backward, the sum of what each rank's part makes of it."""
+    """The input of a split layer, the same on all ranks; backward, the sum of the gradients of the ranks' parts."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: Any) -> Tensor:
-        """Pass on."""
+        """Return the input."""
         ctx.mesh = mesh
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Add up."""
+        """Add up the gradients of the ranks' parts."""
+        # An all-reduce of the activation's bytes over ``tensor``, in each backward pass: each rank has differentiated
+        # its columns only.
         return tree.sum_over(grads[0].contiguous(), ctx.mesh), None
 
 
@@ -36,12 +38,14 @@ class Leave(autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: Any) -> Tensor:
-        """Add up."""
+        """Add up the ranks' parts."""
+        # An all-reduce of the activation's bytes over ``tensor``, in each forward pass: each rank has multiplied its
+        # rows only.
         return tree.sum_over(x.contiguous(), mesh)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Pass on."""
+        """Return the gradient."""
         return grads[0], None
 
 

@@ -1,1 +1,1 @@
-"""Processes that work together: what they decide together, and what their errors mean."""
+"""The processes of a job: what they exchange on the host, and notes on their errors."""

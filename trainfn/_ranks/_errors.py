@@ -1,4 +1,4 @@
-"""What an error means where several processes work together: which of them it happened to, and where to look."""
+"""Notes on an error among several processes: the rank it happened on, its cause, and where to look."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CAUSE = "trainfn/cause"
 
 @contextlib.contextmanager
 def explained(where: str) -> Generator[None]:
-    """Errors of this block say which rank they are of; see `explain`."""
+    """Add the rank to errors of this block; see `explain`."""
     try:
         yield
     except StopIteration:
@@ -30,12 +30,12 @@ def explained(where: str) -> Generator[None]:
 
 
 def explain(error: BaseException, where: str = "") -> None:
-    """Add to an error which rank it is of; and, if it waited for another in vain, that one's error or what to look at.
+    """Add a note to an error: its rank and, if the rank waited for another in vain, the error of that one.
 
-    Nothing is added in a world of one, or twice.
+    Nothing is added in a world of one process, or for the second time.
 
     Args:
-        error: Any; it stays what it is.
+        error: Any error; its class and text stay.
         where: Such as ``", in step 3,"``.
     """
     distributed = torch.distributed
@@ -48,8 +48,8 @@ def explain(error: BaseException, where: str = "") -> None:
 
 
 def _meaning(error: BaseException, rank: int, where: str) -> str:
-    said = str(error)
-    if isinstance(error, RuntimeError) and _LEFT.search(said):
+    text = str(error)
+    if isinstance(error, RuntimeError) and _LEFT.search(text):
         cause = _first_error()
         if cause is not None:
             return f"was waiting for another rank, which has ended: {cause}"
@@ -57,21 +57,21 @@ def _meaning(error: BaseException, rank: int, where: str) -> str:
             "was waiting for another rank, which has ended: its own error, or that it was killed, is in its output and"
             " in the launcher's summary."
         )
-    if isinstance(error, RuntimeError) and _WAITED.search(said):
-        _tell(f"rank {rank} waited for the others in vain{where.rstrip(',')}")
+    if isinstance(error, RuntimeError) and _WAITED.search(text):
+        _report(f"rank {rank} waited for the others in vain{where.rstrip(',')}")
         return (
             "waited for the other ranks in vain. Every rank must call the same steps, `tfn.shard`, `tfn.gather` and"
             " evaluations in the same order, also those that print or save nothing; `py-spy dump --pid N` shows where"
-            " each is. If one of them just needs longer, `tfn.launch.settings(timeout=seconds)`, or for a Trainer"
+            " each is. If one of them needs longer, write `tfn.launch.settings(timeout=seconds)`, or for a Trainer"
             " `TrainingArguments(ddp_timeout=seconds)`."
         )
-    _tell(f"rank {rank}: {type(error).__name__}: {said}")
+    _report(f"rank {rank}: {type(error).__name__}: {text}")
     return "raised this; the other ranks end with it."
 
 
-def _tell(cause: str) -> None:
-    """Leave word where the ranks met, for those that this one leaves waiting. The first to do so is the cause."""
-    with contextlib.suppress(Exception):  # whoever held the store may be gone
+def _report(cause: str) -> None:
+    """Write the cause into the store where the ranks met, for those that wait for this one; the first one counts."""
+    with contextlib.suppress(Exception):  # the rank that holds the store may have ended
         torch.distributed.distributed_c10d._get_default_store().compare_set(_CAUSE, "", cause)
 
 
@@ -84,7 +84,7 @@ def _first_error() -> str | None:
 
 
 def launched() -> int:
-    """The number of processes that work together, or that a launcher says it has started."""
+    """Return the number of processes of this job, or the number that a launcher exported."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

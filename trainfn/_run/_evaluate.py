@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import torch
-
-from trainfn._plan import agreed, divided, plan_of
 from trainfn._run._batches import placed
-from trainfn._types import Batch, Mean, Metrics, TrainState
+from trainfn._run._feed import feed_of
+from trainfn._types import Batch, Metrics, TrainState
 
 
 def evaluate(eval_step: Callable[[TrainState, Batch], Metrics], state: TrainState, batches: Iterable[Batch]) -> Metrics:
@@ -28,20 +26,11 @@ def evaluate(eval_step: Callable[[TrainState, Batch], Metrics], state: TrainStat
     >>> evaluate(step, state, [torch.ones(3), torch.zeros(1)])["loss"]
     Mean(2.25 over weight 4)
     """
-    device = state.step.device
-    plan = plan_of(eval_step)
-    if plan is not None:
-        part, equal = divided(plan, batches)
-        batches = agreed(iter(part), "evaluate(eval_step, state, batches)", equal=equal, parts=plan.data_size)
+    device, feed = state.step.device, feed_of(eval_step)
     total: Metrics = {}
-    for batch in batches:
-        metrics = {name: _wide(mean) for name, mean in eval_step(state, placed(batch, device)).items()}
+    for batch in feed.stream(feed.part(batches), "evaluate(eval_step, state, batches)"):
+        metrics = {name: mean.wide() for name, mean in eval_step(state, placed(batch, device)).items()}
         total = {name: total[name] + mean for name, mean in metrics.items()} if total else metrics
     if not total:
         raise ValueError("evaluate(eval_step, state, batches): there was no batch. An iterator can be used once.")
     return total
-
-
-def _wide(mean: Mean) -> Mean:
-    dtype = torch.float32 if mean.total.device.type == "mps" else torch.float64
-    return Mean(mean.total.to(dtype), mean.weight.to(dtype))

@@ -1,6 +1,6 @@
 """The loop around a step. Read this third.
 
-`steps` is a generator, `fit` a for-loop over it. Nothing here waits for the device; callbacks do, when they print.
+`steps` is a generator, and `fit` is a for-loop over it. Neither waits for the device; callbacks do, when they print.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from trainfn._checkpoint import Checkpoints, ranks_of
-from trainfn._plan import agreed, check_together, divided, plan_of
-from trainfn._ranks._errors import explained, launched
-from trainfn._ranks._group import ranks
+from trainfn._ranks._errors import explained
 from trainfn._run._batches import Batches, placed, source
+from trainfn._run._feed import feed_of
 from trainfn._run._nonfinite import Policy, Watch
 from trainfn._run._requests import Requests
-from trainfn._run._session import Callback, Session
-from trainfn._types import Step, StepInfo, Stop, TrainState
+from trainfn._run._session import Session
+from trainfn._types import Callback, Step, StepInfo, Stop, TrainState
+from trainfn.callbacks._plain import callback_of
 from trainfn.process import uninterrupted
 
 
@@ -56,30 +56,45 @@ def steps(
     >>> [(info.n, info.metrics["loss"].value.item()) for info in steps(step, state, [torch.ones(1)] * 2)]
     [(1, 4.0), (2, 3.9000000953674316)]
     """
-    yield from _run(step, [state], batches, until, nonfinite, Requests())
+    yield from _run(step, _Latest(state), batches, until, nonfinite, Requests())
+
+
+class _Latest:
+    """The newest complete state of a run, which `fit` still has when the loop is left by an error.
+
+    While a step runs there is none: a donating step overwrites its state, so an error inside it leaves nothing to
+    return.
+    """
+
+    def __init__(self, state: TrainState | None = None) -> None:
+        self.state = state
+
+    def complete(self) -> TrainState:
+        assert self.state is not None
+        return self.state
+
+    def take(self) -> TrainState:
+        state, self.state = self.complete(), None
+        return state
 
 
 def _run(
     step: Step,
-    latest: list[TrainState],
+    latest: _Latest,
     batches: Batches,
     until: int | None,
     nonfinite: Policy | None,
     requests: Requests,
 ) -> Iterator[StepInfo]:
-    """`steps`, with the newest complete state in ``latest``; it is empty while a step runs."""
-    n, device = int(latest[0].step), latest[0].step.device  # waits for the device, once
-    plan = plan_of(step)
-    if plan is None and isinstance(latest[0], TrainState):
-        _check_alone()
-    batches, equal = (batches, True) if plan is None else divided(plan, batches)
-    if plan is not None:
-        check_together(plan, latest[0], until)
-    stream, until = source(batches, n, until)
-    if plan is not None:
-        until = None if until is None else max(ranks().gathered(until))
-        what = f"steps(step, state, batches), step {n + 1} or later"
-        stream = agreed(stream, what, equal=equal, parts=plan.data_size)
+    """`steps`, with what it keeps for `fit`: the latest state, and the requests to stop."""
+    begin, feed = latest.complete(), feed_of(step)
+    n, device = int(begin.step), begin.step.device  # waits for the device, once
+    feed.check(begin, until)
+    del begin  # or its memory would be held for the whole run
+    part = feed.part(batches)
+    stream, until = source(part, n, until)
+    until = feed.end(until)
+    stream = feed.stream(stream, f"steps(step, state, batches), step {n + 1} or later")
     watch = Watch(nonfinite)
     last = time.perf_counter()
     try:
@@ -89,11 +104,11 @@ def _run(
                     batch = placed(next(stream), device)
             except StopIteration:
                 break
-            with uninterrupted() as held, explained(f", in step {n + 1},"):
-                state, metrics = step(latest.pop(), batch)
-                latest.append(state)
+            with uninterrupted() as ctrl_c, explained(f", in step {n + 1},"):
+                state, metrics = step(latest.take(), batch)
+                latest.state = state
             n += 1
-            requests.interrupted |= held.arrived
+            requests.interrupted |= ctrl_c.arrived
             watch.see(n, metrics)
             now = time.perf_counter()
             yield StepInfo(n, state, metrics, now - last, until)
@@ -101,21 +116,11 @@ def _run(
             if requests.interrupted:
                 raise KeyboardInterrupt
     finally:
-        if stream is not batches and isinstance(stream, Generator):
-            stream.close()  # a loader's worker processes end with it
+        if stream is not part and isinstance(stream, Generator):
+            stream.close()  # a loader's worker processes end with it; a user's own generator stays open
     watch.report(wait=True)
     if until is not None and n < until:
         warnings.warn(f"the batches ended at step {n}, before until={until}.", stacklevel=3)
-
-
-def _check_alone() -> None:
-    if launched() > 1:
-        raise RuntimeError(
-            f"steps(step, state, batches): {launched()} processes were launched, and the step has no plan: each would"
-            " train by itself. `plan = tfn.launch.plan()`, `state = tfn.shard(state, plan)` and"
-            " `tfn.train_step(..., plan=plan)`; a function around such a step needs `function.plan = plan`. For runs of"
-            " their own, call `step(state, batch)` in a loop."
-        )
 
 
 def fit(
@@ -124,7 +129,7 @@ def fit(
     batches: Batches,
     *,
     until: int | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callable[[StepInfo], object]] = (),
     checkpoints: Checkpoints | None = None,
     nonfinite: Policy | None = None,
 ) -> TrainState:
@@ -161,56 +166,43 @@ def fit(
     >>> fit(step, state, lambda n: torch.ones(1), until=3)
     TrainState(functions, step=3, params=1 tensors / 1 numbers)
     """
-    latest: list[TrainState] = []
+    roles = [callback_of(callback) for callback in callbacks]
+    latest = _Latest()
     try:
-        with Requests(ranks_of(state)) as requests, Session(checkpoints, callbacks, step, batches, requests) as session:
-            latest.append(session.resumed(state, until))
-            for callback in callbacks:
-                if isinstance(callback, contextlib.AbstractContextManager):
-                    session.enter_context(callback)
-            _begin(session, callbacks, StepInfo(int(latest[0].step), latest[0], {}, 0.0, until))
+        with Requests(ranks_of(state)) as requests, Session(checkpoints, roles, step, batches, requests) as session:
+            latest.state = session.resumed(state, until)
+            session.begin(latest.state, until)
             try:
-                _loop(session, callbacks, _run(step, latest, batches, until, nonfinite, requests))
+                _loop(session, roles, _run(step, latest, batches, until, nonfinite, requests))
             except KeyboardInterrupt:
-                # Forced by a second Ctrl-C: inside a step, a donated state may be half overwritten; among several
-                # ranks, the others may be elsewhere.
-                if not latest or (requests.ranks.size > 1 and not requests.interrupted):
+                # The last step is complete, unless a second Ctrl-C forced its way out of it. Then a donated state may
+                # be half overwritten, and other ranks may be at another step: there is nothing to return.
+                if latest.state is None or (requests.ranks.size > 1 and not requests.interrupted):
                     raise
                 if requests.ranks.rank == 0:
-                    n = int(latest[0].step)
+                    n = int(latest.state.step)
                     warnings.warn(
                         f"interrupted: the state after step {n} is returned; call `fit` again to go on.", stacklevel=2
                     )
-            session.finish(latest[0])
+            session.finish(latest.complete())
     except Exception as error:
-        if latest:
-            error.state = latest[0]  # type: ignore[attr-defined]
+        if latest.state is not None:
+            error.state = latest.state  # type: ignore[attr-defined]
         raise
-    return latest[0]
-
-
-def _begin(session: Session, callbacks: Sequence[Callback], info: StepInfo) -> None:
-    if info.until is not None and info.n >= info.until:
-        return  # a finished run does nothing
-    names: list[str] = []
-    for callback in callbacks:
-        if hasattr(callback, "begin"):
-            names += callback.begin(info) or []  # type: ignore[attr-defined]
-    session.check_best(names)
+    return latest.complete()
 
 
 def _loop(session: Session, callbacks: Sequence[Callback], run: Iterator[StepInfo]) -> None:
     with contextlib.closing(run):  # type: ignore[type-var]
         for info in run:
-            answers = [_call(callback, info) for callback in callbacks]
-            stop = next((answer for answer in answers if isinstance(answer, Stop)), None)
-            stops = session.after(info, stop is not None)
-            if stops:
+            answers = [_call(callback, info) for callback in callbacks]  # all are called, also after a `Stop`
+            stop = next((answer for answer in answers if answer is not None), None)
+            if session.after(info, stop is not None):
                 session.say(f"stopped after step {info.n}: {stop.reason if stop else 'a callback of another rank'}")
                 return
 
 
-def _call(callback: Callback, info: StepInfo) -> object:
+def _call(callback: Callback, info: StepInfo) -> Stop | None:
     try:
         return callback(info)
     except Exception as error:

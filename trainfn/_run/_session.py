@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import TracebackType
 from typing import Any, Self
 
 from trainfn import tree
 from trainfn._checkpoint import Checkpoints
 from trainfn._run._batches import Batches, start_anywhere
 from trainfn._run._requests import Requests
-from trainfn._types import StepInfo, TrainState
+from trainfn._types import Callback, StepInfo, TrainState
 from trainfn.callbacks._evaluation import SavedBest
 from trainfn.process import termination
 
-Callback = Callable[[StepInfo], object]
 _OTHER_ROWS = "from here on the steps see other rows than the saved run would have seen"
 # What a changed entry of the run's description means; the first that its name begins with is told.
 _CONSEQUENCES = {
@@ -25,7 +25,7 @@ _CONSEQUENCES = {
 }
 
 
-class Session(contextlib.ExitStack):
+class Session:
     """Looks after the checkpoints of one call of `fit`; without any, it does nothing.
 
     Args:
@@ -44,7 +44,7 @@ class Session(contextlib.ExitStack):
         batches: Batches,
         requests: Requests,
     ) -> None:
-        super().__init__()
+        self._stack = contextlib.ExitStack()
         self.checkpoints, self.callbacks = checkpoints, callbacks
         self.step, self.batches, self.requests = step, batches, requests
         self.saved: int | None = None
@@ -61,12 +61,30 @@ class Session(contextlib.ExitStack):
             self.best = SavedBest(checkpoints.best, checkpoints.mode)
 
     def __enter__(self) -> Self:
-        """Lock the folder, and take note of SIGTERM."""
-        super().__enter__()
+        """Lock the folder, and take note of SIGTERM: who saves can answer it."""
         if self.checkpoints is not None:
-            self.enter_context(self.checkpoints)
-            self.requests.sigterm = self.enter_context(termination())
+            self._stack.enter_context(self.checkpoints)  # first, so that it is left last: it waits for the last save
+            self.requests.sigterm = self._stack.enter_context(termination())
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        """Leave the callbacks, then the checkpoints."""
+        return self._stack.__exit__(kind, error, trace)
+
+    def begin(self, state: TrainState, until: int | None) -> None:
+        """Enter the callbacks; before a first step, have them begin.
+
+        Raises:
+            ValueError: If the metric by which to keep the best checkpoint is not among those that are evaluated.
+        """
+        for callback in self.callbacks:
+            self._stack.enter_context(callback)
+        info = StepInfo(int(state.step), state, {}, 0.0, until)
+        if info.until is not None and info.n >= info.until:
+            return  # a finished run does nothing
+        self._check_best([name for callback in self.callbacks for name in callback.begin(info) or ()])
 
     def resumed(self, state: TrainState, until: int | None) -> TrainState:
         """The newest saved state, if there is one and ``state`` is a fresh one; else ``state``."""
@@ -103,17 +121,6 @@ class Session(contextlib.ExitStack):
             self.best.load_state_dict(extra["best"])
         return state
 
-    def check_best(self, names: list[str]) -> None:
-        """Raise before the first step if the metric by which to keep the best is not among those evaluated."""
-        if self.best is None:
-            return
-        if not names:
-            raise ValueError(
-                f"Checkpoints(..., best={self.best.metric!r}): nothing is evaluated in this run. Add"
-                " `tfn.callbacks.evaluation(eval_step, batches, every=...)` to its callbacks."
-            )
-        self.best.check(names)
-
     def after(self, info: StepInfo, stop: bool = False) -> bool:
         """Surface the error of a save in the background; save if it is time, or if the process is to end.
 
@@ -133,6 +140,16 @@ class Session(contextlib.ExitStack):
             self.say(f"SIGTERM: saved {self.checkpoints.folder}/checkpoint-{info.n}, and stopped")
             raise SystemExit(128 + 15)  # as the shell counts a death by this signal
         return stop
+
+    def _check_best(self, names: list[str]) -> None:
+        if self.best is None:
+            return
+        if not names:
+            raise ValueError(
+                f"Checkpoints(..., best={self.best.metric!r}): nothing is evaluated in this run. Add"
+                " `tfn.callbacks.evaluation(eval_step, batches, every=...)` to its callbacks."
+            )
+        self.best.check(names)
 
     def _wanted(self, n: int) -> bool:
         """Whether it is time to save: by the count of steps, or because it is the best so far."""
@@ -158,7 +175,7 @@ class Session(contextlib.ExitStack):
 
     def _metrics(self, n: int) -> dict[str, float]:
         """What was evaluated at step ``n``."""
-        latest = [c.latest for c in self.callbacks if getattr(c, "latest", None) is not None]  # type: ignore[attr-defined]
+        latest = [callback.latest for callback in self.callbacks if callback.latest is not None]
         return {name: value for step, metrics in latest if step == n for name, value in metrics.items()}
 
     def _description(self) -> dict[str, Any]:
@@ -179,25 +196,20 @@ class Session(contextlib.ExitStack):
                 self.say(f"changed: {name} was {was.get(name)!r}, is {now.get(name)!r}: {why}")
 
     def _states(self) -> list[dict[str, Any]]:
-        return [
-            {"name": type(c).__name__, "state": c.state_dict()}  # type: ignore[attr-defined]
-            for c in self.callbacks
-            if hasattr(c, "state_dict")
-        ]
+        states = [(type(callback).__name__, callback.state_dict()) for callback in self.callbacks]
+        return [{"name": name, "state": state} for name, state in states if state is not None]
 
     def _give_back(self, states: list[dict[str, Any]]) -> None:
         """To each callback the state of the first one saved under its name; two of a name keep their order."""
         left = list(states)
         for callback in self.callbacks:
-            if not hasattr(callback, "load_state_dict"):
-                continue
             name = type(callback).__name__
             mine = next((saved for saved in left if saved["name"] == name), None)
-            if mine is None:
+            if mine is not None:
+                left.remove(mine)
+                callback.load_state_dict(mine["state"])
+            elif callback.state_dict() is not None:
                 self.say(f"changed: the callback {name} is new, and starts afresh")
-                continue
-            left.remove(mine)
-            callback.load_state_dict(mine["state"])  # type: ignore[attr-defined]
         for saved in left:
             name = saved["name"]
             self.say(f"changed: the callback {name} of the saved run is not in this one; what it kept is left out")

@@ -1,4 +1,4 @@
-"""What happens after a step: functions of a `StepInfo`, for `trainfn.fit`.
+"""Callbacks: functions of a `StepInfo`, which `trainfn.fit` calls after each step.
 
 ::
 
@@ -11,9 +11,8 @@
         ]),
     ])
 
-A callback is any function of a `StepInfo`; returning `trainfn.Stop` ends the run. It may have more, all optional:
-``begin(info)``, called before the first step; ``state_dict()`` and ``load_state_dict(state)``, plain JSON, kept in
-checkpoints; and being a context manager, entered for the run.
+A callback is a function of a `StepInfo`; returning `trainfn.Stop` ends the run. One that needs more, such as a state
+that checkpoints keep, inherits from `trainfn.Callback` and writes the methods that it needs.
 """
 
 from trainfn.callbacks._evaluation import early_stopping as early_stopping

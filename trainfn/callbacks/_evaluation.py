@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 from trainfn import tree
 from trainfn._run._evaluate import evaluate
 from trainfn._text import nearest
-from trainfn._types import Batch, Metrics, StepInfo, Stop, TrainState
+from trainfn._types import Batch, Callback, Metrics, StepInfo, Stop, TrainState
 from trainfn.callbacks._log import values
+from trainfn.callbacks._plain import callback_of
 
 Mode = Literal["min", "max"]
 
 
-class evaluation:
+class evaluation(Callback):
     """Every so many steps and at the end, evaluate, and hand the metrics to further callbacks.
 
-    Before the first step one batch is evaluated, so that a misspelt metric, or an evaluation that fails, is found then
-    and not after an hour.
+    Before the first step one batch is evaluated. So a misspelt metric, or an evaluation that fails, is found then and
+    not after an hour.
 
     Args:
         eval_step: From `trainfn.eval_step`, compiled or not.
         batches: Batches that can be iterated again and again: a list, or a `trainfn.data` loader with ``epochs=1``.
         every: The number of steps from one evaluation to the next.
         then: Callbacks for the metrics, under their names with the prefix.
-        prefix: Of the metrics' names.
+        prefix: The beginning of the metrics' names.
         of: The state to evaluate, such as ``lambda s: s._replace(params=s.extra["ema"])``.
 
     Raises:
@@ -63,19 +66,30 @@ class evaluation:
             )
         if getattr(batches, "steps", 1) is None:
             raise ValueError("evaluation(eval_step, batches): these never end. Say `tfn.data.loader(..., epochs=1)`.")
-        self.eval_step, self.batches, self.every, self.then = eval_step, batches, every, tuple(then)
+        self.eval_step, self.batches, self.every = eval_step, batches, every
+        self.then = [callback_of(callback) for callback in then]
         self.prefix, self.of = prefix, of
-        self.latest: tuple[int, dict[str, float]] | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        for callback in self.then:
+            self._stack.enter_context(callback)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._stack.__exit__(kind, error, trace)
 
     def begin(self, info: StepInfo) -> list[str]:
-        """Evaluate one batch; return the metrics' names."""
+        """Evaluate one batch, and return the names of the metrics."""
         first = next(iter(self.batches), None)
         if first is None:
             raise ValueError("evaluation(eval_step, batches): there is no batch.")
         names = [self.prefix + name for name in evaluate(self.eval_step, self.of(info.state), [first])]
         for callback in self.then:
-            if hasattr(callback, "check"):
-                callback.check(names)  # type: ignore[attr-defined]
+            callback.check(names)
+            callback.begin(info)
         return names
 
     def __call__(self, info: StepInfo) -> Stop | None:
@@ -86,17 +100,18 @@ class evaluation:
         named = info._replace(metrics={self.prefix + name: mean for name, mean in metrics.items()})
         self.latest = info.n, values(named.metrics)
         answers = [callback(named) for callback in self.then]
-        return next((answer for answer in answers if isinstance(answer, Stop)), None)
+        return next((answer for answer in answers if answer is not None), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the callbacks keep, by number."""
-        return {str(i): c.state_dict() for i, c in enumerate(self.then) if hasattr(c, "state_dict")}  # type: ignore[attr-defined]
+        """The states of the further callbacks, by their number."""
+        states = {str(i): callback.state_dict() for i, callback in enumerate(self.then)}
+        return {i: state for i, state in states.items() if state is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give the callbacks back what they kept."""
+        """Take what `state_dict` returned."""
         for i, callback in enumerate(self.then):
-            if str(i) in state and hasattr(callback, "load_state_dict"):
-                callback.load_state_dict(state[str(i)])  # type: ignore[attr-defined]
+            if str(i) in state:
+                callback.load_state_dict(state[str(i)])
 
 
 class Best:
@@ -147,7 +162,7 @@ class SavedBest(Best):
         self.value, self.n = math.nan if state["value"] is None else state["value"], state["n"]
 
 
-class early_stopping(SavedBest):
+class early_stopping(SavedBest, Callback):
     """Stop once a metric has not become better for so many looks at it.
 
     Args:
@@ -164,7 +179,7 @@ class early_stopping(SavedBest):
     >>> for n, value in enumerate([3.0, 2.0, 2.5, 2.0]):
     ...     answer = stop(tfn.StepInfo(n, None, {"loss": tfn.Mean.of(torch.tensor([value]))}, 0.1))
     >>> answer
-    Stop(reason="'loss' was best at step 1 (2), and not better in 2 looks since")
+    Stop(reason="'loss' was best at step 1 (2), and has not improved in 2 looks since")
     """
 
     def __init__(self, metric: str, *, patience: int = 3, mode: Mode = "min", min_delta: float = 0.0) -> None:
@@ -180,8 +195,8 @@ class early_stopping(SavedBest):
             return None
         looks = "look" if self.waited == 1 else "looks"
         return Stop(
-            f"{self.metric!r} was best at step {self.n} ({self.value:.6g}), and not better in {self.waited} {looks}"
-            " since"
+            f"{self.metric!r} was best at step {self.n} ({self.value:.6g}), and has not improved in"
+            f" {self.waited} {looks} since"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,7 +209,7 @@ class early_stopping(SavedBest):
         self.waited = state["waited"]
 
 
-class keep_best(Best):
+class keep_best(Best, Callback):
     """Keep a copy of the state with the best value of a metric, in memory, as ``.state``.
 
     On disk, `trainfn.Checkpoints` keeps the best with ``best="eval_loss"``; this one begins anew with each process.

@@ -1,7 +1,6 @@
-"""Numbers and lines: what a metric is worth, now and over a window of steps.
+"""Numbers and lines: the value of a metric, of one step and over a window of steps.
 
-A metric becomes a number only here, in `values`, and only when it is shown: that is the one place that waits for
-the device.
+A metric becomes a number in `values` alone, when it is shown. No other function here waits for the device.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 
 from trainfn._plan import rank
-from trainfn._types import Mean, Metrics, StepInfo
+from trainfn._types import Callback, Mean, Metrics, StepInfo, Stop
+from trainfn.callbacks._plain import callback_of
 
 
 def values(metrics: Metrics) -> dict[str, float]:
@@ -37,7 +37,7 @@ def every(n: int, fn: Callable[[StepInfo], object]) -> Callable[[StepInfo], None
     [2, 4]
     """
     if n < 1:
-        raise ValueError(f"every({n}, fn): the interval is 1 or more.")
+        raise ValueError(f"every({n}, fn): the interval is {n}; give 1 or more steps.")
 
     def call(info: StepInfo) -> None:
         if info.n % n == 0:
@@ -46,11 +46,10 @@ def every(n: int, fn: Callable[[StepInfo], object]) -> Callable[[StepInfo], None
     return call
 
 
-class window:
-    """Like `every`, with the metrics and seconds of all steps since the last call, added up.
+class window(Callback):
+    """Call ``fn(info)`` after every ``n`` steps, with the metrics and seconds of these steps added up.
 
-    The sum stays on the device; nothing waits until ``fn`` looks. A run that goes on from a checkpoint goes on with
-    the sum.
+    The sums are in float64 and stay on the device: nothing waits until ``fn`` reads them. Checkpoints keep them.
 
     >>> import torch, trainfn as tfn
     >>> callback = window(2, lambda info: print(info.n, values(info.metrics)))
@@ -62,10 +61,10 @@ class window:
 
     def __init__(self, n: int, fn: Callable[[StepInfo], object]) -> None:
         if n < 1:
-            raise ValueError(f"window({n}, fn): the interval is 1 or more.")
-        self.n, self.fn, self._sum = n, fn, Sum()
+            raise ValueError(f"window({n}, fn): the interval is {n}; give 1 or more steps.")
+        self.n, self.fn, self._sum = n, callback_of(fn), Sum()
 
-    def __call__(self, info: StepInfo) -> object:
+    def __call__(self, info: StepInfo) -> Stop | None:
         """Add a step; call ``fn`` if it is time."""
         self._sum.add(info)
         return self.fn(self._sum.take(info)) if info.n % self.n == 0 else None
@@ -79,9 +78,15 @@ class window:
         """Go on from what `state_dict` gave."""
         self._sum = Sum()
         self._sum.metrics = {
-            name: Mean(torch.tensor(total), torch.tensor(weight)) for name, (total, weight) in state["metrics"].items()
+            name: Mean(*(torch.tensor(part, dtype=torch.float64) for part in parts))
+            for name, parts in state["metrics"].items()
         }
         self._sum.seconds, self._sum.steps = state["seconds"], state["steps"]
+
+
+def _sum(held: Mean, new: Mean) -> Mean:
+    # A restored sum is on the CPU until a step says where the metrics are.
+    return Mean(held.total.to(new.total), held.weight.to(new.weight)) + new
 
 
 class Sum:
@@ -94,14 +99,10 @@ class Sum:
 
     def add(self, info: StepInfo) -> None:
         """Add a step."""
-        self.metrics = {k: m + self._held(k, m) if k in self.metrics else m for k, m in info.metrics.items()}
+        new = {name: mean.wide() for name, mean in info.metrics.items()}
+        self.metrics = {name: _sum(self.metrics[name], m) if name in self.metrics else m for name, m in new.items()}
         self.seconds += info.seconds
         self.steps += 1
-
-    def _held(self, name: str, like: Mean) -> Mean:
-        held = self.metrics[name]  # restored ones come from the CPU
-        device = like.total.device
-        return held if held.total.device == device else Mean(held.total.to(device), held.weight.to(device))
 
     def take(self, info: StepInfo) -> StepInfo:
         """The sum, as a `StepInfo`; it starts anew."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Self
 
 from trainfn._plan import rank
-from trainfn._types import StepInfo
+from trainfn._types import Callback, StepInfo
 from trainfn.callbacks._log import Sum, values
 
 
-class progress:
+class progress(Callback):
     """A progress bar for terminals and notebooks: mean metrics, steps per second, time left; on rank 0.
 
     Args:
@@ -25,7 +25,7 @@ class progress:
     def __init__(self, *, per_step: dict[str, float] | None = None, seconds: float = 0.5, **options: Any) -> None:
         self.per_step, self.seconds, self.options = per_step or {}, seconds, options
 
-    def __enter__(self) -> progress:
+    def __enter__(self) -> Self:
         """Show that the first step is under way, which compiles the program."""
         from tqdm.auto import tqdm  # here, so that `import trainfn` stays fast
 
@@ -48,7 +48,7 @@ class progress:
             self._shown = now
 
     def _start(self, info: StepInfo) -> None:
-        """Begin to measure: the first step, with its compilation, tells nothing about the others."""
+        """Begin to measure: the first step, with its compilation, says nothing about the others."""
         self._started = True
         self._bar.reset(total=info.until)
         self._bar.initial = self._bar.n = self._bar.last_print_n = info.n

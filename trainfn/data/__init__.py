@@ -20,11 +20,15 @@ sampler                a step sees                                        it kee
 
 A sampler answers for any step, past or future, at the same cost, on any machine with the same bits. It knows nothing
 of ranks or workers. A `loader` reads the rows of a dataset by number: ``loader(n)`` is batch n, ``loader.start(n)``
-iterates from there; `stream` does the same for what can only be iterated. So a run goes on at step n by asking for it.
+iterates from there. `stream` does the same for data that can only be iterated. So a run resumes at step n by asking for
+it.
 
 Reading order: `_sampler.py`, `_orders.py`, `_loader.py`; `_bits.py` holds the permutation.
 """
 
+from trainfn._plan import NoRows as NoRows
+from trainfn._plan import is_empty as is_empty
+from trainfn._plan import no_rows as no_rows
 from trainfn.data._collate import pad_collate as pad_collate
 from trainfn.data._collate import stack as stack
 from trainfn.data._lengths import bucketed as bucketed

@@ -1,4 +1,4 @@
-"""What a loader and a stream have in common: from a batch's rows to the batch."""
+"""From a batch's rows to the batch: the part that a loader and a stream share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trainfn import tree
 from trainfn._types import Batch
 from trainfn.data import _seeding
 from trainfn.data._bits import Ints, Words
@@ -58,11 +57,6 @@ def collated(collate: Collate, rows: Sequence[Any], seed: int, step: int, first_
         batch = collate(rows)
     # The `BatchEncoding` of transformers is a mapping but no dict, and so one leaf of a tree.
     return dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
-
-
-def no_rows(batch: Batch) -> Batch:
-    """A batch like this one, of no rows."""
-    return tree.map(lambda x: x[:0] if isinstance(x, torch.Tensor | np.ndarray) and x.ndim else x, batch)
 
 
 def weighted(batch: Batch, weights: npt.NDArray[np.float32], name: str) -> Batch:

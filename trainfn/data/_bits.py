@@ -1,7 +1,7 @@
 """Random bits and permutations by counting, on the host: `trainfn.random` in NumPy, bit for bit.
 
-Only integer arithmetic modulo 2**64 is used, so every machine, process and NumPy version gets the same bits, and
-element 10**12 costs what element 0 does.
+Only integer arithmetic modulo 2**64 is used, so every machine, process and NumPy version gets the same bits. Element
+10**12 costs as much as element 0.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ def bits(key: Words, numbers: Ints) -> Words:
 def permute(key: Words, n: int, positions: Ints) -> Ints:
     """Where a random permutation of ``range(n)`` sends these positions; no list of n numbers is made.
 
-    A Feistel network over pairs (left, right) with ``a * b >= n`` and as little to spare as can be: each round adds a
-    function of one half to the other, which can be undone, so the network is a bijection. What lands at n or above
-    is sent through again (cycle walking), which takes few passes: the pairs outnumber n by less than its square root.
+    A Feistel network over pairs (left, right) with ``a * b >= n`` and as little to spare as can be. Each round adds a
+    function of one half to the other. That can be undone, so the network is a bijection. A value that lands at n or
+    above is sent through again (cycle walking). That takes few passes: the pairs outnumber n by less than its square
+    root.
 
     Source: Black, Rogaway: "Ciphers with arbitrary finite domains", CT-RSA 2002, section 5.
     """

@@ -18,7 +18,7 @@ Collate = Callable[[Sequence[Any]], Batch]
 def stack(rows: Sequence[Any]) -> Batch:
     """Stack rows into one batch, field by field: what a `loader` does by default.
 
-    As torch's ``default_collate``, with three differences: a list of numbers is one tensor and not one tensor per
+    As torch's ``default_collate``, with three differences. A list of numbers is one tensor and not one tensor per
     position, Python floats become torch's default dtype, and tuples stay tuples. Strings are kept in a list.
 
     Raises:

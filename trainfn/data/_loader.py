@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from trainfn._plan import no_rows
 from trainfn._text import shortened
 from trainfn._types import Batch
 from trainfn.data import _batch, _seeding, _workers
@@ -23,7 +24,7 @@ from trainfn.data._sampler import Rows, Sampler, described, named, natural, seed
 class Loader:
     """Batches by number; made by `loader`.
 
-    ``loader(n)`` is the batch that step n sees, ``loader.start(n)`` iterates from there with the workers' help, and
+    ``loader(n)`` is the batch that step n sees; ``loader.start(n)`` iterates from there with the workers' help, and
     ``len(loader)`` is the number of batches where that is finite.
 
     >>> import trainfn as tfn
@@ -87,7 +88,7 @@ class Loader:
         rows, first = _batch.share(everything, self.sampler.batch_size, self.rank, self.world, self.even)
         try:
             if len(rows.indices) == 0:
-                return _batch.no_rows(self._collated(everything.part(slice(1)), n, first))
+                return no_rows(self._collated(everything.part(slice(1)), n, first))
             batch = self._collated(rows, n, first)
         except Exception as error:
             error.add_note(f"In the batch of step {n}, of the rows {shortened(rows.indices.tolist())}.")
@@ -102,8 +103,8 @@ class Loader:
         Args:
             rank: From 0 to ``world - 1``.
             world: The number of ranks.
-            even: False if ranks may get batches of different sizes: of a batch that doesn't divide, the first ones get
-                a row more, and of one with fewer rows than ranks the last ones get a batch of no rows.
+            even: False if ranks may get batches of different sizes. If a batch does not divide, the first ranks get one
+                row more. If it has fewer rows than ranks, the last ranks get a batch of no rows.
 
         Raises:
             ValueError: If ``even``, and ranks would get batches of different shapes.
@@ -118,7 +119,7 @@ class Loader:
         return dataclasses.replace(self, rank=rank, world=world, even=even)
 
     def describe(self) -> dict[str, Any]:
-        """What the batches are made of, for JSON. Workers and ranks are not in it: they change nothing."""
+        """The description of all batches, for JSON. Workers and ranks are not in it: they change nothing."""
         return {
             "sampler": self.sampler.describe(),
             "dataset": describe_dataset(self.dataset),
@@ -178,17 +179,17 @@ def loader(
     """The batches of a dataset in the order of a sampler.
 
     While a row is read and transformed, the global generators of Python, NumPy and torch (on the CPU) are seeded from
-    (seed, epoch, row), and given back afterwards: augmentations that use them are the same for any number of workers
+    (seed, epoch, row). Afterwards they are restored. Augmentations that use them are the same for any number of workers
     and ranks, and after a resume. A collate function of your own draws by (seed, step) and place in the global batch.
 
     Args:
         dataset: A dict or tuple of arrays or tensors, an array, a list of rows, a ``torch.utils.data.Dataset`` or a
-            Hugging Face ``Dataset``: anything with ``dataset[i]`` and ``len``.
+            Hugging Face ``Dataset``. It has ``dataset[i]`` and ``len``.
         sampler: For as many rows as the dataset has.
         transform: ``row -> row``, or ``(row, key) -> row`` with a key for `trainfn.random` instead of seeded
             generators.
         collate: ``rows -> batch``: `stack`, `pad_collate`, or your own, such as one of transformers.
-        seed: Of the rows' randomness; by default the sampler's.
+        seed: The seed of the rows' randomness; by default the sampler's.
         epochs: When to end; by default never.
         weights: With ``last="pad"``, the field of the batch that holds the rows' weights, ``float32[batch]``. A
             tuple gets them as its last item.

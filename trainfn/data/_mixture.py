@@ -20,8 +20,8 @@ class Mixture:
     """Blocks of slots; each source gets its share of a block, and a permutation says which slots of it.
 
     ``shares`` are the cumulative proportions, exact fractions as (numerator, denominator), the last one 1. After b
-    blocks the first k sources together have ``floor(b * block * shares[k])`` slots, so no source is ever off by more
-    than one row at the end of a block, and where block b of a source starts is known without counting.
+    blocks the first k sources together have ``floor(b * block * shares[k])`` slots. So no source is off by more than
+    one row at the end of a block. Where block b of a source starts is known without counting.
     """
 
     kind: ClassVar[str] = "mixture"
@@ -41,7 +41,7 @@ class Mixture:
         return sum(sampler.num_rows for sampler in self.sources)
 
     def at(self, epoch: int, slots: Ints) -> tuple[Ints, Ints]:
-        """See `Order`. A batch is no larger than a block, so it touches two at most."""
+        """See `Order`. A batch is not larger than a block, so it touches two at most."""
         out, visits = np.empty_like(slots), np.empty_like(slots)
         for block in np.unique(slots // self.block).tolist():
             here = slots // self.block == block

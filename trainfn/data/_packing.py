@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packing:
-    """Which rows share a pack: pack k is ``rows[starts[k] : starts[k + 1]]``, and how they become one row.
+    """The rows of each pack: pack k is ``rows[starts[k] : starts[k + 1]]``, and how they become one row.
 
     >>> packing = packed([3, 1, 2], 4, 1, seed=0).packing
     >>> [packing.members(k).tolist() for k in range(2)]
@@ -48,7 +48,7 @@ def packed(
 ) -> Sampler:
     """Rows packed into rows of ``length``, by best fit decreasing; the packs are shuffled in each epoch.
 
-    Which rows share a pack is decided once: a second for a million rows, and 16 bytes per row. The sampler's indices
+    The packs are made once: a second for a million rows, and 16 bytes per row. The sampler's indices
     are packs; a `loader` reads a pack's rows, applies its ``transform`` to each and joins them.
 
     Args:
@@ -88,8 +88,8 @@ def packed(
 def _best_fit(lengths: Ints, length: int) -> tuple[Ints, int]:
     """The pack of each row and the number of packs: longest rows first, each where the least room is left.
 
-    Rows of one length are placed together, so the work grows with the number of lengths, not of rows: a pack with
-    room r takes ``r // size`` of them at once.
+    Rows of one length are placed together, so the work grows with the number of lengths, not of rows. A pack with room
+    r takes ``r // size`` of them at once.
     """
     by_length = np.argsort(-lengths, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(lengths[by_length]), 1)) + 1
@@ -130,8 +130,8 @@ def pack_rows(
 
     Each field of the rows is a sequence of tokens, or one number per token. The result has them joined and padded, and
 
-    * ``labels``: the rows' own, or their ``input_ids``; the first token of each row is ignored, for nothing before it
-      predicts it, and so is the padding;
+    * ``labels``: the rows' own, or their ``input_ids``; the first token of each row is ignored, as no token predicts
+      it, and so is the padding;
     * ``position_ids``: 0, 1, 2, … anew in each row, and in the padding;
     * ``segment_ids``: 1 for the first row, 2 for the second, …, and 0 for the padding: attention is allowed where
       they are equal.
@@ -140,7 +140,7 @@ def pack_rows(
 
     Args:
         rows: Mappings with ``input_ids`` and fields of the same length.
-        length: Of the result.
+        length: The length of the result.
         pad: What fills up each field, by name; 0 for those not named.
         ignore_index: The label of what is not predicted.
 

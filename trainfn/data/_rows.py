@@ -97,8 +97,9 @@ class Items:
 def source(dataset: Any, getitems: bool = False) -> Source:
     """The dataset as a `Source`.
 
-    Rows are read one by one where reading may draw random numbers, so that they're the same in any company: from
-    datasets of unknown classes, and Hugging Face datasets with a transform. The others are read in one go.
+    Rows are read one by one where reading may draw random numbers, so that they don't depend on their neighbours. That
+    is the case for datasets of unknown classes, and for Hugging Face datasets with a transform. The others are read in
+    one go.
     """
     if isinstance(dataset, Items | Columns | Concat):
         return dataset

@@ -1,7 +1,7 @@
 """A sampler: which rows a step sees, as a function of the step's number.
 
-An `Order` says which row stands in which slot of which epoch; a `Sampler` cuts the slots into batches and decides what
-becomes of the end of an epoch. Both are frozen data: a step in the past or in the future is asked for like any other.
+An `Order` says which row stands in which slot of which epoch. A `Sampler` cuts the slots into batches and decides how
+an epoch ends. Both are frozen data: a step in the past or in the future is asked for like any other.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
 
 class Order(Protocol):
-    """Which row stands in which slot: a frozen dataclass of numbers and arrays.
+    """The order of the rows: a frozen dataclass of numbers and arrays that knows which row stands in which slot.
 
     Attributes:
         kind: The name of the factory that makes it.
@@ -80,12 +80,12 @@ class Order(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
-    """Which rows each step sees: made by `shuffled`, `mixture` and the other factories of `trainfn.data`.
+    """A function from a step to its rows; `shuffled`, `mixture` and the other factories of `trainfn.data` make it.
 
     Attributes:
-        order: Which row stands in which slot of an epoch.
+        order: The row in each slot of an epoch.
         batch_size: Rows of a whole (global) batch, whatever the number of ranks.
-        last: What becomes of the last rows of an epoch, when they don't fill a batch: ``"drop"``; ``"pad"`` fills
+        last: How the last rows of an epoch are used, when they don't fill a batch: ``"drop"``; ``"pad"`` fills
             the batch with rows of weight 0; ``"short"`` makes a smaller batch.
         packing: What `packed` adds: the rows that each of the sampler's "rows" consists of.
 
@@ -153,7 +153,7 @@ class Sampler:
         return filled(indices[taken], visits[taken], self.batch_size if self.last == "pad" else int(taken.sum()))
 
     def describe(self) -> dict[str, Any]:
-        """What the sampler is made of, for JSON: arrays as digests. Equal descriptions mean equal batches."""
+        """The description of the sampler, for JSON: arrays as digests. Equal descriptions mean equal batches."""
         out = {**described(self.order), "batch_size": self.batch_size, "last": self.last}
         return out if self.packing is None else {**out, "packing": described(self.packing)}
 
@@ -203,7 +203,7 @@ def natural(call: str, name: str, value: Any, *, least: int = 1) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"`{call}`: {name}={value!r} is no whole number; write {name}=int({name}).") from None
+        raise TypeError(f"`{call}`: {name}={value!r} is not a whole number; write {name}=int({name}).") from None
     if isinstance(value, bool) or number < least:
         raise ValueError(f"`{call}`: {name}={value!r} is not {least} or more.")
     if number > MAX_ROWS:
@@ -216,7 +216,7 @@ def seeded(call: str, seed: Any) -> int:
     try:
         seed = operator.index(seed)
     except TypeError:
-        raise TypeError(f"`{call}`: seed={seed!r} is no whole number; write seed=0.") from None
+        raise TypeError(f"`{call}`: seed={seed!r} is not a whole number; write seed=0.") from None
     random._signed(seed)  # for its error
     return seed
 

@@ -48,10 +48,10 @@ def _seed(key: Words) -> None:
 def collating(seed: int, step: int, rows: int, first_row: int) -> Generator[None]:
     """Randomness for a collator, which draws for all rows of a batch at once, such as one that masks tokens.
 
-    What it draws from torch is keyed by the row's place in the global batch: a tensor that begins with the batch's
-    rows is filled for each row as it would be in a batch of one rank. (So transformers' masking collator masks the
-    same tokens on any number of ranks, if rows are padded to one length.) What it draws from NumPy or Python is one
-    sequence and can't be told apart by row: it is keyed by the step and the rank's first row.
+    A draw from torch is keyed by the row's place in the global batch. A tensor that begins with the batch's rows is
+    filled for each row as it would be in a batch of one rank. (So transformers' masking collator masks the
+    same tokens on any number of ranks, if rows are padded to one length.) Draws from NumPy or Python are one sequence
+    and can't be separated by row. They are keyed by the step and the rank's first row.
     """
     # No visit is -1, so no row has this key.
     key = _bits.fold_in(_bits.fold_in(_bits.key(seed), -1), step)

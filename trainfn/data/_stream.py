@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from trainfn._plan import no_rows
 from trainfn._types import Batch
 from trainfn.data import _batch, _bits, _seeding, _workers
 from trainfn.data._batch import Transform
@@ -118,7 +119,7 @@ class Stream:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What the batches are made of, for JSON."""
+        """The description of all batches, for JSON."""
         fields = ("batch_size", "last", "shuffle", "seed", "length", "epochs")
         return {
             "kind": "stream",
@@ -155,7 +156,7 @@ class Stream:
                 keys = _seeding.row_keys(self.seed, rows.visits, rows.indices)
                 mine = _batch.transformed(self.transform, mine.__getitem__, rows.indices, keys, seeding=True)
             batch = _batch.collated(self.collate, mine, self.seed, step, offset)
-            batch = _batch.no_rows(batch) if none else batch
+            batch = no_rows(batch) if none else batch
         except Exception as error:
             error.add_note(f"In the batch of step {step}, of the rows from {first} on of epoch {epoch}.")
             raise
@@ -242,7 +243,7 @@ def stream(
             makes any position as near as the first. A source with ``skip(rows)``, as Hugging Face has it, is skipped
             with that. Otherwise rows are read and dropped to get to a step.
         batch_size: Rows of a global batch.
-        last: What becomes of the last rows of a pass; see `Sampler`.
+        last: How the last rows of a pass are used; see `Sampler`.
         shuffle: Shuffle blocks of so many rows, keyed by (seed, epoch, block); 0 for not. A block is held in memory,
             and starting inside of one costs reading it.
         seed: Any 64-bit integer.

@@ -49,7 +49,7 @@ def each(make: Callable[[int], Batch], numbers: Iterable[int], num_workers: int,
 
 
 def streamed(make: Callable[[], Iterator[Batch]], num_workers: int, prefetch: int) -> Iterator[Batch]:
-    """What ``make()`` yields, in this process or in one worker."""
+    """The values that ``make()`` yields, in this process or in one worker."""
     return make() if num_workers == 0 else _loaded(_Streamed(make), num_workers, prefetch)
 
 

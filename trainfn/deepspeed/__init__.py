@@ -7,14 +7,13 @@
     state, metrics = step(state, rows_of_this_rank)
     tfn.deepspeed.save("runs/ds", state)
 
-(`pip install "trainfn[deepspeed]"`.) Without a config, it is what ``accelerate launch`` exported. Start one process per
+(`pip install "trainfn[deepspeed]"`.) Without a config, ``accelerate launch`` has exported one. Start one process per
 device with ``accelerate launch``, ``torchrun`` or ``deepspeed``; a plain ``python`` is a world of one.
 
-What holds as in `trainfn.train_step`: the update follows the weighted mean over all rows of all ranks and
-micro-batches, and dropout is a function of (seed, step, row of the global batch), whichever rank has the row. What does
-not: the state is a handle on an engine that works in place, so it can be used once, and neither copied, forked,
-compiled nor put into a `trainfn.Checkpoints`. DeepSpeed's checkpoints are pickles: load only what you trust. `weights`
-gives plain tensors.
+As in `trainfn.train_step`, the update follows the weighted mean over all rows of all ranks and micro-batches. Dropout
+is a function of (seed, step, row of the global batch), on every rank. But the state is a handle on an engine that works
+in place. It can be used once, and it can't be copied, forked, compiled or saved by `trainfn.Checkpoints`. DeepSpeed's
+checkpoints are pickles: load only files that you trust. `weights` gives plain tensors.
 
 Tested on CPUs, for ZeRO stages 0 to 3; not for mixtures of experts, tensor or sequence parallelism.
 """

@@ -1,16 +1,17 @@
-"""From what the user or the launcher wrote to a DeepSpeed configuration without ``auto``."""
+"""The configuration of DeepSpeed's engine: that of the user or of the launcher, with a value for every ``auto``."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from trainfn.launch import DeepSpeedJson
 
 Config = dict[str, Any]
 
@@ -23,33 +24,33 @@ _GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
 
 def autos(config: Mapping[str, Any] | str | Path | None = None) -> list[str]:
-    """The entries of a configuration that say ``"auto"`` and that `init` needs a value for, by their dotted names.
+    """Return the dotted names of the ``"auto"`` entries that `init` needs a value for.
 
     Args:
-        config: What `init` takes.
+        config: As for `init`.
 
     >>> autos({"gradient_clipping": "auto", "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}})
     ['gradient_clipping', 'optimizer.params.lr']
     """
-    return _open(_derived(_read(config), None))
+    return _derived(_read(config), None).autos()
 
 
 def resolved(config: Mapping[str, Any] | str | Path | None, values: Mapping[str, Any], model: nn.Module) -> Config:
-    """The configuration with every ``auto`` replaced.
+    """Return the configuration with a value for every ``auto``.
 
     Raises:
         ValueError: If an ``auto`` is left, or a value contradicts the configuration.
     """
-    out = _read(config)
+    read = _read(config)
     for name, value in values.items():
-        _put(out, name, value)
-    out = _derived(out, model)
-    left = _open(out)
+        _put(read, name, value)
+    read = _derived(read, model)
+    left, out = read.autos(), read.content
     if left:
         given = ", ".join(f'"{name}": …' for name in left)
         raise ValueError(
-            f'init(model, config=...): {", ".join(left)} {"is" if len(left) == 1 else "are"} "auto", and nothing here'
-            f" says what that is. Write `tfn.deepspeed.init(model, ..., values={{{given}}})`, or the number in the"
+            f'init(model, config=...): {", ".join(left)} {"is" if len(left) == 1 else "are"} "auto", and no value'
+            f" is given. Write `tfn.deepspeed.init(model, ..., values={{{given}}})`, or the number in the"
             " configuration."
         )
     if "train_batch_size" not in out and "train_micro_batch_size_per_gpu" not in out:
@@ -57,7 +58,7 @@ def resolved(config: Mapping[str, Any] | str | Path | None, values: Mapping[str,
             "init(model, config=...): the configuration has no batch size, which DeepSpeed counts samples with. Write"
             ' `tfn.deepspeed.init(model, ..., values={"train_micro_batch_size_per_gpu": 8})`.'
         )
-    if out.get("fp16", {}).get("enabled") and not out.get("zero_optimization", {}).get("stage", 0):
+    if read.get("fp16.enabled") and not read.get("zero_optimization.stage", 0):
         raise ValueError(
             "init(model, config=...): fp16 at stage 0. DeepSpeed divides those gradients by a loss scale that it has"
             " not multiplied the loss by, so they come out too small. Write"
@@ -71,28 +72,15 @@ def resolved(config: Mapping[str, Any] | str | Path | None, values: Mapping[str,
     return out
 
 
-def _read(config: Mapping[str, Any] | str | Path | None) -> Config:
+def _read(config: Mapping[str, Any] | str | Path | None) -> DeepSpeedJson:
     if config is None:
-        return _launched()
-    if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config))
-    path = Path(config)
-    if not path.is_file():
-        raise ValueError(
-            f"init(model, config={str(config)!r}): there is no such file. Give the path of a DeepSpeed json, a dict, or"
-            " nothing under `accelerate launch`."
-        )
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"init(model, config={str(config)!r}): the file is no json: {error}.") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"init(model, config={str(config)!r}): the json is a {type(read).__name__}, not an object.")
-    return read
+        return DeepSpeedJson(_launched())
+    shown = "..." if isinstance(config, Mapping) else repr(str(config))
+    return DeepSpeedJson.read(config, f"init(model, config={shown})")
 
 
 def _launched() -> Config:
-    """What ``accelerate launch`` with a DeepSpeed yaml has exported, by Accelerate's own reading of it."""
+    """The configuration that ``accelerate launch`` exported, as Accelerate itself reads it."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         raise ValueError(
             "init(model) without a config takes the one that `accelerate launch` exports, and this process was not"
@@ -112,25 +100,22 @@ def _launched() -> Config:
     return config
 
 
-def _derived(config: Config, model: nn.Module | None) -> Config:
-    """With the values that follow from others; ``model=None``: only which they are."""
+def _derived(config: DeepSpeedJson, model: nn.Module | None) -> DeepSpeedJson:
+    """The configuration with the values that follow from others; without a model, some are left out."""
     if config.get("train_batch_size") == "auto":
-        del config["train_batch_size"]  # DeepSpeed multiplies
+        del config.content["train_batch_size"]  # DeepSpeed multiplies
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     for name in ("fp16", "bf16"):
-        section = config.get(name)
-        if precision is not None and isinstance(section, dict) and section.get("enabled") == "auto":
-            section["enabled"] = precision == name
-    zero = config.get("zero_optimization", {})
+        if precision is not None and config.get(f"{name}.enabled") == "auto":
+            config.put(f"{name}.enabled", precision == name)
     hidden = None if model is None else _hidden_size(model)
     for name, size in _SIZES.items():
-        key = name.rpartition(".")[2]
-        if zero.get(key) == "auto":
-            zero.pop(key)
+        if config.get(name) == "auto":
+            del config.section("zero_optimization")[name.rpartition(".")[2]]
             if hidden is not None:
-                zero[key] = size(hidden)
-    if zero.get(_GATHER.rpartition(".")[2]) == "auto":
-        zero[_GATHER.rpartition(".")[2]] = False  # `weights` gathers without it
+                config.put(name, size(hidden))
+    if config.get(_GATHER) == "auto":
+        config.put(_GATHER, False)  # `weights` gathers without it
     return config
 
 
@@ -141,31 +126,17 @@ def _hidden_size(model: nn.Module) -> int | None:
     return sizes if isinstance(sizes, int) and sizes > 0 else None
 
 
-def _put(config: Config, name: str, value: Any) -> None:
-    *path, key = name.split(".")
-    section: Any = config
-    for part in path:
-        section = section.get(part) if isinstance(section, dict) else None
-    if not isinstance(section, dict):
+def _put(config: DeepSpeedJson, name: str, value: Any) -> None:
+    section = name.rpartition(".")[0]
+    if section and not isinstance(config.get(section), dict):
         raise ValueError(
-            f"init(model, values={{{name!r}: {value!r}}}): the configuration has no section {'.'.join(path)!r}. Add it,"
-            " or leave the value out."
+            f"init(model, values={{{name!r}: {value!r}}}): the configuration has no section {section!r}. Add it, or"
+            " leave the value out."
         )
-    if section.get(key, "auto") not in ("auto", value):
+    written = config.get(name, "auto")
+    if written not in ("auto", value):
         raise ValueError(
-            f"init(model, values={{{name!r}: {value!r}}}): the configuration says {section[key]!r}. Make them agree, or"
-            ' write "auto" there.'
+            f"init(model, values={{{name!r}: {value!r}}}): the configuration says {written!r}. Write the same value"
+            ' there, or "auto".'
         )
-    section[key] = value
-
-
-def _open(config: Config) -> list[str]:
-    return [name for name, value in _entries(config, "") if value == "auto"]
-
-
-def _entries(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _entries(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    config.put(name, value)

@@ -23,7 +23,7 @@ Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclasses.dataclass(eq=False)
 class Run:
-    """What all handles on one engine share.
+    """The data that all handles on one engine share.
 
     ``generation`` numbers the handle that is valid; ``halfway`` is true from a step's first backward pass to its end.
     """
@@ -42,7 +42,7 @@ class Run:
         return self.engine.seq_data_parallel_group
 
     def set_mode(self, training: bool) -> None:
-        """Put the module in training or eval mode; what was in eval mode at `init` stays there."""
+        """Put the module in training or eval mode; a module that was in eval mode at `init` stays so."""
         for module, mode in self.modes:
             module.training = training and mode
 
@@ -90,7 +90,7 @@ class EngineState:
 
 
 def run_of(state: object, call: str) -> Run:
-    """The run of a state, valid or not."""
+    """Return the run of a state; the state may have been used."""
     if not isinstance(state, EngineState):
         raise TypeError(
             f"{call} got a value of type {type(state).__name__} for the state. Make one first:"
@@ -99,20 +99,20 @@ def run_of(state: object, call: str) -> Run:
     return state._run
 
 
-def whole(state: object, call: str) -> Run:
-    """The run of a state, valid or not, with no step half done."""
+def intact(state: object, call: str) -> Run:
+    """Return the run of a state, unless a step has failed halfway; the state may have been used."""
     run = run_of(state, call)
     if run.halfway:
         raise DonatedStateError(
-            f"{call}: a step failed on the way and left the engine with part of its gradients. Go on from a checkpoint"
+            f"{call}: a step failed on the way and left the engine with part of its gradients. Resume from a checkpoint"
             " with a new engine: `state = tfn.deepspeed.restore(path, tfn.deepspeed.init(model, config=...))`."
         )
     return run
 
 
 def alive(state: object, call: str) -> Run:
-    """The run of a state that is still valid."""
-    run = whole(state, call)
+    """Return the run of a state that has not been used."""
+    run = intact(state, call)
     assert isinstance(state, EngineState)
     if state._generation != run.generation:
         raise DonatedStateError(
@@ -135,8 +135,8 @@ def init(
     """Start a DeepSpeed engine on a module, and return the first state.
 
     The engine takes the module: it is moved, cast and, by stage 3, sharded in place. A process group that does not
-    exist yet is made: gloo on the CPU, what DeepSpeed prefers elsewhere. What the configuration leaves out has
-    DeepSpeed's defaults; one of them clips at 1.0, so write ``"gradient_clipping": 0.0`` for none.
+    exist yet is made: gloo on the CPU, DeepSpeed's choice elsewhere. Entries that the configuration leaves out have
+    DeepSpeed's defaults. One of them clips at 1.0: write ``"gradient_clipping": 0.0`` for none.
 
     Args:
         model: Any module but a pipeline; for stage 3 it may have been built under ``deepspeed.zero.Init``.
@@ -144,8 +144,8 @@ def init(
             default, the configuration's ``optimizer`` section.
         config: A DeepSpeed configuration: a dict or the path of a json. By default, what ``accelerate launch``
             exported.
-        values: What ``"auto"`` stands for, by DeepSpeed's dotted names; see `autos`. Entries that the configuration
-            does not have are added, such as ``{"gradient_accumulation_steps": 4}``.
+        values: The values of ``"auto"`` entries, by DeepSpeed's dotted names; see `autos`. Entries that the
+            configuration does not have are added, such as ``{"gradient_accumulation_steps": 4}``.
         schedule: From the number of completed updates to the learning rate of all parameter groups; by default the
             configuration's ``scheduler`` section, or a constant rate.
         seed: For dropout and all other randomness of a step; 64 bits.
@@ -198,7 +198,7 @@ def _check(model: object, optimizer: object, deepspeed: Any) -> None:
         )
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer) and not callable(optimizer):
         raise TypeError(
-            f"init(model, optimizer): {type(optimizer).__name__} is no torch optimizer. Write `lambda params:"
+            f"init(model, optimizer): {type(optimizer).__name__} is not a torch optimizer. Write `lambda params:"
             " torch.optim.AdamW(params, lr=1e-3)`."
         )
 
@@ -216,14 +216,14 @@ def _with_optimizer(config: Config, optimizer: object, schedule: object) -> Conf
             "init(model, schedule=...): the configuration has a scheduler too. Leave one of them out, such as the"
             f" configuration's `scheduler` section ({config['scheduler'].get('type')})."
         )
-    if optimizer is not None:  # the user's choice, which DeepSpeed would refuse with ZeRO or offload unless told twice
+    if optimizer is not None:  # the user's choice, which DeepSpeed refuses with ZeRO or offload without these entries
         config.setdefault("zero_allow_untested_optimizer", True)
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config
 
 
 def _joined(deepspeed: Any) -> contextlib.ExitStack:
-    """Make the process group if there is none; what undoes that."""
+    """Make the process group if there is none; return the exit stack that undoes it."""
     dist, ends = torch.distributed, contextlib.ExitStack()
     if not dist.is_initialized():
         if getattr(deepspeed.comm.comm, "cdb", None) is not None:
@@ -260,6 +260,6 @@ def close(state: EngineState) -> None:
     """
     run = run_of(state, "close(state)")
     run.generation += 1
-    torch.distributed.barrier()
+    torch.distributed.barrier()  # no data, once a run: no rank may still be in a collective of the engine
     run.engine.destroy()
     run.ends.close()

@@ -1,7 +1,7 @@
 """DeepSpeed's own checkpoints, and plain weights.
 
-A checkpoint of DeepSpeed is a folder of pickles, one or two for each rank, which only DeepSpeed reads: loading one runs
-what is in it. `weights` gives tensors for safetensors.
+A checkpoint of DeepSpeed is a folder of pickles, one or two for each rank, which only DeepSpeed reads. To load a pickle
+is to run its code. `weights` gives tensors for safetensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainfn._types import StepInfo
-from trainfn.deepspeed._engine import EngineState, alive, package, whole
+from trainfn.deepspeed._engine import EngineState, alive, intact, package
 from trainfn.errors import CheckpointError
 
 
@@ -35,22 +35,23 @@ def save(path: str | Path, state: EngineState) -> None:
 
 
 def restore(path: str | Path, state: EngineState, *, tag: str | None = None) -> EngineState:
-    """Put the engine back where a checkpoint of `save` was, and return the state of then; every rank calls it.
+    """Load a checkpoint of `save` into the engine, and return its state; every rank calls it.
 
-    The files are pickles: load only what you trust. The same number of ranks and the same stage as when it was saved,
+    The files are pickles: load only files that you trust. The number of ranks and the stage must be those of the save,
     unless the configuration has ``"checkpoint": {"load_universal": true}``.
 
     Args:
         path: The folder given to `save`.
-        state: A state of the same model, optimizer and configuration, for its engine, valid or not; it is consumed.
-        tag: Which subfolder; by default the newest.
+        state: A state of the same model, optimizer and configuration, for its engine. It is consumed, and may have been
+            used before.
+        tag: The name of the subfolder; by default the newest.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there is no such checkpoint.
 
     >>> state = restore("runs/ds", state)  # doctest: +SKIP
     """
-    run = whole(state, "restore(path, state)")
+    run = intact(state, "restore(path, state)")
     name = tag if tag is not None else _latest(Path(path))
     if not (Path(path) / name).is_dir():
         raise CheckpointError(
@@ -60,9 +61,7 @@ def restore(path: str | Path, state: EngineState, *, tag: str | None = None) -> 
     run.generation += 1
     loaded, kept = run.engine.load_checkpoint(str(path), tag=name)
     if loaded is None:
-        raise CheckpointError(
-            f"restore({str(path)!r}, state): DeepSpeed could not load {name!r}; what it printed says why."
-        )
+        raise CheckpointError(f"restore({str(path)!r}, state): DeepSpeed could not load {name!r}; its output says why.")
     if "trainfn_key" in kept:
         run.key = torch.tensor(kept["trainfn_key"], dtype=torch.int64, device=run.key.device)
     return run.handle()
@@ -94,11 +93,13 @@ def saving(path: str | Path, *, every: int) -> Callable[[StepInfo], None]:
 
 
 def weights(state: EngineState) -> dict[str, Tensor]:
-    """The module's whole state dict on the first rank, on the CPU; an empty dict on the others. Every rank calls it.
+    """Return the module's full state dict on rank 0, on the CPU, and an empty dict elsewhere; every rank calls it.
+
+    One gather of each parameter's bytes.
 
     Parameters are the optimizer's float32 ones, except at stage 0 with bf16, where DeepSpeed shows only the module's.
     Write them with ``model.save_pretrained(folder, state_dict=weights(state))``, or with safetensors' ``save_file``,
-    which wants tied ones left out.
+    which needs tied ones left out.
 
     Args:
         state: It stays valid.

@@ -4,7 +4,7 @@ DeepSpeed averages gradients over ranks and micro-batches, each for as much as a
 handed to it as ``total * ranks / estimate``, with no division by the number of micro-batches: what the engine has in
 the end is the gradient of all totals, divided by the estimate. With one micro-batch, the estimate is the weight over
 all ranks. With several it is the first one's, times how many there are; the rest is divided out when all weights are
-known, where the engine undoes its loss scale: before it clips.
+known. That happens where the engine undoes its loss scale, before it clips.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Step = Callable[[EngineState, Batch], tuple[EngineState, Metrics]]
 
 
 class Model:
-    """The model that a loss gets: calls go through the engine, the rest is the module's.
+    """The model that a loss gets: calls go through the engine, attributes are the module's.
 
     Floating-point tensors that it is called with get the engine's precision.
     """
@@ -48,16 +48,15 @@ class Model:
 
 
 def train_step(loss: Loss) -> Step:
-    """The step ``(state, batch) -> (state, metrics)`` of a loss; the engine does the rest.
+    """Return the step ``(state, batch) -> (state, metrics)`` of a loss; the engine does the rest.
 
-    Every rank calls it, with its own rows: the global batch is theirs, one rank after the other. It is split into as
-    many micro-batches as the configuration's ``gradient_accumulation_steps`` says. The metrics are ``loss``,
-    ``grad_norm`` (of the mean gradient, before clipping; unless DeepSpeed was told not to compute it) and the loss
-    function's own, over the rows of all ranks. Buffers such as BatchNorm's statistics are each rank's own, as DeepSpeed
-    has them.
+    Every rank calls it with its own rows; the global batch is the rows of all ranks, one rank after the other. The
+    configuration's ``gradient_accumulation_steps`` is the number of micro-batches. The metrics are ``loss``, the loss
+    function's own, and ``grad_norm``, all over the rows of all ranks. The norm is that of the mean gradient before
+    clipping, if the configuration lets DeepSpeed compute it. Each rank has its own BatchNorm statistics.
 
     Args:
-        loss: See `trainfn.value_and_grad`. It calls the model itself, not only parts of it.
+        loss: See `trainfn.value_and_grad`. It must call the model itself, not only parts of it.
 
     Raises:
         DonatedStateError: If the state has been used.
@@ -90,7 +89,7 @@ def train_step(loss: Loss) -> Step:
 
 
 def eval_step(loss: Loss) -> Callable[[EngineState, Batch], Metrics]:
-    """The function ``(state, batch) -> metrics`` of a loss over the rows of all ranks: eval mode, no gradients.
+    """Return the function ``(state, batch) -> metrics`` of a loss over the rows of all ranks, in eval mode.
 
     Every rank calls it as often as the others. The state stays valid.
 
@@ -126,11 +125,12 @@ def _pieces(run: Run, batch: Batch) -> list[tuple[Batch, int]]:
 
 
 def _rows(run: Run, rows: int) -> tuple[int, int]:
-    """How many rows the ranks before this one have, and the fewest that any has."""
+    """The number of rows on the ranks before this one, and the smallest number on any rank."""
     dist = torch.distributed
     counts = torch.zeros(dist.get_world_size(run.group), dtype=torch.int64, device=run.engine.device)
     rank = dist.get_rank(run.group)
     counts[rank] = rows
+    # 8 bytes a rank, once a batch, and one wait for the device: dropout is drawn by a row's number in the global batch.
     dist.all_reduce(counts, group=run.group)
     known = counts.tolist()
     return sum(known[:rank]), min(known)
@@ -161,9 +161,10 @@ class _Sums:
         self.estimate: Tensor | None = None
 
     def share(self, mean: Mean, pieces: int) -> Tensor:
-        """What the engine is to differentiate for one micro-batch."""
+        """The number that the engine differentiates for one micro-batch."""
         if self.estimate is None:
             weight = mean.weight.detach().double()
+            # 8 bytes, once an update: gradients are divided by the weight of all ranks' rows.
             torch.distributed.all_reduce(weight, group=self.run.group)
             self.estimate = _or_one(weight) * pieces
         averaged = self.run.engine.gradient_average
@@ -174,7 +175,7 @@ class _Sums:
         self.means = {name: self.means[name] + mean for name, mean in means.items()} if self.means else means
 
     def rest(self, weight: Tensor) -> float:
-        """What the gradients have yet to be divided by."""
+        """The number that the gradients are still to be divided by."""
         assert self.estimate is not None
         return float(_or_one(weight.double()) / self.estimate)
 
@@ -184,10 +185,11 @@ def _or_one(weight: Tensor) -> Tensor:
 
 
 def _over_ranks(run: Run, means: Metrics) -> Metrics:
-    """Means of disjoint rows, added up over the ranks in one message."""
+    """Means over the rows of all ranks."""
     wide = torch.float32 if run.engine.device.type == "mps" else torch.float64
     parts = [part for mean in means.values() for part in mean]
     flat = torch.cat([part.to(wide).flatten() for part in parts])
+    # 16 bytes a metric, one message a step.
     torch.distributed.all_reduce(flat, group=run.group)
     sums = iter(flat.split([part.numel() for part in parts]))
     return {

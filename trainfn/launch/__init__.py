@@ -1,18 +1,18 @@
-"""Several processes, started by a launcher: the plan that it was configured with.
+"""Several processes that a launcher starts, and the plan that it was configured with.
 
 ::
 
     launch = tfn.launch.settings()           in every process, first of all
     state = tfn.shard(tfn.init(model, optimizer), launch.plan)
     step = tfn.train_step(loss, optimizer, plan=launch.plan)
-    print(launch)                            what became of each field of the configuration
+    print(launch)                            the fate of each field of the configuration
 
 ================================================  ==========================================================
 started by                                        is
 ================================================  ==========================================================
 ``python script.py``                              one process
-``torchrun --nproc_per_node N script.py``         N processes that hold the same: `Plan.replicated`
-``accelerate launch [--config_file F] script.py`` what ``accelerate config`` wrote: DDP, FSDP 1 and 2, mixed
+``torchrun --nproc_per_node N script.py``         N processes with the same state: `Plan.replicated`
+``accelerate launch [--config_file F] script.py`` the file of ``accelerate config``: DDP, FSDP 1 and 2, mixed
                                                   precision, compilation, parallelism
 ``notebook_launcher(train, num_processes=N)``     N processes, from a notebook
 ================================================  ==========================================================
@@ -29,7 +29,9 @@ one does.
 from trainfn._ranks._group import Ranks as Ranks
 from trainfn._ranks._group import ranks as ranks
 from trainfn.launch._fields import Field as Field
+from trainfn.launch._fsdp import fsdp_plan as fsdp_plan
 from trainfn.launch._join import join as join
+from trainfn.launch._json import DeepSpeedJson as DeepSpeedJson
 from trainfn.launch._settings import Launch as Launch
 from trainfn.launch._settings import deepspeed_config as deepspeed_config
 from trainfn.launch._settings import plan as plan

@@ -1,4 +1,4 @@
-"""From what ``accelerate launch`` exports to a plan, and to what is beside it."""
+"""From the variables that ``accelerate launch`` exports to a plan, and to settings beside it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from trainfn._plan import Precision
 from trainfn._text import nearest
 from trainfn.launch._fields import Fate, Field, is_true
+from trainfn.launch._fsdp import VALID, strategy
 
 _GATHERED = "every operation gathers the parameters that it uses, so no module is wrapped"
 _PREFETCH = "no module is wrapped, so there is no next one to fetch"
@@ -38,7 +39,7 @@ _SHOWN = {  # where the key of the yaml is not the variable's name
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
     "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "deepspeed_moe_layer_cls_names",
 }
-# Of the machine and of Accelerate itself; `join` and Accelerate read them.
+# Variables of the machine and of Accelerate itself, which `join` and Accelerate read.
 _OWN = {
     *("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_TORCH_DEVICE"),
     *("ACCELERATE_LOG_LEVEL", "ACCELERATE_ENABLE_RICH", "ACCELERATE_DISABLE_RICH", "ACCELERATE_DEBUG_RDV_FILE"),
@@ -46,12 +47,11 @@ _OWN = {
     *("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"),
     *("ACCELERATE_ALLOW_CP_STANDALONE", "ACCELERATE_USE_SAGEMAKER", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE"),
 }
-_STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def shown(variable: str) -> str:
-    """The name that the user gave what became this variable.
+    """Return the name that the user wrote for a variable.
 
     >>> shown("FSDP_STATE_DICT_TYPE"), shown("ACCELERATE_DYNAMO_BACKEND"), shown("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     ('fsdp_state_dict_type', 'dynamo_backend', 'zero_stage')
@@ -61,14 +61,14 @@ def shown(variable: str) -> str:
 
 
 class Reading:
-    """The variables of a launcher, as far as they were read.
+    """The variables of a launcher, and the settings that were read from them.
 
     Attributes:
         env: Their values.
         nodes: The number of machines.
         plan: The arguments of the plan.
-        rest: Those of `Launch` beside it.
-        fields: What became of each.
+        rest: The arguments of `Launch` beside the plan.
+        fields: The fate of each variable.
     """
 
     def __init__(self, env: Mapping[str, str], nodes: int = 1) -> None:
@@ -79,22 +79,22 @@ class Reading:
         self.seen: set[str] = set()
 
     def get(self, variable: str) -> str | None:
-        """The value, where the launcher said anything: it writes None for what nobody did."""
+        """The value; None if the launcher was not given one, for which it exports the word None."""
         value = self.env.get(variable)
         return None if value in (None, "", "None", "none") else value
 
-    def lay_out(self, **arguments: Any) -> None:
-        """Say how the plan lays a state out."""
+    def shard_by(self, **arguments: Any) -> None:
+        """Set the arguments by which the plan shards a state."""
         kept = {name: value for name, value in self.plan.items() if name in ("precision", "offload", "rules")}
         self.plan = {**kept, **arguments}
 
     def note(self, variable: str, fate: Fate, detail: str) -> None:
-        """Say what became of a variable."""
+        """Record what became of a variable."""
         self.seen.add(variable)
         self.fields.append(Field(shown(variable), self.env[variable], fate, detail))
 
     def unread(self, *prefixes: str) -> list[str]:
-        """The variables with a value that nothing was said about yet."""
+        """The variables with a value whose fate is not recorded yet."""
         return [
             name
             for name in sorted(self.env)
@@ -103,7 +103,7 @@ class Reading:
 
 
 def read(reading: Reading) -> None:
-    """Read all but DeepSpeed's variables, and the sizes of axes."""
+    """Read all variables but DeepSpeed's and the sizes of axes."""
     _megatron(reading)
     _precision(reading)
     _fsdp(reading)
@@ -111,12 +111,12 @@ def read(reading: Reading) -> None:
 
 
 def finish(reading: Reading) -> None:
-    """Name what was not read."""
+    """Record the variables that were not read."""
     others = ("FSDP_SHARDING_STRATEGY", "FSDP_STATE_DICT_TYPE", "FSDP_RESHARD_AFTER_FORWARD", "FSDP_OFFLOAD_PARAMS")
     known = {shown(variable) for variable in (*_NOT_NEEDED, *reading.seen, *others)}
     for name in reading.unread("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_"):
         off = _switched_off(reading, name)
-        reading.note(name, "ignored", off or f"nothing here knows it.{nearest(shown(name), known)}")
+        reading.note(name, "ignored", off or f"the name is unknown.{nearest(shown(name), known)}")
 
 
 def _switched_off(reading: Reading, name: str) -> str | None:
@@ -137,8 +137,8 @@ def _megatron(reading: Reading) -> None:
         reading.note(
             "ACCELERATE_USE_MEGATRON_LM",
             "refused",
-            "Megatron-LM is not here. For tensor parallelism, `distributed_type: FSDP` with `fsdp_version: 2` and a"
-            " `parallelism_config`.",
+            "there is no Megatron-LM here. For tensor parallelism, write `distributed_type: FSDP`, `fsdp_version: 2`"
+            " and a `parallelism_config`.",
         )
         for name in reading.unread("MEGATRON_LM_"):
             reading.note(name, "ignored", "as is Megatron-LM")
@@ -153,7 +153,7 @@ def _fsdp(reading: Reading) -> None:
     version = reading.env.get("FSDP_VERSION", "1")
     if "FSDP_VERSION" in reading.env:
         reading.note("FSDP_VERSION", "mapped", f"how its other fields are read: {_V2 if version == '2' else _V1}")
-    reading.lay_out(shard=-1, stage=3)
+    reading.shard_by(shard=-1, stage=3)
     (_fsdp_2 if version == "2" else _fsdp_1)(reading)
     _offload(reading)
     _state_dict(reading)
@@ -163,32 +163,11 @@ def _fsdp(reading: Reading) -> None:
 
 
 def _fsdp_1(reading: Reading) -> None:
-    given = (reading.get("FSDP_SHARDING_STRATEGY") or "FULL_SHARD").upper()
-    named = {str(i + 1): name for i, name in enumerate(_STRATEGIES)}
-    strategy = named.get(given, given)
-    plans: dict[str, tuple[dict[str, Any], str]] = {
-        "FULL_SHARD": ({"shard": -1, "stage": 3}, "Plan.fsdp()"),
-        "SHARD_GRAD_OP": (
-            {"shard": -1, "stage": 3, "reshard": False},
-            "Plan.fsdp(reshard=False): parameters are split between steps, and whole from the forward pass to the"
-            " backward's end",
-        ),
-        "NO_SHARD": ({"replicate": -1}, "Plan.replicated()"),
-        "HYBRID_SHARD": (
-            {"replicate": reading.nodes, "shard": -1, "stage": 3},
-            f"Plan.fsdp(replicate={reading.nodes}): split within each machine",
-        ),
-        "HYBRID_SHARD_ZERO2": (
-            {"replicate": reading.nodes, "shard": -1, "stage": 3, "reshard": False},
-            f"Plan.fsdp(replicate={reading.nodes}, reshard=False): split within each machine",
-        ),
-    }
-    if strategy in plans:
-        layout, detail = plans[strategy]
-        reading.lay_out(**layout)
-        fate: Fate = "mapped"
-    else:
-        fate, detail = "refused", f"one of {', '.join(_STRATEGIES)}, or its number from 1 on."
+    found = strategy(reading.get("FSDP_SHARDING_STRATEGY") or "FULL_SHARD", reading.nodes)
+    fate: Fate = "refused" if found is None else "mapped"
+    detail = VALID if found is None else found.detail
+    if found is not None:
+        reading.shard_by(**{name: getattr(found.plan, name) for name in ("replicate", "shard", "stage", "reshard")})
     if "FSDP_SHARDING_STRATEGY" in reading.env:
         reading.note("FSDP_SHARDING_STRATEGY", fate, detail)
     if reading.get("FSDP_RESHARD_AFTER_FORWARD") is not None:
@@ -231,7 +210,7 @@ def _ignored_modules(reading: Reading) -> None:
     pattern = reading.get("FSDP_IGNORED_MODULES")
     if pattern is not None:
         reading.plan["rules"] = ((rf"^(?:{pattern})\.", "replicate"),)
-        reading.note("FSDP_IGNORED_MODULES", "mapped", f"Plan(rules={reading.plan['rules']}): whole on every rank")
+        reading.note("FSDP_IGNORED_MODULES", "mapped", f"Plan(rules={reading.plan['rules']}): full on every rank")
 
 
 def _recomputation(reading: Reading) -> None:
@@ -318,12 +297,12 @@ def _compilation(reading: Reading) -> None:
     dynamic = reading.get("ACCELERATE_DYNAMO_USE_DYNAMIC")
     if dynamic is not None:
         options |= {"dynamic": True} if is_true(dynamic) else {}
-        said = "dynamic=True" if is_true(dynamic) else "dynamic=None: for any size once a size has changed"
-        reading.note("ACCELERATE_DYNAMO_USE_DYNAMIC", "mapped", f"Launch.compile: {said}")
+        detail = "dynamic=True" if is_true(dynamic) else "dynamic=None: for any size once a size has changed"
+        reading.note("ACCELERATE_DYNAMO_USE_DYNAMIC", "mapped", f"Launch.compile: {detail}")
     regional = reading.get("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
     if regional is not None:
         fate: Fate = "ignored" if asked and is_true(regional) else "not needed"
-        reading.note("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", fate, "the step is compiled whole")
+        reading.note("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", fate, "the step is compiled as one graph")
     _rest(reading, "ACCELERATE_DYNAMO_")
     if asked:
         reading.rest["compile"] = options

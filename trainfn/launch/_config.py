@@ -1,4 +1,4 @@
-"""A configuration file as the variables that ``accelerate launch`` would export of it."""
+"""A configuration file, as the variables that ``accelerate launch`` would export of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from trainfn._text import nearest
 from trainfn.launch._fields import text
 
-# Of the machine, the launcher and TPUs: whoever starts the processes reads them.
+# Keys of the machine, the launcher and TPUs, which the program that starts the processes reads.
 MACHINE = {
     *("compute_environment", "debug", "downcast_bf16", "enable_cpu_affinity", "gpu_ids", "machine_rank"),
     *("main_process_ip", "main_process_port", "main_training_function", "num_machines", "num_processes"),
@@ -42,10 +42,10 @@ _RENAMED = {
 
 
 def exported(path: str | Path) -> dict[str, str]:
-    """The variables of an Accelerate configuration; of a DeepSpeed json, that it is one.
+    """Return the variables of an Accelerate configuration; those of a DeepSpeed JSON name its path.
 
     Raises:
-        ValueError: If the file is none, or has a key on top that nobody knows.
+        ValueError: If the file does not exist, holds no fields, or has an unknown key at its top level.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,7 +68,7 @@ def _variables(content: Mapping[str, Any], call: str) -> dict[str, str]:
     known = {*MACHINE, *_SECTIONS, "mixed_precision", "distributed_type", "dynamo_backend", "fp16"}
     for key, value in content.items():
         if key not in known:
-            raise ValueError(f"{call}: nobody knows the field {key!r}.{nearest(key, known)}")
+            raise ValueError(f"{call}: the field {key!r} is unknown.{nearest(key, known)}")
         if key in _SECTIONS:
             out |= _section(key, value or {})
     switch = _SWITCHES.get(str(content.get("distributed_type", "NO")))

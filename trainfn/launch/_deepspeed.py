@@ -1,11 +1,10 @@
-"""A DeepSpeed configuration as a plan of ours, field by field: its arithmetic, not its engine."""
+"""A DeepSpeed configuration as a plan, field by field: the plan has its arithmetic, not its engine."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +13,9 @@ from trainfn._plan import Precision
 from trainfn._text import nearest
 from trainfn.launch._accelerate import Reading, shown
 from trainfn.launch._fields import Fate, Field, is_true, text
+from trainfn.launch._json import DeepSpeedJson
 
-# What Accelerate's yaml says, as DeepSpeed's json would.
+# The entry of DeepSpeed's JSON for each variable that Accelerate exports of its yaml.
 _NAMES = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "zero_optimization.stage",
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "zero_optimization.offload_optimizer.device",
@@ -32,10 +32,10 @@ _TUNING = "how DeepSpeed's own communication is cut up; the result is the same"
 _YOURS = "is what you give the step"
 _ENGINE = "Only the engine has it: `tfn.deepspeed.init(model, config=...)`."
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_STATIC: list[tuple[str, Fate, str]] = [  # a pattern for names; the first that matches
+_STATIC: list[tuple[str, Fate, str]] = [  # (pattern of names, fate, reason); the first that matches counts
     (r"^(train_batch_size|train_micro_batch_size_per_gpu)$", "ignored", f"the batch {_YOURS}"),
     (r"^zero3_init_flag$", "not needed", "`tfn.shard` splits a model that is on the meta device on the other ranks"),
-    (r"stage3_gather_(16bit|fp16)_weights_on_model_save$", "not needed", "what is saved for users is whole"),
+    (r"stage3_gather_(16bit|fp16)_weights_on_model_save$", "not needed", "what is saved for users is full"),
     (r"^zero_optimization\.(offload_\w+)\.nvme_path$", "ignored", "nothing is on NVMe"),
     (
         r"^zero_optimization\.offload_\w+\.(pin_memory|buffer_\w+|fast_init|max_in_cpu|pipeline\w*)$",
@@ -61,7 +61,7 @@ _STATIC: list[tuple[str, Fate, str]] = [  # a pattern for names; the first that 
         "ignored",
         "of DeepSpeed's engine only",
     ),
-    (r"^activation_checkpointing(\.|$)", "ignored", "say it to the model: `model.gradient_checkpointing_enable()`"),
+    (r"^activation_checkpointing(\.|$)", "ignored", "write `model.gradient_checkpointing_enable()`"),
     (
         r"^zero_optimization\.(zero_hpz_partition_size|zero_quantized_\w+|mics_\w+|zeropp_\w+|param_persistence\w*)$",
         "refused",
@@ -78,7 +78,7 @@ _STATIC: list[tuple[str, Fate, str]] = [  # a pattern for names; the first that 
 
 
 class Entry(NamedTuple):
-    """One value of the configuration: its name for us, and for the user."""
+    """One value of the configuration, with its dotted name and the name that the user wrote."""
 
     name: str
     shown: str
@@ -86,7 +86,7 @@ class Entry(NamedTuple):
 
 
 class _Native:
-    """The entries of a DeepSpeed configuration, and the plan they come to."""
+    """The entries of a DeepSpeed configuration, and the plan that they make."""
 
     def __init__(self, reading: Reading, entries: list[Entry]) -> None:
         self.reading, self.entries = reading, entries
@@ -100,7 +100,7 @@ class _Native:
         """Whether anything is float16."""
         return self.on("fp16.enabled") or self.reading.rest.get("mixed_precision") == "fp16"
 
-    def say(self, entry: Entry, fate: Fate, detail: str) -> None:
+    def note(self, entry: Entry, fate: Fate, detail: str) -> None:
         self.reading.fields.append(Field(entry.shown, text(entry.value), fate, detail))
 
     def read(self) -> None:
@@ -122,41 +122,37 @@ class _Native:
             entry.name.endswith("_size") and entry.value == 1
         )
         if entry.name.startswith("fp16.") and not self.half():
-            self.say(entry, "not needed", "nothing is float16")
+            self.note(entry, "not needed", "nothing is float16")
         elif found is None:
             known = [name for name in (*_HANDLERS, *_NAMES.values(), "train_batch_size", "zero_optimization")]
-            self.say(entry, "refused", f"nobody knows it.{nearest(entry.name, known)}")
+            self.note(entry, "refused", f"the name is unknown.{nearest(entry.name, known)}")
         elif found[1] != "not needed" and harmless:
-            self.say(entry, "not needed", "it asks for nothing")
+            self.note(entry, "not needed", "it asks for nothing")
         else:
-            self.say(entry, found[1], found[2])
+            self.note(entry, found[1], found[2])
 
 
 def read(reading: Reading, given: Mapping[str, Any] | None = None) -> None:
     """Map what the launcher exported of a DeepSpeed configuration, or a given one, onto the reading's plan."""
-    entries = list(_entries(reading) if given is None else _flat(given, ""))
+    entries = list(_entries(reading) if given is None else _named(DeepSpeedJson(given)))
     if given is None:
         _default_stage(reading, entries)
     _Native(reading, entries).read()
 
 
 def configured(reading: Reading) -> dict[str, Any]:
-    """What the launcher exported, as one json; a file's value counts before Accelerate's own."""
+    """The exported configuration as one JSON; a value of the file counts before Accelerate's own."""
     entries = list(_entries(reading))
     _default_stage(reading, entries)
-    out: dict[str, Any] = {}
+    out = DeepSpeedJson({})
     for entry in entries:  # the file's come last
-        *path, key = entry.name.split(".")
-        section = out
-        for part in path:
-            section = section.setdefault(part, {})
-        if key not in section or entry.value not in ("auto", {}):
-            section[key] = _value(entry.value)
-    return out
+        if out.get(entry.name) is None or entry.value not in ("auto", {}):
+            out.put(entry.name, _value(entry.value))
+    return out.content
 
 
 def _value(written: Any) -> Any:
-    """A number or a flag that was exported as text."""
+    """The value of a number or a flag that was exported as text."""
     try:
         return json.loads(written) if isinstance(written, str) else written
     except json.JSONDecodeError:
@@ -179,30 +175,12 @@ def _entries(reading: Reading) -> Iterator[Entry]:
             reading.seen.add(variable)
             yield Entry(name, shown(variable), reading.env[variable])
     if file is not None:
-        yield from _flat(_content(file), "")
+        call = f"settings(): deepspeed_config_file={file!r}"
+        yield from _named(DeepSpeedJson.read(file, call))
 
 
-def _content(file: str) -> Mapping[str, Any]:
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(
-            f"settings(): deepspeed_config_file={file!r}: there is no such file. Give the path of a DeepSpeed json."
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"settings(): deepspeed_config_file={file!r} is no json: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"settings(): deepspeed_config_file={file!r} holds a {type(content).__name__}, not fields.")
-    return content
-
-
-def _flat(content: Mapping[str, Any], prefix: str) -> Iterator[Entry]:
-    for key, value in content.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield Entry(prefix + key, prefix + key, value)
+def _named(config: DeepSpeedJson) -> Iterator[Entry]:
+    return (Entry(name, name, value) for name, value in config.entries())
 
 
 # --- the fields that a plan, or what is beside it, has ------------------------------------------------------------
@@ -211,29 +189,29 @@ def _flat(content: Mapping[str, Any], prefix: str) -> Iterator[Entry]:
 def _stage(native: _Native, entry: Entry) -> None:
     stage = int(entry.value) if text(entry.value) in ("0", "1", "2", "3") else None
     if stage is None:
-        native.say(entry, "refused", "0, 1, 2 or 3.")
+        native.note(entry, "refused", "0, 1, 2 or 3.")
     elif stage == 0:
-        native.reading.lay_out(replicate=-1)
-        native.say(entry, "mapped", "Plan.replicated()")
+        native.reading.shard_by(replicate=-1)
+        native.note(entry, "mapped", "Plan.replicated()")
     else:
-        native.reading.lay_out(shard=-1, stage=stage)
-        native.say(entry, "mapped", f"Plan.zero({stage})")
+        native.reading.shard_by(shard=-1, stage=stage)
+        native.note(entry, "mapped", f"Plan.zero({stage})")
 
 
 def _offload(what: str, stages: tuple[str, ...]) -> Callable[[_Native, Entry], None]:
     def handle(native: _Native, entry: Entry) -> None:
         device = text(entry.value).lower()
         if device in ("none", "false"):
-            native.say(entry, "mapped", "Plan(offload=())")
+            native.note(entry, "mapped", "Plan(offload=())")
         elif device == "nvme":
-            native.say(entry, "refused", f'"cpu" or "none". {_ENGINE}')
+            native.note(entry, "refused", f'"cpu" or "none". {_ENGINE}')
         elif device not in ("cpu", "true"):
-            native.say(entry, "refused", '"cpu" or "none".')
+            native.note(entry, "refused", '"cpu" or "none".')
         elif text(native.values.get("zero_optimization.stage", 2)) not in stages:
-            native.say(entry, "ignored", f"as DeepSpeed does: stage {' or '.join(stages)} offloads it")
+            native.note(entry, "ignored", f"as DeepSpeed does: stage {' or '.join(stages)} offloads it")
         else:
             native.offload.append(what)
-            native.say(entry, "mapped", f'Plan(offload=("{what}",))')
+            native.note(entry, "mapped", f'Plan(offload=("{what}",))')
 
     return handle
 
@@ -243,14 +221,16 @@ def _half(name: str, dtype: torch.dtype) -> Callable[[_Native, Entry], None]:
         launched = native.reading.rest.get("mixed_precision", "no")
         on = launched == name if entry.value == "auto" else is_true(text(entry.value))
         if on and launched not in ("no", name):
-            native.say(entry, "refused", f"mixed_precision={launched} says something else. Leave one of them out.")
+            native.note(entry, "refused", f"mixed_precision={launched} contradicts it. Leave one of them out.")
             return
         if on:
             native.reading.plan["precision"] = Precision(compute=dtype)
             native.reading.rest["mixed_precision"] = name
             if name == "fp16":
                 native.reading.rest.setdefault("loss_scale", {})
-        native.say(entry, "mapped", f"Plan(precision=Precision(compute={dtype}))" if on else "as mixed_precision says")
+        native.note(
+            entry, "mapped", f"Plan(precision=Precision(compute={dtype}))" if on else "decided by mixed_precision"
+        )
 
     return handle
 
@@ -258,36 +238,36 @@ def _half(name: str, dtype: torch.dtype) -> Callable[[_Native, Entry], None]:
 def _scale(argument: str, convert: Callable[[Any], Any]) -> Callable[[_Native, Entry], None]:
     def handle(native: _Native, entry: Entry) -> None:
         if not native.half():
-            native.say(entry, "not needed", "nothing is float16")
+            native.note(entry, "not needed", "nothing is float16")
         else:
             scale = native.reading.rest.get("loss_scale") or {}
             native.reading.rest["loss_scale"] = {**scale, argument: convert(entry.value)}
-            native.say(entry, "mapped", f"Launch.loss_scale: {argument}={convert(entry.value)}")
+            native.note(entry, "mapped", f"Launch.loss_scale: {argument}={convert(entry.value)}")
 
     return handle
 
 
 def _loss_scale(native: _Native, entry: Entry) -> None:
     if entry.value in (0, "auto"):
-        native.say(entry, "mapped", "a dynamic scale")
+        native.note(entry, "mapped", "a dynamic scale")
     else:
-        native.say(entry, "refused", "the scale is dynamic. Write 0.")
+        native.note(entry, "refused", "the scale is dynamic. Write 0.")
 
 
 def _number(argument: str, convert: Callable[[Any], Any], line: str) -> Callable[[_Native, Entry], None]:
     def handle(native: _Native, entry: Entry) -> None:
         if text(entry.value) in ("auto", "none", "None"):
-            native.say(entry, "not needed", f"auto: it {_YOURS}")
+            native.note(entry, "not needed", f"auto: it {_YOURS}")
             return
         number = convert(entry.value)
         native.reading.rest[argument] = number or None
-        native.say(entry, "mapped", f"Launch.{argument}={number}: {line.format(number)}")
+        native.note(entry, "mapped", f"Launch.{argument}={number}: {line.format(number)}")
 
     return handle
 
 
 def _chosen(native: _Native, entry: Entry) -> None:
-    """An optimizer or a scheduler: all auto is what the user gives; a number is one that would be lost."""
+    """An entry of an optimizer or a scheduler: if all are auto, the step's own counts; a number would be lost."""
     section = entry.name.partition(".")[0]
     auto = all(
         value in ("auto", None, [])
@@ -295,13 +275,13 @@ def _chosen(native: _Native, entry: Entry) -> None:
         if name.startswith(f"{section}.") and name not in (f"{section}.type", f"{section}.params.torch_adam")
     )
     if auto or entry.value == "auto":
-        native.say(entry, "not needed", f"the {section} {_YOURS}")
+        native.note(entry, "not needed", f"the {section} {_YOURS}")
     elif section == "optimizer":
         line = "`tfn.init(model, tfn.optim.adamw(3e-5))`, and `auto` here."
-        native.say(entry, "refused", f"the optimizer {_YOURS}: {line}")
+        native.note(entry, "refused", f"the optimizer {_YOURS}: {line}")
     else:
         line = "`tfn.optim.adamw(tfn.schedules.linear(...))`, and `auto` here."
-        native.say(entry, "refused", f"a schedule is a function that the optimizer is given: {line}")
+        native.note(entry, "refused", f"a schedule is a function that the optimizer is given: {line}")
 
 
 _HANDLERS: dict[str, Callable[[_Native, Entry], None]] = {

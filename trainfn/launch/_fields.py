@@ -1,4 +1,4 @@
-"""What became of each field of a configuration."""
+"""The fate of each field of a configuration."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ Fate = Literal["mapped", "not needed", "ignored", "refused"]
 
 
 class Field(NamedTuple):
-    """A field of a configuration, and what became of it.
+    """A field of a configuration, and its fate.
 
     Attributes:
         name: As the user wrote it: a key of Accelerate's yaml, or a dotted one of DeepSpeed's json.
         value: Its value.
-        fate: ``"mapped"``; ``"not needed"`` if nothing is lost without it; ``"ignored"`` if something is, of which a
-            warning tells; ``"refused"``, an error.
-        detail: To what, or why.
+        fate: ``"mapped"`` to a setting here; ``"not needed"`` if nothing is lost without it; ``"ignored"`` with a
+            warning if something is; ``"refused"`` with an error.
+        detail: The setting, or the reason.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Field(NamedTuple):
 
 
 def table(fields: Sequence[Field]) -> str:
-    """One line for each field.
+    """Return a table with one line for each field.
 
     >>> print(table([Field("fsdp_version", "2", "mapped", "Plan(stage=3)"), Field("debug", "true", "ignored", "no")]))
       fsdp_version  2     mapped   Plan(stage=3)
@@ -40,17 +40,17 @@ def table(fields: Sequence[Field]) -> str:
 
 
 def check(fields: Iterable[Field], call: str) -> None:
-    """Raise if a field was refused; the message names them all."""
+    """Raise if a field was refused; the message names all of them."""
     refused = [f"{field.name}={field.value}: {field.detail}" for field in fields if field.fate == "refused"]
     if refused:
         raise ValueError(f"{call}: the configuration asks for what can't be honoured. " + " ".join(refused))
 
 
 def text(value: Any) -> str:
-    """A value as a launcher exports it."""
+    """Return a value as a launcher exports it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def is_true(value: str | None) -> bool:
-    """A flag as Accelerate reads it."""
+    """Return whether a flag is on, as Accelerate reads it."""
     return (value or "").lower() in ("1", "true", "yes", "y", "t", "on")

@@ -1,4 +1,4 @@
-"""Processes that a launcher has started find each other; and leave without noise."""
+"""The processes that a launcher has started find each other, and leave without noise."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _HOW = (
 
 
 def join(*, timeout: float = 1800.0) -> torch.device:
-    """Bring the processes together that a launcher has started, and return this one's device.
+    """Bring the processes of a launcher together, and return the device of this one.
 
-    Through Accelerate, whose own state is right after it: over gloo on CPUs, and NCCL on NVIDIA GPUs with gloo for what
-    is on the host. Nothing happens in one process, or at a second call. The group is left when the process ends.
+    Accelerate makes the group, so that its own state fits. The backend is gloo on CPUs, and NCCL with gloo on NVIDIA
+    GPUs. In one process, or at a second call, nothing happens. The process leaves the group when it ends.
 
     Args:
         timeout: Seconds to wait for another rank, here and in every step, before that is an error.
 
     Raises:
-        RuntimeError: If the processes don't find each other, each would train alone, or a launcher was asked for
-            several and has started one.
+        RuntimeError: If the processes don't find each other, or each would train alone, or a launcher started one
+            process where several were asked for.
 
     >>> join().type in ("cpu", "cuda", "mps", "xpu")
     True
@@ -47,9 +47,9 @@ def meet(*, timeout: float, cpu: bool) -> torch.device:
         _check_alone()
         return torch.device("cpu") if cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
     if torch.distributed.is_initialized() and "WORLD_SIZE" not in os.environ:
-        return torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())  # met without us
+        return torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())  # of the user
     if not timeout > 0:
-        raise ValueError(f"join(timeout={timeout!r}): a number of seconds above 0.")
+        raise ValueError(f"join(timeout={timeout!r}): write a number of seconds above 0.")
     state = _met(world, cpu, timedelta(seconds=timeout))
     if state.num_processes != world or torch.distributed.get_world_size() != world:
         raise RuntimeError(
@@ -69,7 +69,7 @@ def _accelerated() -> bool:
 
 
 def _check_alone() -> None:
-    """``accelerate launch`` without GPUs starts one process, whatever ``num_processes`` says, and says nothing."""
+    """Raise if ``accelerate launch`` started one process instead of several, as it does silently without GPUs."""
     env = os.environ
     asked = "ACCELERATE_USE_CPU" in env and "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env
     if asked and "RANK" not in env and "LOCAL_RANK" not in env:
@@ -105,7 +105,7 @@ def _met(world: int, cpu: bool, timeout: timedelta) -> Any:
 
 
 class _Ending:
-    """Instead of `sys.excepthook`: what ends this process says which rank it was. And the last thing it does."""
+    """In place of `sys.excepthook`: it names the rank of an error that ends this process, and leaves the group."""
 
     def __init__(self, before: Any) -> None:
         self.before, self.failed = before, False
@@ -117,7 +117,7 @@ class _Ending:
         self.before(kind, error, trace)
 
     def leave(self) -> None:
-        """Leave the group; after an error that may wait for the others, and they for this rank, so it is skipped."""
+        """Leave the group. After an error this is skipped: the ranks may wait for each other here."""
         if not self.failed and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""What ``trainfn test`` launches: the configured plan on N ranks, against one process without a plan."""
+"""The program of ``trainfn test``: the configured plan on N ranks, against one process without a plan."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Net(nn.Module):
-    """A small one, with a layer to split by columns and one by rows."""
+    """A small module, with a layer to split by columns and one to split by rows."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Two layers."""
+        """Apply both layers."""
         return self.down(torch.nn.functional.gelu(self.up(x)))
 
 
 def loss(model: Any, batch: dict[str, Tensor]) -> Mean:
-    """Rows with weights: a mean of the ranks' means would be another number."""
+    """A loss of weighted rows: a mean of the ranks' means would be another number."""
     return Mean.of(((model(batch["x"]) - batch["y"]) ** 2).mean(-1), batch["weight"])
 
 
@@ -49,7 +49,7 @@ def rows(count: int) -> dict[str, Tensor]:
 
 
 def trained(launch: Launch, plan: Plan | None) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and parameters after some updates: of this rank's rows by the plan, or of all by none."""
+    """Losses and parameters after some updates, of this rank's rows with a plan, or of all rows without one."""
     optimizer = optim.chain(optim.clip_by_global_norm(launch.clip or 1.0), optim.adamw(1e-2))
     with generators_kept():
         torch.default_generator.manual_seed(0)
@@ -75,7 +75,7 @@ def _scaled(scaling: StepTransform, state: TrainState, step: Any) -> tuple[Train
 
 
 def difference(launch: Launch, precision: str) -> float:
-    """The largest one between N ranks and one, in the losses and the parameters."""
+    """The largest difference between N ranks and one process, in the losses and the parameters."""
     compute = _DTYPES.get(precision)
     one = dataclasses.replace(launch, loss_scale=launch.loss_scale if precision == "fp16" else None)
     rules = (("up", "columns"), ("down", "rows")) if launch.plan.tensor != 1 else ()
@@ -100,7 +100,7 @@ def main() -> None:
     wrong = any(not value <= allowed[name] for name, value in apart.items())
     who = f"{launch.world} ranks on {launch.device.type}" if launch.world > 1 else f"1 process on {launch.device.type}"
     if wrong:
-        raise SystemExit(f"trainfn test: rank {launch.rank} of {who} has not the numbers of one process: {listed}.")
+        raise SystemExit(f"trainfn test: rank {launch.rank} of {who} differs from one process: {listed}.")
     if launch.rank == 0:
         print(f"trainfn test: success. {who}: the numbers of one process, apart by at most {listed}.")
 

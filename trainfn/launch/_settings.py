@@ -1,4 +1,4 @@
-"""`settings`: everything that a launcher was configured with; `plan`: the part of it that a step needs."""
+"""`settings` reads the configuration of a launcher; `plan` is the part of it that a step needs."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What a launcher was configured with; print it to see what became of each field.
+    """The configuration of a launcher; print it to see the fate of each field.
 
     Attributes:
         plan: For `trainfn.shard` and `trainfn.train_step`.
-        device: This process's.
+        device: The device of this process.
         rank: This process's number; files are written and lines printed by 0.
         world: The number of processes.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; the plan computes in it already.
         loss_scale: With fp16, the arguments of `trainfn.transforms.dynamic_loss_scale`, which the step needs.
         compile: The arguments of `trainfn.jit`, if the configuration asks for compilation.
-        state_dict: Whether the parameters are saved whole, ``"full"``, or each rank writes its part, ``"sharded"``.
-        checkpointing: Whether activations are computed again instead of kept: the model's matter.
-        accumulate: Into how many micro-batches to split, if a DeepSpeed configuration says.
-        clip: The global norm to clip gradients at, if it says.
-        fields: What became of each field.
+        state_dict: ``"full"`` if full parameters are saved, ``"sharded"`` if each rank writes its part.
+        checkpointing: Whether activations are computed again instead of kept; the model must be set so.
+        accumulate: The number of micro-batches, if a DeepSpeed configuration has one.
+        clip: The global norm to clip gradients at, if a DeepSpeed configuration has one.
+        fields: The fate of each field.
 
     >>> import torch, trainfn as tfn
     >>> print(Launch(plan=tfn.Plan(), device=torch.device("cpu")))
@@ -73,18 +73,17 @@ def settings(
     timeout: float = 1800.0,
     quiet: bool = False,
 ) -> Launch:
-    """Bring the processes of a launcher together, as `join` does, and read what it was configured with.
+    """Bring the processes of a launcher together, as `join` does, and read its configuration.
 
     A field that is not honoured is named in a warning, or is an error if the numbers would be others.
 
     Args:
         config: A file to read instead: an Accelerate yaml, or a DeepSpeed json, of a script that ``torchrun`` starts.
-            ``accelerate launch`` exports its own, all but what it does not know. Or a dict of DeepSpeed's fields,
-            which stands in the place of what the launcher says of DeepSpeed; see `deepspeed_config`.
-        deepspeed: What a DeepSpeed configuration means. ``"native"``: a plan that computes the same as its ZeRO stage;
-            what becomes of each field is printed. The engine itself is `trainfn.deepspeed`; then don't call this, but
-            `join`.
-        rules: Of the plan, such as those of `tensor_rules`.
+            ``accelerate launch`` exports the fields of its own file that it knows. Or a dict of DeepSpeed's fields,
+            which replaces the launcher's DeepSpeed configuration; see `deepspeed_config`.
+        deepspeed: The meaning of a DeepSpeed configuration. ``"native"`` is a plan that computes the same as its ZeRO
+            stage; the fate of each field is printed. For the engine itself, `trainfn.deepspeed`, call `join` instead.
+        rules: The rules of the plan, such as those of `tensor_rules`.
         timeout: See `join`.
         quiet: Whether to print nothing and warn of nothing; ``print(launch)`` tells the same.
 
@@ -115,7 +114,7 @@ def settings(
     plan.shape(world)
     launch = Launch(plan=plan, device=device, rank=rank, world=world, fields=tuple(reading.fields), **reading.rest)
     if rank == 0 and not quiet:
-        _tell(launch, deepspeed)
+        _report(launch, deepspeed)
     return launch
 
 
@@ -163,18 +162,18 @@ def plan(
 
 
 def fields_of(config: str | Path) -> tuple[Field, ...]:
-    """What would become of the fields of a configuration file; of a DeepSpeed one, as a plan."""
+    """Return the fates that the fields of a configuration file would have; DeepSpeed's are read as a plan."""
     env = exported(config)
     return tuple(read_environment(env, 1, "native" if "ACCELERATE_USE_DEEPSPEED" in env else None).fields)
 
 
 def deepspeed_config() -> dict[str, Any] | None:
-    """What ``accelerate launch`` was told of DeepSpeed, as its json would say it; None if nothing.
+    """Return the DeepSpeed configuration of ``accelerate launch``, as the fields of one JSON; None without one.
 
-    Where a json and Accelerate's yaml both name a field, the json's value counts, unless it is ``"auto"``.
+    Where a JSON and Accelerate's yaml both have a field, the value of the JSON counts, unless it is ``"auto"``.
 
     Raises:
-        ValueError: If the json that the launcher was given is none.
+        ValueError: If the JSON that the launcher was given is not valid.
 
     >>> deepspeed_config() is None
     True
@@ -187,7 +186,7 @@ def deepspeed_config() -> dict[str, Any] | None:
 def read_environment(
     env: Mapping[str, str], nodes: int, deepspeed: str | None, given: Mapping[str, Any] | None = None
 ) -> _accelerate.Reading:
-    """Read all that a launcher has exported; ``given``, in the place of its DeepSpeed configuration."""
+    """Read all variables of a launcher; ``given`` replaces its DeepSpeed configuration."""
     reading = _accelerate.Reading(env, nodes)
     _accelerate.read(reading)
     _read_deepspeed(reading, deepspeed, given)
@@ -235,13 +234,13 @@ def _read_deepspeed(reading: _accelerate.Reading, deepspeed: str | None, given: 
     if deepspeed is not None and not asked:
         raise ValueError(
             f"settings(deepspeed={deepspeed!r}): there is no DeepSpeed configuration. Start the script by `accelerate"
-            " launch` with one, or say `config=` with the path of a json or yaml; or leave `deepspeed` out."
+            " launch` with one, or write `config=` with the path of a JSON or yaml; or leave `deepspeed` out."
         )
     if asked:
         _deepspeed.read(reading, given)
 
 
-def _tell(launch: Launch, deepspeed: str | None) -> None:
+def _report(launch: Launch, deepspeed: str | None) -> None:
     if deepspeed is not None:
         print(launch)
     lost = [f"{field.name}={field.value} ({field.detail})" for field in launch.fields if field.fate == "ignored"]

@@ -1,4 +1,4 @@
-"""Which layers of a transformers model are split over the axis ``tensor``."""
+"""The layers of a transformers model that are split over the axis ``tensor``."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _RULES: dict[str, Rule] = {"colwise": "columns", "rowwise": "rows"}
 
 
 def tensor_rules(model: Any) -> tuple[tuple[str, Rule], ...]:
-    r"""`Plan.rules` for the axis ``tensor``, from the plan that a transformers model comes with.
+    r"""Return `Plan.rules` for the axis ``tensor``, from the table that a transformers model comes with.
 
-    Its ``model.config.base_model_tp_plan`` says "colwise" of layers whose outputs can be split, which is "columns"
-    here, and "rowwise" of those whose inputs can, "rows".
+    The table is ``model.config.base_model_tp_plan``. Its "colwise" layers are split by outputs, "columns" here. Its
+    "rowwise" layers are split by inputs, "rows" here.
 
     Args:
         model: A transformers model, or its ``config``.
 
     Raises:
-        ValueError: If it has no such plan, as T5 and GPT-2, or one that is more than columns and rows.
+        ValueError: If the model has no such table, like T5 and GPT-2, or splits more than columns and rows.
 
     >>> from types import SimpleNamespace as Config
     >>> tensor_rules(Config(base_model_tp_plan={"layers.*.mlp.up_proj": "colwise"}))
@@ -31,8 +31,8 @@ def tensor_rules(model: Any) -> tuple[tuple[str, Rule], ...]:
     name = type(model).__name__
     if not plan:
         raise ValueError(
-            f"tensor_rules({name}): its config has no `base_model_tp_plan`, which says which layers can be split. Name"
-            ' them: `rules=((r"(q|k|v)\\.weight$", "columns"), (r"(o)\\.weight$", "rows"))`. A layer that computes'
+            f"tensor_rules({name}): its config has no `base_model_tp_plan`, which names the layers to split. Write"
+            ' `rules=((r"(q|k|v)\\.weight$", "columns"), (r"(o)\\.weight$", "rows"))`. A layer that computes'
             " query, key and value as one, such as GPT-2's c_attn, can't be split by columns."
         )
     refused = {key: value for key, value in plan.items() if value not in _RULES}
@@ -40,7 +40,7 @@ def tensor_rules(model: Any) -> tuple[tuple[str, Rule], ...]:
         listed = ", ".join(f"{key!r}: {value!r}" for key, value in refused.items())
         raise ValueError(
             f"tensor_rules({name}): of its `base_model_tp_plan`, {listed} can't be done: a plan splits columns and rows"
-            " of linear layers. Write `rules=` for the layers that are such, and leave the others whole."
+            " of linear layers. Write `rules=` for the layers of that kind, and leave the others out."
         )
     return tuple((_pattern(key), _RULES[value]) for key, value in plan.items())
 

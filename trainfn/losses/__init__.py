@@ -1,7 +1,7 @@
 """Losses: functions of outputs and targets that return `Mean(total, weight)`, a sum that is not divided yet.
 
-A loss adds up over rows: whatever the cut into micro-batches or ranks, the sum of the pieces' means is the
-mean of the whole. `info_nce` with in-batch negatives is the exception, for it couples the rows.
+A loss adds up over rows: for any cut into micro-batches or ranks, the sum of the pieces' means is the batch's mean.
+`info_nce` with in-batch negatives is the exception, for it couples the rows.
 
 ======================== ============================ ==================================
 loss                     takes                        the weight counts

@@ -142,7 +142,7 @@ def kl(logits: Tensor, targets: Tensor, *, weights: Tensor | None = None) -> Mea
 
     Raises:
         ValueError: If shapes disagree.
-        TypeError: If the targets are no floating-point numbers.
+        TypeError: If the targets are not floating-point numbers.
 
     Source: `torch.nn.functional.kl_div`; distillation, https://arxiv.org/abs/1503.02531.
 
@@ -161,7 +161,7 @@ def kl(logits: Tensor, targets: Tensor, *, weights: Tensor | None = None) -> Mea
 
 
 def _counts(targets: Tensor, ignore_index: int, class_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What each row adds to the weight: 0 if ignored, else its class weight."""
+    """The weight of each row: 0 if it is ignored, else its class weight."""
     kept = targets != ignore_index
     if class_weights is None:
         return kept.to(dtype)

@@ -1,4 +1,4 @@
-"""What every loss checks before it computes: shapes, dtypes and ranges, never a tensor's values.
+"""The checks of every loss before it computes: shapes, dtypes and ranges, never a tensor's values.
 
 So nothing here waits for a device, and all of it vanishes when a step is compiled.
 """
@@ -20,7 +20,7 @@ def shape(x: Tensor) -> str:
 
 
 def check_float(call: str, name: str, x: Tensor) -> None:
-    """Refuse logits or predictions that are no floating-point numbers."""
+    """Refuse logits or predictions that are not floating-point numbers."""
     if not x.is_floating_point():
         raise TypeError(
             f"`{call}` got {name} of dtype {x.dtype}, which has no gradient. Pass the network's output"

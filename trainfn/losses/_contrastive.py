@@ -80,8 +80,8 @@ def _check(
     check_float(call, "keys", keys)
     if queries.dim() != 2 or queries.shape != keys.shape:
         raise ValueError(
-            f"`{call}` got queries of shape {shape(queries)} and keys of shape {shape(keys)}, but queries[N,"
-            " D] take keys[N, D], row n the positive of query n. Write keys[positive] to order them,"
+            f"`{call}` got queries of shape {shape(queries)} and keys of shape {shape(keys)}, which can't be paired."
+            " They must both be [N, D], with row n the positive of query n. Write keys[positive] to order them,"
             " x.flatten(0, -2) to make rows, and negatives= for further keys."
         )
     if not isinstance(temperature, Tensor) and not temperature > 0:

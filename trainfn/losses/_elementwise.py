@@ -35,7 +35,7 @@ def mse(predictions: Tensor, targets: Tensor, *, weights: Tensor | None = None) 
 
     Raises:
         ValueError: If shapes disagree.
-        TypeError: If the predictions are no floating-point numbers.
+        TypeError: If the predictions are not floating-point numbers.
 
     Source: `torch.nn.functional.mse_loss`.
 
@@ -55,7 +55,7 @@ def mae(predictions: Tensor, targets: Tensor, *, weights: Tensor | None = None) 
 
     Raises:
         ValueError: If shapes disagree.
-        TypeError: If the predictions are no floating-point numbers.
+        TypeError: If the predictions are not floating-point numbers.
 
     Source: `torch.nn.functional.l1_loss`.
 
@@ -76,7 +76,7 @@ def huber(predictions: Tensor, targets: Tensor, *, delta: float = 1.0, weights: 
 
     Raises:
         ValueError: If shapes disagree, or ``delta`` is not positive.
-        TypeError: If the predictions are no floating-point numbers.
+        TypeError: If the predictions are not floating-point numbers.
 
     Source: `torch.nn.functional.huber_loss`.
 
@@ -115,7 +115,7 @@ def binary_cross_entropy(
 
     Raises:
         ValueError: If shapes disagree, or the smoothing is out of range.
-        TypeError: If the logits are no floating-point numbers.
+        TypeError: If the logits are not floating-point numbers.
 
     Source: `torch.nn.functional.binary_cross_entropy_with_logits`.
 

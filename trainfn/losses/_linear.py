@@ -1,9 +1,9 @@
 """The last linear layer and its cross entropy as one function, a chunk of rows at a time.
 
-A language model's logits are its largest tensor by far: 16,384 tokens times 128,256 words are 8.4 GB in
-float32, and again for their gradient. Here a chunk's logits live only until its loss and gradients are known,
-so memory is ``chunk_size * C``. The gradients are computed in the forward pass, so no logits are computed
-twice: three matrix products, as without chunks.
+A language model's logits are its largest tensor by far. 16,384 tokens times 128,256 words are 8.4 GB in float32, and
+again for their gradient. Here a chunk's logits live only until its loss and gradients are known, so memory is
+``chunk_size * C``. The gradients are computed in the forward pass, so no logits are computed twice: three matrix
+products, as without chunks.
 
 Source: the idea is from Liger Kernel, https://arxiv.org/abs/2410.10989, section 3.2.
 """
@@ -59,7 +59,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: If shapes disagree, or the smoothing or the chunk size is out of range.
-        TypeError: If the targets are no integers.
+        TypeError: If the targets are not integers.
 
     Source: `torch.nn.functional.cross_entropy`; chunks, https://arxiv.org/abs/2410.10989.
 

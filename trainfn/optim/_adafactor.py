@@ -20,8 +20,8 @@ from trainfn.optim._wrappers import ema
 class ScaleByFactoredRmsState(NamedTuple):
     """Count of completed updates, ``int64[]``; second moments, at least float32.
 
-    Of tensors ``[..., R, C]`` the means over columns, ``row[..., R]``, and over rows, ``col[..., C]``; of
-    vectors and scalars the moment itself, ``full``. Each holds the names that it concerns.
+    Tensors ``[..., R, C]`` have the means over columns, ``row[..., R]``, and over rows, ``col[..., C]``. Vectors and
+    scalars have the moment itself, ``full``. Each holds the names that it concerns.
     """
 
     count: Tensor  # type: ignore[assignment]  # shadows tuple.count

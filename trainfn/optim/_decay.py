@@ -13,8 +13,8 @@ def add_decayed_weights(weight_decay: Scalar, mask: Mask = None) -> Transform:
     """Add ``weight_decay · params`` to the updates.
 
     After an adaptive rule it is decoupled weight decay (Loshchilov & Hutter 2019,
-    https://arxiv.org/abs/1711.05101); before one, the gradient of an L2 penalty, which is what the
-    ``weight_decay`` of `torch.optim.Adam` and `torch.optim.SGD` means.
+    https://arxiv.org/abs/1711.05101); before one, the gradient of an L2 penalty, as the ``weight_decay`` of
+    `torch.optim.Adam` and `torch.optim.SGD` is.
 
     Args:
         weight_decay: Per step, before the learning rate.

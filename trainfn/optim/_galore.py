@@ -35,7 +35,7 @@ Projection = Literal["std", "reverse_std", "left", "right", "full"]
 class GaloreState(NamedTuple):
     """Count of completed updates, ``int64[]``, the bases, and the state of the inner rule.
 
-    Of matrices ``[R, C]`` the orthonormal columns ``left[R, rank]`` and rows ``right[rank, C]``, in the dtype of the
+    Matrices ``[R, C]`` have the orthonormal columns ``left[R, rank]`` and rows ``right[rank, C]``, in the dtype of the
     parameter. Each holds the names that it concerns.
     """
 
@@ -75,14 +75,14 @@ def galore(
     ``"full"``        all                                          ``Lᵀ g Qᵀ``         ``scale · L u Q``
     ================= ============================================ =================== =======================
 
-    Of all other tensors the rule sees the gradient itself. Bases are made anew from the gradient of the first step
-    and of every ``update_proj_gap``-th after it; moments are kept as they are, in the coordinates of the old basis.
-    Compiled, the decomposition is one branch of a `torch.cond` over all matrices: part of the step's one graph, and
-    run at those steps only. On a GPU, that branch makes each step wait for the one before it.
+    The rule sees the gradient itself of all other tensors. Bases are computed from the gradient of the first step and
+    of every ``update_proj_gap``-th after it. Moments are kept as they are, in the coordinates of the old basis.
+    Compiled, the decomposition is one branch of a `torch.cond` over all matrices: part of the step's one graph, and run
+    at those steps only. On a GPU, that branch makes each step wait for the one before it.
 
     Args:
-        inner: What looks at gradients alone, such as `scale_by_adam`. Decay, and what else depends on the
-            parameters, belongs after `galore`: inside, it would see their projections.
+        inner: A rule that looks at gradients alone, such as `scale_by_adam`. Rules that depend on the parameters, such
+            as a decay, belong after `galore`: inside, they would see projections.
         rank: Size of the bases; at most the smaller side of a matrix.
         update_proj_gap: Steps from one basis to the next.
         scale: Times what is projected back.
@@ -93,7 +93,7 @@ def galore(
         targets: Which matrices are projected, see `masked`; None for all tensors of two dimensions.
 
     Raises:
-        ValueError: If ``rank`` or ``update_proj_gap`` is below 1, ``proj_type`` unknown, or a target is no matrix.
+        ValueError: If ``rank`` or ``update_proj_gap`` is below 1, ``proj_type`` unknown, or a target not a matrix.
 
     >>> from trainfn.optim import scale_by_adam
     >>> rule = galore(scale_by_adam(), rank=1, scale=1.0)
@@ -234,7 +234,7 @@ def galore_adamw(
 ) -> Transform:
     """AdamW with the moments of projected gradients, see `galore`; the arithmetic of galore-torch's ``GaLoreAdamW``.
 
-    Which is not quite that of `adamw`: ``eps`` is added to the root of the uncorrected second moment, and a weight
+    That differs a little from `adamw`: ``eps`` is added to the root of the uncorrected second moment, and a weight
     decays after its step. The moments of a matrix ``[R, C]`` take ``rank · max(R, C)`` numbers each instead of
     ``R · C``; they are never quantized, so this stands in for ``GaLoreAdamW8bit`` too. The whole gradient exists, as
     in any step; a layer-wise GaLore takes the same steps.
@@ -254,7 +254,7 @@ def galore_adamw(
         targets: Which matrices are projected, see `masked`; None for all tensors of two dimensions.
 
     Raises:
-        ValueError: If a number is out of its range, ``proj_type`` unknown, or a target is no matrix.
+        ValueError: If a number is out of its range, ``proj_type`` unknown, or a target not a matrix.
 
     >>> optimizer = galore_adamw(1e-2, rank=1, targets="fc.weight")
     >>> params = {"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}
@@ -336,7 +336,7 @@ def galore_adafactor(
         targets: Which matrices are projected, see `masked`; None for all tensors of two dimensions.
 
     Raises:
-        ValueError: If a number is out of its range, ``proj_type`` unknown, or a target is no matrix.
+        ValueError: If a number is out of its range, ``proj_type`` unknown, or a target not a matrix.
 
     >>> optimizer = galore_adafactor(1e-2, rank=1)
     >>> params = {"w": torch.ones(2, 2)}

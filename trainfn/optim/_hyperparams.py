@@ -118,7 +118,7 @@ def _injected(
 def get_hyperparams(state: Tree) -> dict[str, Tensor]:
     """The hyperparameters in an optimizer's state or a whole `TrainState`, by name.
 
-    Those that follow a schedule have the value of the last update. Where several optimizers share a name, the
+    Hyperparameters that follow a schedule have the value of the last update. Where several optimizers share a name, the
     names are led by the optimizer's path in the tree.
 
     Raises:

@@ -26,11 +26,11 @@ def lomo(
 ) -> Transform:
     """Gradient descent without state, in float32; the arithmetic of lomo-optim's ``Lomo``.
 
-    Lv et al. 2023, https://arxiv.org/abs/2306.09782. Theirs updates each tensor inside of the backward pass, so that
-    one gradient exists at a time, and needs a second backward pass to clip by the norm. Here the update follows the
-    backward pass of the same program: there are no moments, and with ``jit(donate=True)`` no second copy of the
-    parameters, but there is room for all gradients, unless the compiler finds that it can do with less. In return
-    clipping costs no second pass, and accumulation is what it is everywhere.
+    Lv et al. 2023, https://arxiv.org/abs/2306.09782. Theirs updates each tensor inside the backward pass, so that one
+    gradient exists at a time. It needs a second backward pass to clip by the norm. Here the update follows the backward
+    pass of the same program. There are no moments, and with ``jit(donate=True)`` there is no second copy of the
+    parameters. All gradients exist at once, unless the compiler saves that memory. In return clipping costs no second
+    pass, and accumulation works as with every optimizer.
 
     Args:
         learning_rate: A number, a 0-dim tensor, or a function of the number of completed updates.
@@ -143,5 +143,5 @@ def _widen(params: Params) -> Params:
 
 
 def _rounded(step: Tensor, wide: Tensor, param: Tensor) -> Tensor:
-    """What, added to a narrow parameter, gives the number nearest to the wide sum."""
+    """The step that takes a narrow parameter to the number nearest to the wide sum."""
     return step if step.dtype == param.dtype else ((wide + step).to(param.dtype) - param).to(param.dtype)

@@ -1,4 +1,4 @@
-"""Which parameters: masks and labels, by name.
+"""Masks and labels: parameters chosen by name.
 
 ================================ ===============================================================
 mask                             selects

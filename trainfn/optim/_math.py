@@ -1,4 +1,4 @@
-"""What every rule needs: arithmetic with numbers that may be tensors, the step count, checks of arguments."""
+"""Parts of every rule: arithmetic with numbers that may be tensors, the step count, checks of arguments."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def muon(
         nesterov: Whether the step looks ahead.
         adjust: How a step's size follows from a matrix's shape; see `scale_by_shape`.
         steps: Newton-Schulz iterations.
-        coefficients: Of the Newton-Schulz polynomial.
+        coefficients: The coefficients of the Newton-Schulz polynomial.
         mask: Which of each group's parameters decay; see `masked`.
         labels: ``"muon"`` or ``"adamw"`` for every parameter, as in `partition`.
         others: What updates the parameters labelled ``"adamw"``; None for `adamw` with the same learning

@@ -9,9 +9,9 @@
     tt.check_transform(optimizer)                  # an optimizer
     tt.check_resume_bitexact(make_run)             # a run
 
-A law is one call. It holds, or it raises a `LawViolation` that shows the smallest batch and split it found, by how much
-the numbers differ, the probable cause and the fix. Laws run in plain tests, under ``@given`` and in notebooks; they
-change nothing they are given.
+A law is one call. It holds, or it raises a `LawViolation`. That shows the smallest batch and split it found, by how
+much the numbers differ, the probable cause and the fix. Laws run in plain tests, under ``@given`` and in notebooks;
+they change nothing they are given.
 
 =================================== ===================================================================
 of a loss

@@ -109,7 +109,7 @@ def batches(spec: Any = None, *, rows: tuple[int, int] = ROWS) -> SearchStrategy
     wrong = [leaf for leaf in leaves if not isinstance(leaf, Field)]
     if wrong:
         raise ValueError(
-            f"batches(spec): {wrong[0]!r} is no field. Write `tfn.testing.floats(4)`, `integers(0, 3)` or `masks()`"
+            f"batches(spec): {wrong[0]!r} is not a field. Write `tfn.testing.floats(4)`, `integers(0, 3)` or `masks()`"
             " for what to draw, or give a batch of tensors, whose rows are then drawn."
         )
 

@@ -38,7 +38,7 @@ def check_eager_equals_compiled(
         step: ``(state, batch) -> (state, metrics)``.
         state: Where to start; it is not changed.
         batch: A batch for it.
-        backend: Of ``torch.compile``; ``"eager"`` runs the captured graph itself: quick.
+        backend: The backend of ``torch.compile``; ``"eager"`` runs the captured graph itself: quick.
         steps: How many to take.
         tolerance: The largest deviation, relative to the largest element of a leaf.
 
@@ -87,7 +87,7 @@ def check_single_graph(
         state: Where to start; it is not changed.
         batches: A batch, or a list of them; their shapes may differ if ``max_graphs`` allows for it.
         max_graphs: Graphs per program.
-        backend: Of ``torch.compile``.
+        backend: The backend of ``torch.compile``.
 
     Raises:
         LawViolation: With the line that can't be captured, or with what made torch compile again.
@@ -103,13 +103,13 @@ def check_single_graph(
             for _ in range(2):
                 state, _ = run(compiled, state, batch)
     except (CaptureError, RecompileError) as error:
-        headline = "it compiles again." if isinstance(error, RecompileError) else "the step is no single graph."
+        headline = "it compiles again." if isinstance(error, RecompileError) else "the step is not a single graph."
         raise violation(
             "check_single_graph",
             headline,
             {"torch.compile": str(error)},
             "see above.",
-            "the message names the line or the argument; `step.explain()` of a compiled step tells its graphs",
+            "the message names the line or the argument; `step.explain()` of a compiled step counts its graphs",
         ) from error
 
 
@@ -146,7 +146,7 @@ def check_donation(step: AnyStep, state: TrainState, batch: Batch, *, steps: int
                 "check_donation",
                 f"step {n} differs once the state's memory is reused.",
                 {"differs": listed(found)},
-                "two leaves of the state share memory, such as an average that starts as the parameters themselves, or"
+                "two leaves of the state share memory, such as an average that starts as the parameters themselves; or"
                 " the step keeps a tensor of its state elsewhere.",
                 "copy when a leaf starts as another: `tfn.tree.copy(state.params)`",
             )

@@ -1,4 +1,4 @@
-"""Why a loss is not the same in pieces: probes that tell one mistake from another."""
+"""Why a loss is not the same in pieces: probes that distinguish mistakes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def diagnose(subject: Subject, batch: Batch, split: Split, pad: Mapping[str, flo
     """The probable cause and the fix."""
     if subject.inexact:
         return (
-            "the loss returns a bare scalar, a mean over something that pieces hold unequal amounts of (tokens, targets"
-            " that are not ignored, weights): a mean of means.",
+            "the loss returns a bare scalar: the mean over something that pieces hold unequal amounts of, such as"
+            " tokens or weights. The update is then a mean of means.",
             _EXACT,
         )
     pieces = [piece for rank in split.pieces(batch) for piece in rank]
@@ -123,7 +123,7 @@ def _coupled(subject: Subject, batch: Batch) -> tuple[str, str]:
         )
     return (
         "a row's loss depends on the other rows: in-batch negatives, a normalization over the batch, a top-k or a sort"
-        " across rows; or on its place in the batch, which `check_permutation_invariant` tells.",
+        " across rows; or on its place in the batch, which `check_permutation_invariant` finds.",
         "use what does not look across rows, or do not split such a batch: the size of a micro-batch is then part of"
         " the method",
     )

@@ -39,7 +39,7 @@ def check_accumulation_invariant(
         model: Your module, or a dict of tensors; by default a small one from ``x[rows, 4]`` to 3 outputs.
         batches: A batch, whose rows are then drawn; a spec or strategy for batches, see `batches`.
         tolerance: The largest deviation, relative to what is added up.
-        seed: Which cases are tried.
+        seed: The choice of the cases that are tried.
 
     Raises:
         LawViolation: With the smallest batch and split that break the law, the probable cause and the fix.
@@ -71,7 +71,7 @@ def check_rank_invariant(
         model: The same.
         batches: The same.
         ranks: The most ranks.
-        pad: By leaf name, the value that makes a row count for nothing, such as ``{"labels": -100}``: then ranks are
+        pad: By leaf name, the value that makes a row count for nothing, such as ``{"labels": -100}``. Then ranks are
             padded until they have equally many rows.
         tolerance: The same.
         seed: The same.
@@ -108,8 +108,8 @@ def check_row_additive(
         seed: The same.
 
     Raises:
-        LawViolation: With the smallest batch that breaks the law. It tells a mean of means, a loss divided twice, a
-            weight that does not count, weighted rows with another weight, and rows that are coupled.
+        LawViolation: With the smallest batch that breaks the law. It distinguishes a mean of means, a loss divided
+            twice, a weight that does not count, weighted rows with another weight, and coupled rows.
 
     >>> import trainfn as tfn
     >>> check_row_additive(lambda model, b: tfn.losses.cross_entropy(model(b["x"]), b["y"]))
@@ -154,7 +154,7 @@ def _check_pieces(
 
 
 def _total_weight(parts: list[Sums], view: Callable[[Sums], Params]) -> Tensor:
-    """What each part is divided by, once all are added up; parts that are not divided keep their own."""
+    """The divisor of each part, once all are added up; parts that are not divided keep their own."""
     weight = torch.stack([part.weight for part in parts]).sum()
     return weight if "the loss" in view(parts[0]) else parts[0].weight
 
@@ -204,8 +204,8 @@ def check_permutation_invariant(
             subject.law,
             "the order of the rows changes the loss.",
             {"batch": repr(sample), "order": str(order), "differs": str(compared(found))},
-            "a row's index plays a part: a target taken by position, a cumulative sum over rows, rows paired with their"
-            " neighbours, a tensor of another order than the batch.",
+            "a row's index plays a part: a target taken by position, a cumulative sum over rows, pairs of"
+            " neighbours, or a tensor in another order.",
             "compute each row from that row alone; put what belongs to it into the batch",
         )
 
@@ -296,7 +296,7 @@ def _both(subject: Subject, batch: Batch, longer: Batch) -> dict[str, str]:
 
 
 def _silencing(batch: Batch) -> dict[str, float]:
-    """What makes a row count for nothing, guessed from the names of leaves."""
+    """Values that make a row count for nothing, guessed from the names of leaves."""
     values: dict[str, float] = {}
     for name, leaf in tree.named_leaves(batch).items():
         last = name.rpartition("/")[2].lower()
@@ -307,7 +307,7 @@ def _silencing(batch: Batch) -> dict[str, float]:
                 values[name] = 0
     if not values:
         raise ValueError(
-            "check_padding_invariant(loss, model, batches): can't tell what marks a row of"
+            "check_padding_invariant(loss, model, batches): can't guess the value that marks a row of"
             f" {sorted(tree.named_leaves(batch))} as padding. Say it by leaf name:"
             ' `pad={"labels": -100}` or `pad={"mask": 0}`.'
         )
@@ -334,14 +334,14 @@ def check_split_invariant(
 ) -> None:
     """Law: a function of ranks and their micro-batches depends on the rows only, not on how they are spread.
 
-    For what is no loss of `trainfn`: another library's trainer, a loop written by hand.
+    It is for functions other than losses of `trainfn`: another library's trainer, a loop written by hand.
 
     Args:
         update: ``[[micro-batch, …] for each rank] -> tree``, such as the new parameters; it starts afresh each time.
         batches: See `check_accumulation_invariant`.
         ranks: The most ranks.
         tolerance: The largest deviation, relative to the largest element of a leaf.
-        seed: Which cases are tried.
+        seed: The choice of the cases that are tried.
 
     Raises:
         LawViolation: With the smallest batch and split that break the law.

@@ -1,4 +1,4 @@
-"""What a pure function leaves alone, as it was before a call and after it."""
+"""Everything that a pure function leaves alone, as it was before a call and after it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Watched:
         self.held = _held(self.module)
 
     def changes(self) -> dict[str, str]:
-        """What is no longer as it was: the kind of change, and where."""
+        """The changes since then: the kind of each, and where it is."""
         said: dict[str, str] = {}
         for name, value in self.inputs.items():
             changed = differences(value, self.copies[name])
@@ -80,7 +80,7 @@ def generators_seeded(seed: int) -> Generator[None]:
 
 
 def lasting(module: nn.Module | None) -> dict[str, Any]:
-    """What of a module not even its first call may change; its attributes may cache something then."""
+    """The parts of a module that not even its first call may change; its attributes may cache something then."""
     return {what: x for what, x in _held(module).items() if not what.startswith("the attributes")}
 
 
@@ -125,7 +125,7 @@ def _reach(value: Any, path: str, found: dict[str, str], seen: set[int], depth: 
 
 
 def _inside(value: Any) -> list[tuple[str, Any]]:
-    """What a function or an object of the user's refers to by name."""
+    """The objects that a user's function or object refers to by name."""
     if _is_library(value):
         return []
     code = getattr(value, "__code__", None)
@@ -153,6 +153,6 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _is_library(value: Any) -> bool:
-    """Whether something is torch's or Python's: their caches and counters are no concern of the law."""
+    """Whether something is torch's or Python's: their caches and counters don't concern the law."""
     home = getattr(value, "__module__", None) or type(value).__module__
     return home.split(".")[0] in ("torch", "numpy", "builtins", "optree", "hypothesis", "logging", "warnings")

@@ -27,7 +27,7 @@ def check_sampler(
     Args:
         sampler: An object with ``indices(step) -> int64[batch]``, such as those of `trainfn.data`, and
             ``steps_per_epoch``; None there means that there are no epochs.
-        rows: The rows of the dataset; by default ``sampler.num_rows``. Those of a packed sampler are its packs.
+        rows: The rows of the dataset; by default ``sampler.num_rows``. The rows of a packed sampler are its packs.
         once: False for a sampler that draws with replacement.
         drops: The most rows that an epoch may leave out; by default fewer than a batch if ``sampler.last`` is
             ``"drop"`` or absent, and none otherwise.
@@ -96,9 +96,9 @@ def _array(indices: Any) -> Any:
 def _check_batch(step: int, indices: Any, rows: int) -> None:
     if indices.dtype != np.int64 or indices.ndim != 1:
         raise _wrong(
-            "the rows of a step are no list of row numbers.",
+            "the rows of a step are not a list of row numbers.",
             {"step": str(step), "rows": f"{indices.dtype}{list(indices.shape)}, not int64[batch]"},
-            "they were computed in floating point, or are nested." if indices.ndim else "a single row is no batch.",
+            "they were computed in floating point, or are nested." if indices.ndim else "a single row is not a batch.",
             "`np.arange(first, first + batch_size)`, or `.astype(np.int64)`",
         )
     outside = indices[(indices < 0) | (indices >= rows)]

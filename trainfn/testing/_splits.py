@@ -27,7 +27,7 @@ class Piece(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Which rows go where: for each rank, the sizes of its micro-batches, in the order of the rows.
+    """The rows of each part: for each rank, the sizes of its micro-batches, in the order of the rows.
 
     >>> Split(((2, 1), (1,)))
     rank 0: rows 0-1 | row 2; rank 1: row 3

@@ -40,7 +40,7 @@ def check_roundtrip(state: TrainState) -> None:
             "check_roundtrip",
             "the state can't be saved.",
             {"found": listed(strange)},
-            "a leaf is no tensor: a Python number, or a function of the optimizer.",
+            "a leaf is not a tensor: a Python number, or a function of the optimizer.",
             "`torch.tensor(...)`; make states with `tfn.init`",
         )
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +136,7 @@ def _not_the_same(
 
 
 def _fewer_in_reverse(x: Any) -> Any:
-    """Both another order, which tells whether a row's place counts, and fewer rows, which tells whether they do."""
+    """Reverse the rows and drop one, to see whether a row's place counts and whether their number does."""
     return x.flip(0)[: max(1, len(x) - 1)] if isinstance(x, Tensor) and x.dim() else x
 
 

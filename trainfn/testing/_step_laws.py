@@ -46,8 +46,8 @@ _CAUSES = {
 def check_pure(step: AnyStep, state: TrainState, batch: Batch) -> None:
     """Law: a step changes nothing it was given and nothing around it.
 
-    Watched are the state and the batch to the bit, the global generators of torch, NumPy and Python, the module's
-    tensors, modes, hooks and attributes, and the Python variables that the step's functions reach.
+    The law watches the state and the batch to the bit, and the global generators of torch, NumPy and Python. It also
+    watches the module's tensors, modes, hooks and attributes, and the Python variables that the step's functions reach.
 
     Args:
         step: ``(state, batch) -> (state, metrics)``. A donating step gets copies, for it may overwrite its state.
@@ -63,7 +63,7 @@ def check_pure(step: AnyStep, state: TrainState, batch: Batch) -> None:
     >>> check_pure(step, tfn.init({"w": torch.ones(1)}, optimizer), torch.ones(2))
     """
     before = lasting(getattr(state, "module", None))
-    run(step, state, batch)  # what the first call sets up, such as a compiled program, is no change
+    run(step, state, batch)  # what the first call sets up, such as a compiled program, is not a change
     given, rows = (_copied(state), batch) if _donates(step) else (state, batch)
     with generators_seeded(_UNUSUAL):
         watched = Watched(step, given, rows)

@@ -51,7 +51,7 @@ def check_step(
         step: ``(state, batch) -> (state, metrics)``, compiled or not.
         state: Where to start; it is not changed.
         batches: A batch, or a list of batches of one shape.
-        backend: Of ``torch.compile``; ``"inductor"`` includes the code generator, and takes its time.
+        backend: The backend of ``torch.compile``; ``"inductor"`` includes the code generator, and takes its time.
 
     Raises:
         LawViolation: With the reports of all laws that are broken.

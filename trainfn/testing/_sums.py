@@ -200,7 +200,7 @@ def magnitudes(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def attempt(fn: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What a function returns, or what it raises."""
+    """The result of a function, or its error."""
     try:
         return fn(), None
     except Exception as error:

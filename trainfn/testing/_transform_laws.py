@@ -79,7 +79,7 @@ def _check_state(optimizer: Transform, params: Params) -> None:
     strange = {n: f"a {type(x).__name__}" for n, x in tree.named_leaves(state).items() if not isinstance(x, Tensor)}
     if strange:
         raise _broken(
-            "the state holds what is no tensor.",
+            "the state holds something that is not a tensor.",
             listed(strange),
             "a Python number in the state is a constant of the compiled step: it never changes.",
             "`torch.zeros((), dtype=torch.int64)` for a counter",
@@ -221,7 +221,7 @@ def _why(ratios: Sequence[float], parallel: bool) -> tuple[str, str]:
     if len(ratios) == 1 and not parallel:
         return (
             "already the first step points elsewhere: weight decay is added to the gradient instead of to the update,"
-            " or the other way round, or taken before or after the step; or the formula is another.",
+            " or the other way round; or it is taken at the wrong side of the step; or the formula is another.",
             "AdamW: `-learning_rate * (direction + weight_decay * params)`, with the parameters before the step",
         )
     if len(ratios) == 1 and abs(first - 1) > 1e-3:
@@ -231,8 +231,8 @@ def _why(ratios: Sequence[float], parallel: bool) -> tuple[str, str]:
             "`1 - b ** count` with the count of this step, which is 1 at the first",
         )
     return (
-        "the first step agrees, a later one does not: a moment is updated in another order or with another decay, or a"
-        " schedule is off by one.",
+        "the first step agrees, a later one does not: a moment is updated in another order or with another decay;"
+        " or a schedule is off by one.",
         "compare the state with the reference's, leaf by leaf, at the step named",
     )
 

@@ -1,4 +1,4 @@
-"""What a broken law says: what was run, what differs and by how much, the probable cause, and the fix."""
+"""The message of a broken law: what was run, what differs and by how much, the probable cause, and the fix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainfn.errors import LawViolation, shortened
 
 
 def violation(law: str, headline: str, facts: Mapping[str, str], cause: str, fix: str) -> LawViolation:
-    """The error of a broken law, laid out for reading."""
+    """The error of a broken law, formatted for reading."""
     rows = {**facts, "probable cause": cause, "fix": fix}
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {_wrapped(text, width + 4)}" for name, text in rows.items() if text]

@@ -12,10 +12,11 @@ document.addEventListener("DOMContentLoaded", () => {
     for (let next = heading.nextElementSibling; next && !/^H[23]$/.test(next.tagName); next = next.nextElementSibling)
       nodes.push(next)
     const said = nodes.length > 1 ? nodes.slice(0, -1) : nodes // the last paragraph says where it is from
-    return { nodes, words: words(said.map(node => node.textContent).join(" ")) }
+    const calls = [...nodes[nodes.length - 1].querySelectorAll("a")].map(link => link.textContent.split(".").pop())
+    return { nodes, words: words(said.map(node => node.textContent).join(" ")), calls: words(calls.join(" ")) }
   })
   const counts = new Map()
-  for (const entry of entries) for (const word of entry.words) counts.set(word, (counts.get(word) || 0) + 1)
+  for (const entry of entries) for (const word of new Set([...entry.words, ...entry.calls])) counts.set(word, (counts.get(word) || 0) + 1)
   const worth = word => Math.log(1 + entries.length / counts.get(word))
   for (const entry of entries) entry.size = [...entry.words].reduce((sum, word) => sum + worth(word), 0)
 
@@ -23,7 +24,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const asked = words(box.value)
     const near = entries
       .map(entry => {
-        const shared = [...asked].filter(word => entry.words.has(word)).reduce((sum, word) => sum + worth(word), 0)
+        const shared = [...asked].filter(word => entry.words.has(word) || entry.calls.has(word)).reduce((sum, word) => sum + worth(word), 0)
         return { entry, score: shared / Math.sqrt(entry.size) }
       })
       .filter(({ score }) => score > 0)

@@ -1,4 +1,4 @@
-"""Every field of `TrainingArguments`: what reads it, or why it can't be had, or why it changes nothing."""
+"""Every field of `TrainingArguments`: its reader, or the reason why it is refused or changes nothing."""
 
 from __future__ import annotations
 
@@ -156,68 +156,72 @@ IGNORED: dict[str, str] = {
     "dataloader_persistent_workers": "trainfn.data keeps its workers as long as it needs them",
     "dataloader_multiprocessing_context": "trainfn.data starts its workers in its own way",
     "dataloader_in_order": "the order of the rows is a function of the seed, whoever is first",
+    "trackio_static_space_id": "no snapshot of a Space is made; `trackio.freeze(space_id)` after `train()` makes one",
     "sortish_sampler": "nothing reads it, in transformers neither; `train_sampling_strategy` is what sorts by length",
 }
 
-_LOOP, _LOG, _EVAL = (
-    "the loop, _run/_loop.py",
-    "the log, _reporting/_logs.py",
-    "the evaluation, _evaluation/_evaluate.py",
-)
-_SAVE, _HUB, _LOAD = (
-    "the checkpoints, _checkpoints/_folders.py",
-    "the Hub, _reporting/_hub.py",
-    "the loaders, _run/_data.py",
-)
-_OPT, _RATE, _LOSS = (
-    "the optimizer, _optim/_named.py",
-    "the learning rate, _optim/_schedules.py",
-    "the loss, _step/_loss.py",
-)
-_SCRIPT, _ARGS, _TRACK = (
-    "nothing here: scripts read it",
-    "TrainingArguments itself",
-    "the trackers, _reporting/_trackers.py",
-)
-USED: dict[str, str] = {
-    **dict.fromkeys(("output_dir", "save_strategy", "save_steps", "save_total_limit", "save_only_model"), _SAVE),
-    "save_on_each_node": _SAVE,
-    "restore_callback_states_from_checkpoint": "no one: a resumed run always restores them, as it does all else",
-    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _SAVE),
-    **dict.fromkeys(("per_device_train_batch_size", "num_train_epochs", "max_steps"), _LOOP),
-    **dict.fromkeys(("gradient_accumulation_steps", "seed", "full_determinism", "ignore_data_skip"), _LOOP),
-    **dict.fromkeys(
-        ("auto_find_batch_size", "enable_jit_checkpoint", "fp16", "use_liger_kernel", "liger_kernel_config"), _LOOP
+# The file under `hf/` that reads the field; behind "as", the name under which it does, if that is another.
+_READ: dict[str, tuple[str, ...]] = {
+    "_run/_loop.py": (
+        *("full_determinism", "auto_find_batch_size", "enable_jit_checkpoint", "fp16", "use_liger_kernel"),
+        *("liger_kernel_config", "torch_compile", "torch_compile_backend", "torch_compile_mode", "eval_on_start"),
+        *("activation_checkpointing", "activation_checkpointing_kwargs", "neftune_noise_alpha"),
+        "logging_nan_inf_filter",
     ),
-    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32"), _LOOP),
-    **dict.fromkeys(("use_cpu",), _LOOP),
-    **dict.fromkeys(
-        ("fsdp", "deepspeed", "parallelism_config", "ddp_backend", "ddp_timeout"), "the plan, _parallel/_layout.py"
+    "_run/_loop.py as matmul_precision": ("tf32",),
+    "_run/_data.py": (
+        *("num_train_epochs", "max_steps", "gradient_accumulation_steps", "data_seed", "dataloader_drop_last"),
+        *("dataloader_num_workers", "dataloader_prefetch_factor", "remove_unused_columns", "train_sampling_strategy"),
+        "length_column_name",
     ),
-    **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs"), _LOOP),
-    **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs"), _LOOP),
-    **dict.fromkeys(("label_smoothing_factor", "bf16", "use_cache", "neftune_noise_alpha", "label_names"), _LOSS),
-    **dict.fromkeys(("optim", "optim_args", "optim_target_modules", "weight_decay", "max_grad_norm"), _OPT),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), _OPT),
-    **dict.fromkeys(("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"), _RATE),
-    **dict.fromkeys(("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter"), _LOG),
-    **dict.fromkeys(("include_num_input_tokens_seen", "disable_tqdm"), _LOG),
-    **dict.fromkeys(("log_level", "log_level_replica", "log_on_each_node"), _ARGS),
-    **dict.fromkeys(("report_to", "run_name", "project"), _TRACK),
-    **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _TRACK),
-    **dict.fromkeys(("eval_strategy", "eval_steps", "eval_delay", "eval_on_start"), _EVAL),
-    **dict.fromkeys(("per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches"), _EVAL),
-    **dict.fromkeys(("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"), _EVAL),
-    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), _EVAL),
-    **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), _HUB),
-    **dict.fromkeys(("hub_always_push", "hub_revision"), _HUB),
-    **dict.fromkeys(("data_seed", "dataloader_drop_last", "dataloader_num_workers"), _LOAD),
-    **dict.fromkeys(("dataloader_prefetch_factor", "remove_unused_columns"), _LOAD),
-    "dataloader_pin_memory": "no one: nothing is pinned, so False is what happens, and True a hint about speed alone",
-    **dict.fromkeys(("train_sampling_strategy", "length_column_name"), _LOAD),
-    **dict.fromkeys(("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"), _SCRIPT),
-    **dict.fromkeys(("predict_with_generate", "generation_max_length"), "the generation, _seq2seq.py"),
-    **dict.fromkeys(("generation_num_beams", "generation_config"), "the generation, _seq2seq.py"),
-    "legacy_arguments": _ARGS,
+    "_run/_data.py as train_batch_size": ("per_device_train_batch_size",),
+    "_run/_data.py as eval_batch_size": ("per_device_eval_batch_size",),
+    "_run/_setup.py": ("seed", "label_smoothing_factor", "use_cache"),
+    "_run/_setup.py as device": ("use_cpu",),
+    "_step/_loss.py": ("bf16",),
+    "_step/_modes.py": ("bf16_full_eval", "fp16_full_eval"),
+    "_installed.py": ("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    "_optim/_named.py": (
+        *("optim", "optim_args", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    ),
+    "_optim/_targets.py": ("optim_target_modules",),
+    "_optim/_schedules.py": ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    "_optim/_schedules.py as get_warmup_steps": ("warmup_steps",),
+    "_callbacks/_events.py": ("disable_tqdm",),
+    "_callbacks/_events.py as DefaultFlowCallback": (
+        *("logging_strategy", "logging_steps", "logging_first_step", "eval_strategy", "eval_steps", "eval_delay"),
+        "save_steps",
+    ),
+    "_reporting/_logs.py": ("include_num_input_tokens_seen",),
+    "_reporting/_logs.py as get_process_log_level": ("log_level", "log_level_replica", "log_on_each_node"),
+    "_reporting/_trackers.py": (
+        *("output_dir", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id"),
+    ),
+    "_reporting/_methods.py": ("push_to_hub",),
+    "_reporting/_hub.py": (
+        *("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+    ),
+    "_evaluation/_evaluate.py": (
+        *("prediction_loss_only", "eval_do_concat_batches", "eval_accumulation_steps", "include_for_metrics"),
+        "batch_eval_metrics",
+    ),
+    "_evaluation/_prediction.py": ("label_names",),
+    "_seq2seq.py": (*("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"),),
+    "_checkpoints/_folders.py": (
+        *("save_strategy", "save_total_limit", "save_only_model", "load_best_model_at_end", "metric_for_best_model"),
+        *("greater_is_better", "ignore_data_skip"),
+    ),
+    "_parallel/_layout.py": (
+        *("fsdp", "deepspeed", "parallelism_config", "ddp_backend", "ddp_timeout", "save_on_each_node"),
+    ),
+    "_arguments/_training.py": ("legacy_arguments",),
 }
-"""What reads each field that works."""
+USED: dict[str, str] = {
+    **{field: file for file, fields in _READ.items() for field in fields},
+    **dict.fromkeys(
+        ("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"), "nothing here: scripts read it"
+    ),
+    "restore_callback_states_from_checkpoint": "nothing: a resumed run always restores them, as all else",
+    "dataloader_pin_memory": "nothing: no memory is pinned, so False is what happens, and True only asks for speed",
+}
+"""The reader of each field that works."""

@@ -220,7 +220,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
         first = (self.local_process_index if local else self.process_index) == 0
         joined = self.world_size > 1
         if joined and not is_joined():
-            _layout.met(self)
+            _layout.meet(self)
         if joined and not first:
             torch.distributed.barrier()
         try:

@@ -29,7 +29,7 @@ import trainfn as tfn
 from trainfn.hf._evaluation._concatenate import PADDING, check_tensors, merged
 from trainfn.hf._evaluation._gather import all_batches, one_batch
 from trainfn.hf._evaluation._prediction import mean_of
-from trainfn.hf._parallel._sharding import dealt, is_empty
+from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._parallel._world import World
 from trainfn.hf._run._data import together
 from trainfn.hf._step._modes import as_found
@@ -198,7 +198,7 @@ def _batch(trainer: TrainerLike, inputs: Batch, loss_only: bool, ignore_keys: li
 
 def _has_none(world: World, inputs: Batch) -> bool:
     """Whether other ranks have all the rows of a batch."""
-    return world.plan is not None and is_empty(inputs)
+    return world.plan is not None and tfn.data.is_empty(inputs)
 
 
 def _each_row(loss: Tensor | float, rows: int) -> Tensor:

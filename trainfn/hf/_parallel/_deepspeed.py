@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from trainfn import launch as launchers
+from trainfn.launch import DeepSpeedJson
 
 Config = dict[str, Any]
 
@@ -27,26 +26,26 @@ _AUTO = '`"auto"` there'
 
 
 class Wanted(NamedTuple):
-    """What an entry has to be.
+    """The value that the arguments give an entry.
 
     Attributes:
-        value: By the arguments; None if they don't say.
-        told: The arguments, and their values.
-        write: What to write for another value.
+        value: The value; None if the arguments leave it open.
+        arguments: The arguments, as the user wrote them.
+        write: The line to write for another value.
     """
 
     value: Any
-    told: str
+    arguments: str
     write: str
 
 
 class Configured(NamedTuple):
-    """A configuration that agrees with the arguments.
+    """A configuration without a contradiction to the arguments.
 
     Attributes:
-        rest: What the arguments don't say; for `trainfn.launch.settings`.
-        filled: The entries that the arguments say, with their values.
-        notes: What is to be told.
+        rest: The entries that no argument has, for `trainfn.launch.settings`.
+        filled: The entries that the arguments have, with their values.
+        notes: The lines to print about it.
     """
 
     rest: Config
@@ -55,26 +54,26 @@ class Configured(NamedTuple):
 
 
 def configuration(args: Any) -> Configured | None:
-    """The configuration of ``deepspeed=`` and of the launcher, as far as a plan needs it; None without one.
+    """The configuration of ``deepspeed=`` and of the launcher; None without one.
 
-    Every ``"auto"`` that the arguments have a value for takes it, as in transformers; a number has to be equal.
+    Every ``"auto"`` that the arguments have a value for takes it, as in transformers. A number must be equal.
 
     Raises:
         ValueError: If the configuration and the arguments differ, or it asks for another optimizer or schedule.
     """
-    own = None if not args.deepspeed else _read(args.deepspeed, type(args).__name__)
+    own = None if not args.deepspeed else DeepSpeedJson.read(args.deepspeed, f"{_source(args)} can't work")
     theirs = launchers.deepspeed_config()
     if own is None and theirs is None:
         return None
-    config = _merged(own or {}, theirs or {})
+    config = _merged(own or DeepSpeedJson({}), DeepSpeedJson(theirs or {}))
     notes = [] if theirs is None else _take(args)
     wanted, filled, wrong = _wanted(args), {}, _types(args, config)
-    for name, value in _flat(config):
+    for name, value in config.entries():
         want = wanted.get(name)
         if want is None or value is None or str(value).lower() == "none":
             continue
         if value != "auto" and not _same(value, want.value):
-            wrong.append(f"{name}={value!r}, {want.told}: write {want.write.format(value)}")
+            wrong.append(f"{name}={value!r}, {want.arguments}: write {want.write.format(value)}")
         elif want.value is not None:
             filled[name] = want.value
     if wrong:
@@ -85,14 +84,14 @@ def configuration(args: Any) -> Configured | None:
     return Configured(_rest(config, filled), filled, notes + _differences(args, config))
 
 
-def tell(found: Configured, args: Any) -> None:
-    """Print what becomes of the configuration, all but the table of the plan's fields."""
+def report(found: Configured, args: Any) -> None:
+    """Print how the configuration is used; `trainfn.launch.settings` prints the table of its fields."""
     print(
         f"{_source(args)}: runs natively, as a plan of the same ZeRO stage. DeepSpeed's own engine is"
-        ' `tfn.deepspeed.init(model)`: see "The real DeepSpeed, as a step" in the README.'
+        " `tfn.deepspeed.init(model)`: see the guide `deepspeed.md`."
     )
     filled = ", ".join(f"{name}={value}" for name, value in found.filled.items())
-    for line in ([f"as the training arguments say: {filled}"] if filled else []) + found.notes:
+    for line in ([f"from the training arguments: {filled}"] if filled else []) + found.notes:
         print(f"  {line}")
 
 
@@ -102,65 +101,20 @@ def tell(found: Configured, args: Any) -> None:
 def _source(args: Any) -> str:
     if not args.deepspeed:
         return "the DeepSpeed configuration of `accelerate launch`"
-    shown = repr(args.deepspeed) if isinstance(args.deepspeed, str) else "{...}"
+    shown = "{...}" if isinstance(args.deepspeed, Mapping) else repr(args.deepspeed)
     return f"`{type(args).__name__}(deepspeed={shown})`"
 
 
-def _read(given: Any, call: str) -> Config:
-    """A dict, or one written as json, or the path of a file with one."""
-    if isinstance(given, Mapping):
-        return json.loads(json.dumps(given))  # a copy, in plain types
-    if not isinstance(given, str | os.PathLike):
-        raise ValueError(
-            f"`{call}(deepspeed={given!r})` can't work: that is a {type(given).__name__}. Write"
-            " `deepspeed='ds.json'`, the path of a DeepSpeed json, or a dict of its fields."
-        )
-    text = os.fspath(given)
-    if not text.lstrip().startswith("{"):
-        if not Path(text).is_file():
-            raise ValueError(
-                f"`{call}(deepspeed={text!r})` can't work: there is no such file. Write the path of a DeepSpeed json,"
-                " or a dict of its fields."
-            )
-        text = Path(text).read_text(encoding="utf-8")
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"`{call}(deepspeed={given!r})` can't work: it is no json: {error}. Write the fields as DeepSpeed's"
-            ' documentation does: `{"zero_optimization": {"stage": 2}}`.'
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"`{call}(deepspeed={given!r})` can't work: the json is a {type(content).__name__}, not an object. Write"
-            ' `{"zero_optimization": {"stage": 2}}`.'
-        )
-    return content
+def _merged(own: DeepSpeedJson, theirs: DeepSpeedJson) -> DeepSpeedJson:
+    """Both configurations in one; wherever both have a value, it must be the same.
 
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _put(config: Config, name: str, value: Any) -> None:
-    *path, key = name.split(".")
-    for part in path:
-        if not isinstance(config.get(part), dict):
-            config[part] = {}
-        config = config[part]
-    config[key] = value
-
-
-def _merged(own: Config, theirs: Config) -> Config:
-    """Both, if they agree wherever both say something."""
-    mine = dict(_flat(own))
-    for name, value in _flat(theirs):
+    Raises:
+        ValueError: If two values differ.
+    """
+    mine = dict(own.entries())
+    for name, value in theirs.entries():
         if mine.get(name, "auto") in ("auto", {}):
-            _put(own, name, value)
+            own.put(name, value)
         elif value not in ("auto", {}) and not _same(mine[name], value):
             raise ValueError(
                 f"`deepspeed=` says {name}={mine[name]!r}, and the DeepSpeed configuration of `accelerate launch` says"
@@ -169,15 +123,17 @@ def _merged(own: Config, theirs: Config) -> Config:
     return own
 
 
-def _rest(config: Config, filled: Mapping[str, Any]) -> Config:
-    rest = {name: value for name, value in config.items() if name not in (*_SECTIONS, *_NUMBERS)}
+def _rest(config: DeepSpeedJson, filled: Mapping[str, Any]) -> Config:
+    """The sections that the arguments don't replace."""
+    content = config.content.items()
+    rest = DeepSpeedJson({name: value for name, value in content if name not in (*_SECTIONS, *_NUMBERS)})
     for name in ("fp16.enabled", "bf16.enabled"):
         if name in filled:
-            _put(rest, name, filled[name])
-    return rest
+            rest.put(name, filled[name])
+    return rest.content
 
 
-# --- what the arguments say ---------------------------------------------------------------------------------------
+# --- the values of the arguments -----------------------------------------------------------------------------------
 
 
 def _take(args: Any) -> list[str]:
@@ -191,14 +147,14 @@ def _take(args: Any) -> list[str]:
         given = os.environ.get(variable, "auto").lower()
         if given not in ("auto", "none", "") and kind(given) != getattr(args, name) == fields[name].default:
             setattr(args, name, kind(given))
-            notes.append(f"{name}={kind(given)}, as the configuration of `accelerate launch` says")
+            notes.append(f"{name}={kind(given)}, from the configuration of `accelerate launch`")
     return notes
 
 
 def _wanted(args: Any) -> dict[str, Wanted]:
     rows, steps, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     split = world if getattr(args.accelerator_config, "split_batches", False) else 1  # then a batch is of all ranks
-    whole = rows * steps * world // split
+    together = rows * steps * world // split
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     betas = [args.adam_beta1, args.adam_beta2]
     total = args.max_steps if args.max_steps > 0 else None
@@ -223,7 +179,7 @@ def _wanted(args: Any) -> dict[str, Wanted]:
             "`per_device_train_batch_size={}`" if split == 1 else _AUTO,
         ),
         "gradient_accumulation_steps": by("gradient_accumulation_steps"),
-        "train_batch_size": Wanted(whole, f"{each} x gradient_accumulation_steps={steps} are {whole}", _AUTO),
+        "train_batch_size": Wanted(together, f"{each} x gradient_accumulation_steps={steps} are {together}", _AUTO),
         "gradient_clipping": by("max_grad_norm", args.max_grad_norm or 0.0),
         "optimizer.params.lr": by("learning_rate"),
         "optimizer.params.betas": Wanted(betas, f"adam_beta1+adam_beta2={betas}", "`adam_beta1=..., adam_beta2=...`"),
@@ -232,7 +188,7 @@ def _wanted(args: Any) -> dict[str, Wanted]:
         "scheduler.params.warmup_max_lr": by("learning_rate"),
         "scheduler.params.warmup_min_lr": zero,
         "scheduler.params.warmup_min_ratio": zero,
-        "scheduler.params.cos_min_ratio": zero._replace(told="and a cosine ends at 0 here"),
+        "scheduler.params.cos_min_ratio": zero._replace(arguments="and a cosine ends at 0 here"),
         "scheduler.params.total_num_steps": Wanted(total, f"max_steps={args.max_steps}", "`max_steps={}`"),
         "scheduler.params.warmup_num_steps": Wanted(warmup, f"warmup_steps={args.warmup_steps}", "`warmup_steps={}`"),
         "fp16.enabled": half("fp16"),
@@ -253,20 +209,15 @@ def _same(given: Any, value: Any) -> bool:
 # --- optimizers and schedules -------------------------------------------------------------------------------------
 
 
-def _types(args: Any, config: Config) -> list[str]:
-    """What is wrong with the choice of an optimizer and a schedule."""
+def _types(args: Any, config: DeepSpeedJson) -> list[str]:
+    """The contradictions between the arguments and the optimizer and scheduler of the configuration."""
     wrong: list[str] = []
-    optimizer, scheduler = (_section(config, name) for name in _SECTIONS)
+    optimizer, scheduler = (config.section(name) for name in _SECTIONS)
     if optimizer:
         wrong += _optimizer(str(getattr(args.optim, "value", args.optim)), optimizer)
     if scheduler:
         wrong += _scheduler(args, scheduler)
     return wrong
-
-
-def _section(config: Config, name: str) -> Config:
-    section = config.get(name) or {}
-    return section if isinstance(section, dict) else {"type": section}
 
 
 def _optimizer(optim: str, section: Config) -> list[str]:
@@ -315,14 +266,14 @@ def _scheduler(args: Any, section: Config) -> list[str]:
     return wrong
 
 
-def _differences(args: Any, config: Config) -> list[str]:
-    """Where the numbers are the Trainer's, not those that DeepSpeed would have in the same place."""
+def _differences(args: Any, config: DeepSpeedJson) -> list[str]:
+    """The numbers that are the Trainer's, where DeepSpeed would have others."""
     notes: list[str] = []
-    params = _section(config, "scheduler").get("params") or {}
+    params = config.section("scheduler").get("params") or {}
     if config.get("scheduler") and args.warmup_steps and "warmup_type" not in params:
         notes.append('the warm-up is linear; DeepSpeed\'s, without `"warmup_type": "linear"`, is logarithmic')
     if config.get("optimizer") and args.weight_decay:
         notes.append("biases and norms don't decay; all that DeepSpeed's optimizer is given does")
-    if args.deepspeed and "gradient_clipping" not in config and args.max_grad_norm:
+    if args.deepspeed and config.get("gradient_clipping") is None and args.max_grad_norm:
         notes.append(f"gradients are clipped at max_grad_norm={args.max_grad_norm}: there is no gradient_clipping")
     return notes

@@ -1,4 +1,4 @@
-"""From what a launcher and the arguments say to the plan of a run; a contradiction between them is an error."""
+"""The plan of a run, from the launcher's configuration and the training arguments; they must not contradict."""
 
 from __future__ import annotations
 
@@ -16,19 +16,11 @@ from trainfn import launch as launchers
 from trainfn.hf._parallel import _deepspeed
 from trainfn.hf._parallel._world import ALONE, World
 
-_STRATEGIES: dict[str, dict[str, Any]] = {  # of FSDP 1, `fsdp_config["reshard_after_forward"]`
-    "full_shard": {"shard": -1, "stage": 3},
-    "shard_grad_op": {"shard": -1, "stage": 3, "reshard": False},
-    "no_shard": {"replicate": -1},
-    "hybrid_shard": {"replicate": 0, "shard": -1, "stage": 3},  # 0 stands for the number of machines
-    "hybrid_shard_zero2": {"replicate": 0, "shard": -1, "stage": 3, "reshard": False},
-}
-
-_TOLD: list[_deepspeed.Configured] = []  # what the user knows of already
+_REPORTED: list[_deepspeed.Configured] = []  # printed already, by another Trainer of this process
 
 
 def world_of(args: Any, model: Any) -> World:
-    """Bring the processes together, and say how they work; one process by itself needs nothing.
+    """Bring the processes together, and return them with their plan; one process by itself needs nothing.
 
     Raises:
         ValueError: If the arguments ask for what can't be, or contradict the launcher's configuration.
@@ -41,7 +33,7 @@ def world_of(args: Any, model: Any) -> World:
     launch = joined(args, deepspeed)
     _take_precision(args, launch)
     own = _of_arguments(args, _nodes(launch.world))
-    plan = launch.plan if own is None else _agreed(own, launch)
+    plan = launch.plan if own is None else _consistent(own, launch)
     # `autocast` in the loss computes in 16 bits, as in one process: cast before, norms would see other weights.
     precision = dataclasses.replace(plan.precision, compute=None)
     rules = plan.rules if plan.tensor == 1 else (*plan.rules, *launchers.tensor_rules(model))
@@ -49,7 +41,7 @@ def world_of(args: Any, model: Any) -> World:
     plan.shape(launch.world)
     config = args.fsdp_config or {}
     if launch.world > 1:
-        _check_together(args, launch)
+        _check_possible(args, launch)
     return World(
         plan=plan if launch.world > 1 else None,
         ranks=launchers.ranks(timeout=float(args.ddp_timeout)),
@@ -61,7 +53,7 @@ def world_of(args: Any, model: Any) -> World:
     )
 
 
-def met(args: Any) -> None:
+def meet(args: Any) -> None:
     """Bring the processes together."""
     with _on_cpu(args):
         device = launchers.join(timeout=float(args.ddp_timeout))
@@ -78,21 +70,21 @@ def met(args: Any) -> None:
 
 
 def joined(args: Any, deepspeed: _deepspeed.Configured | None) -> Any:
-    """The launcher's settings, after all of its processes have found each other; a DeepSpeed configuration's."""
-    met(args)
+    """The settings of the launcher, or of a DeepSpeed configuration, after its processes have found each other."""
+    meet(args)
     given: dict[str, Any] = {}
     if deepspeed is not None:
-        given = {"config": deepspeed.rest, "deepspeed": "native", "quiet": deepspeed in _TOLD}
-        if deepspeed not in _TOLD and args.process_index == 0:
-            _deepspeed.tell(deepspeed, args)
-        _TOLD.append(deepspeed)
+        given = {"config": deepspeed.rest, "deepspeed": "native", "quiet": deepspeed in _REPORTED}
+        if deepspeed not in _REPORTED and args.process_index == 0:
+            _deepspeed.report(deepspeed, args)
+        _REPORTED.append(deepspeed)
     with _on_cpu(args):
         return launchers.settings(timeout=float(args.ddp_timeout), **given)
 
 
 @contextlib.contextmanager
 def _on_cpu(args: Any) -> Generator[None]:
-    """``use_cpu=True`` holds for how the processes meet, too."""
+    """Let the processes of this block meet on CPUs too, if ``use_cpu=True``."""
     name, before = "ACCELERATE_USE_CPU", os.environ.get("ACCELERATE_USE_CPU")
     if args.device.type == "cpu" and args.world_size > 1:
         os.environ[name] = "true"
@@ -118,45 +110,42 @@ def _nodes(world: int) -> int:
 
 def _of_arguments(args: Any, nodes: int) -> tfn.Plan | None:
     """The plan that ``fsdp``, ``fsdp_config`` and ``parallelism_config`` describe; None if they are not given."""
-    arguments: dict[str, Any] = {}
-    if args.fsdp:
-        arguments = _fsdp(args, nodes)
+    plan = _fsdp(args, nodes) if args.fsdp else None
     parallel = args.parallelism_config
-    if parallel is not None:
-        for name in ("cp_size", "sp_size"):
-            if (getattr(parallel, name, None) or 1) != 1:
-                raise ValueError(
-                    f"`{type(args).__name__}(parallelism_config=ParallelismConfig({name}={getattr(parallel, name)}))`"
-                    " can't work: a sequence is not split over ranks here. Give those ranks to `dp_shard_size`."
-                )
-        sizes = {"replicate": "dp_replicate_size", "shard": "dp_shard_size", "tensor": "tp_size"}
-        found = {axis: getattr(parallel, name) or 1 for axis, name in sizes.items()}
-        default = {"stage": 3} if found["shard"] != 1 else {}
-        arguments = {**default, **arguments, **found}
-    return tfn.Plan(**arguments) if arguments else None
+    if parallel is None:
+        return plan
+    for name in ("cp_size", "sp_size"):
+        if (getattr(parallel, name, None) or 1) != 1:
+            raise ValueError(
+                f"`{type(args).__name__}(parallelism_config=ParallelismConfig({name}={getattr(parallel, name)}))`"
+                " can't work: a sequence is not split over ranks here. Give those ranks to `dp_shard_size`."
+            )
+    axes = {"replicate": "dp_replicate_size", "shard": "dp_shard_size", "tensor": "tp_size"}
+    sizes = {axis: getattr(parallel, name) or 1 for axis, name in axes.items()}
+    plan = tfn.Plan() if plan is None else plan
+    return dataclasses.replace(plan, **sizes, stage=plan.stage or (3 if sizes["shard"] != 1 else 0))
 
 
-def _fsdp(args: Any, nodes: int) -> dict[str, Any]:
+def _fsdp(args: Any, nodes: int) -> tfn.Plan:
     config = args.fsdp_config or {}
     if config.get("xla"):
         raise ValueError(
             f"`{type(args).__name__}(fsdp_config={{'xla': True}})` can't work: there is no XLA here. Leave `xla` out."
         )
-    given = config.get("reshard_after_forward", True)
-    strategy = given if given in _STRATEGIES else "full_shard" if _true(given) else "shard_grad_op"
-    layout = dict(_STRATEGIES[strategy])
-    if layout.get("replicate") == 0:
-        layout["replicate"] = nodes
-    if _true(config.get("cpu_offload")):
-        layout["offload"] = ("opt_state", "params")
-    return layout
+    given = config.get("reshard_after_forward", True)  # a flag of FSDP 2, or a strategy of FSDP 1
+    try:
+        plan = launchers.fsdp_plan(str(given), nodes)
+    except ValueError:
+        plan = tfn.Plan.fsdp(reshard=_true(given))
+    offload = ("opt_state", "params") if _true(config.get("cpu_offload")) else ()
+    return dataclasses.replace(plan, offload=offload)
 
 
 def _true(value: Any) -> bool:
     return str(value).lower() in ("1", "true", "yes", "on")
 
 
-def _agreed(own: tfn.Plan, launch: Any) -> tfn.Plan:
+def _consistent(own: tfn.Plan, launch: Any) -> tfn.Plan:
     """The arguments' plan, unless the launcher was configured with another one."""
     theirs, world = launch.plan, launch.world
     switches = (f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG"))
@@ -175,7 +164,7 @@ def _layout(plan: tfn.Plan, world: int) -> dict[str, Any]:
 
 
 def _take_precision(args: Any, launch: Any) -> None:
-    """The launcher's mixed precision, where the arguments say nothing."""
+    """Take the launcher's mixed precision, where the arguments have none."""
     mine = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     theirs = launch.mixed_precision
     if theirs == "no" or theirs == mine:
@@ -189,8 +178,8 @@ def _take_precision(args: Any, launch: Any) -> None:
     args.mixed_precision = theirs
 
 
-def _check_together(args: Any, launch: Any) -> None:
-    """Raise for what can't be done on several processes."""
+def _check_possible(args: Any, launch: Any) -> None:
+    """Raise if an argument can't work on several processes."""
     call = type(args).__name__
     if args.auto_find_batch_size:
         raise ValueError(

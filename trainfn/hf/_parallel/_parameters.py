@@ -1,7 +1,7 @@
-"""The model's own memory while its state is laid out over ranks.
+"""The model's own memory while its state is sharded over ranks.
 
-A parameter that every rank has whole is in the model, too: the same memory, always the newest. One that is split has no
-values there, only NaN that takes no memory, but for the time of a `whole` block and after the run.
+The model shares the memory of each parameter that is full on every rank, so it holds the newest values. A sharded
+parameter is NaN in the model, which takes no memory. It is full within a `whole` block and after the run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 
 
 def see(trainer: TrainerLike) -> None:
-    """Let the model have the memory of the state, as far as this rank has it."""
+    """Let the model share the memory of the state; sharded parameters become NaN."""
     if trainer._trainfn.world.plan is None:
         return
     trainer._trainfn.released = False
@@ -36,7 +36,10 @@ def see(trainer: TrainerLike) -> None:
 
 
 def fill(trainer: TrainerLike) -> None:
-    """Bring together what is split; every rank calls this. It takes the memory of the whole parameters."""
+    """Gather the sharded parameters into the model; every rank calls this.
+
+    One all-gather of each parameter's bytes, and the memory of the full model.
+    """
     if trainer._trainfn.released:
         for tensor, leaf in _pairs(trainer):
             if tfn.tree.is_split(leaf):
@@ -46,7 +49,7 @@ def fill(trainer: TrainerLike) -> None:
 
 @contextlib.contextmanager
 def whole(trainer: TrainerLike) -> Generator[None]:
-    """The model with all values in this block; every rank enters it."""
+    """Let the model have full parameters in this block; every rank enters it."""
     if not trainer._trainfn.released:
         yield
         return
@@ -59,7 +62,7 @@ def whole(trainer: TrainerLike) -> Generator[None]:
 
 @contextlib.contextmanager
 def plain(trainer: TrainerLike) -> Generator[None]:
-    """The state as it would be in one process, which the model shares; afterwards laid out again."""
+    """Let the trainer have a full state in this block, which the model shares; afterwards it is sharded again."""
     plan = trainer._trainfn.world.plan
     if plan is None:
         yield
@@ -75,18 +78,18 @@ def check_whole(trainer: TrainerLike) -> None:
     """Raise if the last run ended in an error and left the model without values.
 
     Raises:
-        RuntimeError: Saying where they are.
+        RuntimeError: With the line that resumes from the last checkpoint.
     """
     if trainer._trainfn.released:
         raise RuntimeError(
             "Trainer: the run before ended in an error while the parameters were split over ranks, so the model has no"
-            " values. Make a new Trainer of a new model, and go on from the last checkpoint:"
+            " values. Make a new Trainer of a new model, and resume from the last checkpoint:"
             " `trainer.train(resume_from_checkpoint=True)`."
         )
 
 
 def warn_of_callbacks(trainer: TrainerLike) -> None:
-    """Say once which callbacks take a model that has no values when they are called."""
+    """Warn once of callbacks that take a model, which has no values when they are called."""
     if not trainer._trainfn.released or trainer._trainfn.world.ranks.rank > 0:
         return
     for callback in trainer.callback_handler.callbacks:

@@ -106,14 +106,14 @@ class LossWindow:
         """Add the metrics of one step."""
         self.steps += 1
         for name, mean in metrics.items():
-            new = self._counted(mean) if name == "loss" else (_wide(mean.total), _wide(mean.weight))
+            new = self._counted(mean) if name == "loss" else _wide(mean)
             if name in self._sums and name not in ("grad_norm", "learning_rate"):
                 held = (part.to(new[0]) for part in self._sums[name])  # restored ones come from the CPU
                 new = tuple(a + b for a, b in zip(held, new, strict=True))
             self._sums[name] = new
 
     def _counted(self, loss: tfn.Mean) -> tuple[Tensor, ...]:
-        total, weight = _wide(loss.total), _wide(loss.weight)
+        total, weight = _wide(loss)
         finite = torch.isfinite(total / weight)
         if self.nan_inf_filter:
             total, weight = (torch.where(finite, part, 0) for part in (total, weight))
@@ -177,10 +177,10 @@ class LossWindow:
         self.steps, self._run, self._warned = state["steps"], (state["run"][0], state["run"][1]), state["warned"]
 
 
-def _wide(value: Tensor) -> Tensor:
-    """A number of its own in the widest type there is: thousands of steps are summed."""
-    value = value.detach().sum() if value.dim() else value.detach()
-    return value.to(torch.float32 if value.device.type == "mps" else torch.float64, copy=True)
+def _wide(mean: tfn.Mean) -> tuple[Tensor, Tensor]:
+    """Total and weight, each one number of float64."""
+    total, weight = mean.wide()
+    return total.sum(), weight.sum()
 
 
 def _divide(total: float, weight: float) -> float:

@@ -9,7 +9,7 @@ import datetime
 import importlib.util
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -48,8 +48,8 @@ def tracker_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
     """The callbacks that `report_to` asks for.
 
     Args:
-        args: The `TrainingArguments`: `report_to`, `run_name`, `project`, `output_dir` and, if it has one,
-            `logging_dir`.
+        args: The `TrainingArguments`: `report_to`, `run_name`, `project`, `output_dir`,
+            `trackio_space_id`, `trackio_bucket_id` and, if it has one, `logging_dir`.
 
     Raises:
         ImportError: If a package is missing, with the line that installs it.
@@ -64,7 +64,17 @@ def tracker_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
     theirs: list[TrainerCallback] = [INTEGRATION_TO_CALLBACK[str(each)]() for each in wanted if each not in ours]
     if not ours:
         return theirs
-    tracker = TrackerCallback(ours, logging_dir=logging_dir(args), project=_project(args), run_name=args.run_name)
+    spaces = {
+        "space_id": getattr(args, "trackio_space_id", None),
+        "bucket_id": getattr(args, "trackio_bucket_id", None),
+    }
+    tracker = TrackerCallback(
+        ours,
+        logging_dir=logging_dir(args),
+        project=_project(args),
+        run_name=args.run_name,
+        options={"trackio": {name: value for name, value in spaces.items() if value is not None}},
+    )
     return [tracker, *theirs]
 
 
@@ -112,6 +122,7 @@ class TrackerCallback(TrainerCallback, ExportableState):
         logging_dir: For the trackers that write files.
         project: The name under which a tracker groups runs.
         run_name: The run's own name.
+        options: Other arguments of a tracker's class, by the tracker's name.
 
     Raises:
         ImportError: If a package is missing.
@@ -128,9 +139,11 @@ class TrackerCallback(TrainerCallback, ExportableState):
         logging_dir: str = "runs",
         project: str = "huggingface",
         run_name: str | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.names = names(list(trackers))
         self.logging_dir, self.project, self.run_name = logging_dir, project, run_name
+        self.options = dict(options or {})
         self.run_ids: dict[str, str] = {}
         self.trackers: list[GeneralTracker] = []
 
@@ -214,7 +227,7 @@ class TrackerCallback(TrainerCallback, ExportableState):
         return kind(self.project, **options)
 
     def _options(self, name: str, step: int) -> Values:
-        options: Values = {}
+        options: Values = dict(self.options.get(name, {}))
         if self.run_name is not None and name in _RUN_NAME:
             options[_RUN_NAME[name]] = self.run_name
         if name == "tensorboard" and step > 0:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.hf._callbacks._events import event
-from trainfn.hf._parallel._sharding import NoRows, dealt
+from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._types import Batch, Collator, Dataset, Loader, Nested, SizedDataset, TrainerLike, Values
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ class Windows:
             seed = self.trainer.args.seed
             batches = _seeded(loader, seed if seed is not None else 0, epoch, first)
         for batch in batches:
-            if isinstance(batch, NoRows):
+            if isinstance(batch, tfn.data.NoRows):
                 size = self.trainer._trainfn.world.parts
                 raise TypeError(
                     f"Trainer.train() on {size} ranks: the loader has no batch for this one where"

@@ -21,7 +21,7 @@ from trainfn.hf._checkpoints import _folders
 from trainfn.hf._installed import attribute
 from trainfn.hf._optim._resolve import transform_of
 from trainfn.hf._parallel import _parameters
-from trainfn.hf._parallel._sharding import dealt, is_empty
+from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._parallel._world import World
 from trainfn.hf._reporting._logs import LossWindow
 from trainfn.hf._run._data import Ended, Windows, arithmetic
@@ -260,7 +260,7 @@ def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
         """Find out what the loss is like, of the first rows; ranks must believe the same."""
         nonlocal looked, known
         with _parameters.whole(trainer):
-            if not is_empty(windows.first):
+            if not tfn.data.is_empty(windows.first):
                 find_shift(trainer, windows.first)
                 if not looked:
                     check_additive(trainer, windows.first)

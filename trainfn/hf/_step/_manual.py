@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, Partial
 
 import trainfn as tfn
 from trainfn.hf._parallel._parameters import whole
-from trainfn.hf._parallel._sharding import is_empty
 from trainfn.hf._step._loss import counted, exact_loss
 from trainfn.hf._types import Batch, TrainerLike
 
@@ -49,7 +48,7 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
     def gradients(state: tfn.TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> tfn.Gradients:
         key = tfn.random.fold_in(state.key, state.step)
         model, record.manual_mean = trainer.model, None
-        if is_empty(batch):
+        if tfn.data.is_empty(batch):
             zero = torch.zeros((), device=state.step.device)
             return tfn.Gradients(
                 tfn.Mean(zero, zero), {n: _summand(p, None) for n, p in state.params.items()}, {}, state.buffers

@@ -1,4 +1,4 @@
-"""What ranks tell each other between steps: whether they have rows, of which kind, and that they run the same thing.
+"""What ranks report to each other between steps: whether they have rows, of which kind, and that they run the same.
 
 Without it, a rank that runs out of rows, or runs something else, would leave the others waiting in a collective.
 """
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._plan._apply import Idle, first_rows
+from trainfn._plan._apply import first_rows
 from trainfn._plan._layout import Layout, rank
+from trainfn._plan._no_rows import Idle, is_empty
 from trainfn._ranks._group import ranks
 from trainfn._types import Batch, TrainState
 
@@ -42,18 +43,18 @@ def divided(plan: Layout, batches: Any) -> tuple[Any, bool]:
         return batches, batches.even
     raise ValueError(
         f"steps(step, state, loader): the loader is part {batches.rank} of {batches.world}, and this rank has part"
-        f" {plan.data_rank} of {plan.data_size} of the rows. Give the whole loader: it is divided as the plan says."
+        f" {plan.data_rank} of {plan.data_size} of the rows. Give the undivided loader: the plan divides it."
     )
 
 
-def agreed(batches: Iterator[Batch], what: str, *, equal: bool = False, parts: int = 1) -> Iterator[Batch]:
-    """This rank's batches, until no rank has any more; `Idle` ones in place of those that it lacks.
+def aligned(batches: Iterator[Batch], call: str, *, equal: bool = False, parts: int = 1) -> Iterator[Batch]:
+    """This rank's batches, until no rank has any more; `Idle` ones where only other ranks have rows.
 
     Args:
         batches: Of this rank.
-        what: They are called this in an error.
-        equal: Whether ranks are known to have equally many, so that only the first need be compared.
-        parts: Over how many ranks rows are meant to be spread: a warning if all of them have the same.
+        call: The call that they were given to, for errors.
+        equal: Whether ranks are known to have equally many batches, so that only the first is compared.
+        parts: The number of parts of the rows: a warning if the rows of all ranks are the same.
 
     Raises:
         ValueError: On every rank, if they have batches of different kinds.
@@ -68,18 +69,20 @@ def agreed(batches: Iterator[Batch], what: str, *, equal: bool = False, parts: i
             continue
         kind = _kind(batch)
         compares = parts > 1 and i == 0 and not equal
-        said = ranks().gathered((kind, last is None, _digest(batch) if compares else None))
-        kinds = [k for k, _, _ in said]
+        # A message of about 100 bytes a rank, once a batch, but only once a run with a loader that divides evenly. A
+        # rank must know that another one ended before it starts a step, which would wait for it.
+        reports = ranks().gathered((kind, last is None, _digest(batch) if compares else None))
+        kinds = [k for k, _, _ in reports]
         if set(kinds) == {_ENDED}:
             return
-        _check_same(kinds, what)
+        _check_same(kinds, call)
         full = [r for r, k in enumerate(kinds) if k not in (_ENDED, _EMPTY)]
         if kinds[full[0] if full else 0] == _STREAM:
             yield iter(()) if batch is None else batch
             continue
-        if compares and len({digest for _, _, digest in said}) == 1 and rank() == 0:
-            _warn_same(what, parts)
-        if any(first and k in (_ENDED, _EMPTY) for k, first, _ in said):
+        if compares and len({digest for _, _, digest in reports}) == 1 and rank() == 0:
+            _warn_same(call, parts)
+        if any(first and k in (_ENDED, _EMPTY) for k, first, _ in reports):
             last = _borrowed(batch, full, last)
         if kind in (_ENDED, _EMPTY):
             yield Idle(last)
@@ -93,7 +96,7 @@ def _kind(batch: Batch) -> str:
         return _ENDED
     if isinstance(batch, Iterator):
         return _STREAM
-    if tree.row_count(batch) == 0:
+    if is_empty(batch):
         return _EMPTY
     leaves = {
         name: f"{str(x.dtype).removeprefix('torch.')}[{x.dim()} dimensions]" if isinstance(x, Tensor) else repr(x)
@@ -108,20 +111,20 @@ def _digest(batch: Batch) -> str:
     return hashlib.sha256(repr(leaves).encode()).hexdigest()
 
 
-def _warn_same(what: str, parts: int) -> None:
+def _warn_same(call: str, parts: int) -> None:
     warnings.warn(
-        f"{what}: all ranks have the same rows in the first batch, so every row counts {parts} times. Give a"
+        f"{call}: all ranks have the same rows in the first batch, so every row counts {parts} times. Give a"
         " `tfn.data.loader`, which is divided among the ranks; or each rank its own rows:"
         " `[x.tensor_split(plan.data_size)[plan.data_rank] for x in batches]`.",
         stacklevel=4,
     )
 
 
-def _check_same(kinds: list[str], what: str) -> None:
+def _check_same(kinds: list[str], call: str) -> None:
     real = {k: r for r, k in reversed(list(enumerate(kinds))) if k not in (_ENDED, _EMPTY)}
     if len(real) > 1:
         lines = "".join(f"\n  rank {r}: {k}" for k, r in sorted(real.items(), key=lambda item: item[1]))
-        raise ValueError(f"{what}: the ranks have batches of different kinds:{lines}")
+        raise ValueError(f"{call}: the ranks have batches of different kinds:{lines}")
 
 
 def _borrowed(batch: Batch, full: list[int], last: Batch) -> Batch:
@@ -129,6 +132,7 @@ def _borrowed(batch: Batch, full: list[int], last: Batch) -> Batch:
     if not full:
         raise ValueError("step(state, batch): no rank has a row, and none had one before: there is nothing to compute.")
     mine = tree.map(lambda x: x.cpu() if isinstance(x, Tensor) else x, batch) if rank() == full[0] else None
+    # All bytes of one rank's batch, to all; only when a rank has no rows before it ever had any.
     theirs = ranks().gathered(mine)[full[0]]
     return theirs if last is None else last
 
@@ -136,12 +140,12 @@ def _borrowed(batch: Batch, full: list[int], last: Batch) -> Batch:
 def pieces_on(plan: Layout, state: TrainState, batch: Batch, accumulate: int | str) -> Iterator[tuple[Batch, Tensor]]:
     """Micro-batches of this rank, each with the place of its first row among the rows of all ranks.
 
-    A batch that is cut here is this rank's part of the whole batch: the parts of all ranks, one after the other. Of a
-    stream, each micro-batch is such a part. A rank with fewer rows than micro-batches takes part in the others idly.
+    A batch that is cut here is this rank's part of the global batch, which is the parts of all ranks, one after the
+    other. Each micro-batch of a stream is such a part. A rank with fewer rows than micro-batches is `Idle` in the rest.
     """
     if accumulate == "stream":
         before = torch.zeros((), dtype=torch.int64, device=state.step.device)
-        for micro in agreed(iter(batch), "a stream of micro-batches"):
+        for micro in aligned(iter(batch), "a stream of micro-batches"):
             first, rows = first_rows(plan, state, micro)
             yield micro, before + first
             before = before + rows
@@ -156,8 +160,8 @@ def pieces_on(plan: Layout, state: TrainState, batch: Batch, accumulate: int | s
         yield piece if isinstance(piece, Idle) else Idle(piece), first
 
 
-def check_together(plan: Layout, state: TrainState, until: int | None) -> None:
-    """Raise on every rank if they are about to run different things.
+def check_same_run(plan: Layout, state: TrainState, until: int | None) -> None:
+    """Raise on every rank if the ranks are about to run different things.
 
     Raises:
         ValueError: Naming what differs, and how.
@@ -172,10 +176,11 @@ def check_together(plan: Layout, state: TrainState, until: int | None) -> None:
         "first parameters": str({n: (list(p.shape), str(p.dtype)) for n, p in list(state.params.items())[:4]}),
         "state's structure": structure if len(structure) < 400 else hashlib.sha256(structure.encode()).hexdigest(),
     }
-    said = ranks().gathered(mine)
+    # About 1 KB a rank, once a run: ranks that run different steps would wait for each other until the timeout.
+    reports = ranks().gathered(mine)
     for what in mine:
-        if len({repr(theirs[what]) for theirs in said}) > 1:
-            each = "".join(f"\n  rank {r}: {theirs[what]}" for r, theirs in enumerate(said))
+        if len({repr(theirs[what]) for theirs in reports}) > 1:
+            each = "".join(f"\n  rank {r}: {theirs[what]}" for r, theirs in enumerate(reports))
             raise ValueError(
                 f"steps(step, state, batches): the ranks are not about to run the same thing. Their {what}:{each}"
             )
