@@ -382,7 +382,7 @@ def test_metrics_must_be_a_dict(tmp_path):
 
 
 class OddCache:
-    """Grows with each token, as a cache of keys and values does, and is no tensor."""
+    """Grows with each token, as a cache of keys and values does, and is not a tensor."""
 
     def __init__(self, keys):
         self.keys = keys
@@ -446,7 +446,7 @@ def test_what_is_left_out_is_told_once(tmp_path, caplog):
         trainer.predict(SINGLE.rows(3))
         trainer.predict(SINGLE.rows(3))
     (record,) = caplog.records
-    assert "output 'strange_cache' holds a OddCache, which is no tensor: it is left out" in record.getMessage()
+    assert "output 'strange_cache' holds a OddCache, which is not a tensor, so it is left out" in record.getMessage()
 
 
 def test_a_cache_of_tensors_is_known_by_its_name(tmp_path):
