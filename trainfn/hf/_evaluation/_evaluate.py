@@ -74,7 +74,7 @@ def evaluate(
     loss_only = True if trainer.compute_metrics is None else None
     output = trainer.evaluation_loop(loader, "Evaluation", loss_only, ignore_keys, metric_key_prefix)
     metrics = _with_speed(trainer, output, metric_key_prefix, start)
-    # A broadcast from rank 0, once an evaluation: the measured times differ between ranks, and every rank must take
+    # A broadcast from rank 0, once an evaluation. The measured times differ between ranks, and every rank must take
     # the same decisions (early stopping, the best checkpoint) from the same numbers.
     metrics = trainer._trainfn.world.ranks.first(lambda: metrics)
     trainer.log(metrics)

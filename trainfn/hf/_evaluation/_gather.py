@@ -17,7 +17,7 @@ from trainfn.hf._types import Nested
 def all_batches(world: World, places: list[int], fields: list[list[Nested] | None]) -> list[list[Nested] | None]:
     """Return, for each field, one tree of arrays a batch with the rows of all ranks; every rank calls this.
 
-    One gather on the host, once an evaluation, of the bytes of all that is kept: each rank computes the metrics from
+    One gather on the host, once an evaluation, of the bytes of all that is kept. Each rank computes the metrics from
     all rows, so that all ranks have the same metrics.
 
     Args:

@@ -187,8 +187,8 @@ def init_repo(trainer: TrainerLike, token: str | None = None, private: bool | No
     except Exception as error:
         raise RuntimeError(
             f"`Trainer(args=TrainingArguments(push_to_hub=True))` can't create the repository {name!r} on"
-            f" {client.endpoint}: {type(error).__name__}: {error}. Check that the token may write there, or name another"
-            ' one: `hub_model_id="me/my-model"`. To train without the Hub, write `push_to_hub=False`.'
+            f" {client.endpoint}: {type(error).__name__}: {error}. Check that the token may write there, or write"
+            ' `hub_model_id="me/my-model"` for another repository. To train without the Hub, write `push_to_hub=False`.'
         ) from error
     trainer.hub_model_id = repo.repo_id
     trainer.push_in_progress = Pushes(client, repo.repo_id, token, args.hub_revision)

@@ -104,7 +104,7 @@ def names(report_to: Reported) -> list[Tracker]:
 
 
 def logging_dir(args: TrainingArguments) -> str:
-    """Return the folder for trackers that write files: `args.logging_dir`, or ``runs/<date>_<host>`` in `output_dir`."""
+    """Return the folder of trackers that write files: `args.logging_dir`, or ``runs/<date>_<host>`` in `output_dir`."""
     given = getattr(args, "logging_dir", None) or os.environ.get("TENSORBOARD_LOGGING_DIR")
     if given:
         return str(Path(given).expanduser())
