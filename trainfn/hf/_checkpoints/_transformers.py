@@ -38,8 +38,8 @@ def from_transformers(trainer: TrainerLike, length: Length, folder: str) -> tupl
     )
     if moments is None or filled is None:
         logger.warning(
-            f"{folder} was written by transformers. This run resumes its weights, step, schedule and data position, but"
-            " its optimizer.pt is not one of Adam for this model, so the optimizer's state starts anew."
+            f"{folder} was written by transformers. This run resumes its weights, step, schedule and data position. Its"
+            " optimizer.pt is not one of Adam for this model, so the optimizer's state starts anew."
         )
     return state, {"epoch": n // updates, "micro": n % updates * length.accumulate}
 
