@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -50,12 +51,13 @@ def nothing_left_behind():
     """Torch's tracer settings and the modes in force are what they were before the test."""
     config = torch._dynamo.config.get_config_copy()
     grad, mode = torch.is_grad_enabled(), torch._C._len_torch_function_stack()
-    filters = list(warnings.filters)
+    filters, imported = list(warnings.filters), set(sys.modules)
     state = torch.get_rng_state()
     yield
     assert torch._dynamo.config.get_config_copy() == config
     assert (torch.is_grad_enabled(), torch._C._len_torch_function_stack()) == (grad, mode)
-    assert warnings.filters == filters
+    # A library that was imported meanwhile may have added one for its own warnings, as `pkg_resources` does.
+    assert [f for f in warnings.filters if f in filters or f[2].__module__ in imported] == filters
     torch.set_rng_state(state)  # what a test seeds, it seeds for itself
 
 

@@ -31,7 +31,7 @@ def batch_of(n, rows=8):
 
 def graph_hash_of(batch):
     """What the file of the donating step should say of its graph."""
-    from trainfn._compile._capture import capture
+    from trainfn._compile._capture import Call, capture
     from trainfn._compile._file_save import graph_hash
     from trainfn._compile._structure import flatten
 
@@ -40,6 +40,6 @@ def graph_hash_of(batch):
     whole = lambda s, b: step.update(s, step.gradients(s, b))  # noqa: E731
     with torch.no_grad():
         found, _ = capture(
-            whole, (state, batch), leaves, form, donated=form.children[0].places(False), module=state.module
+            Call(whole, (state, batch), leaves, form, form.children[0].places(False), state.module, dynamic={})
         )
     return graph_hash(found)

@@ -1,6 +1,7 @@
 """A step as a graph: what can be captured, what Python fixed while it was, and how that stays true."""
 
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 import trainfn as tfn
 from tests.compile.capture_models import ROWS, Experts, classified, numbers
-from tests.helpers import CONV_NET, adamw, assert_close, assert_identical, generator, long, quick, seeded
+from tests.helpers import CONV_NET, MLP_NET, adamw, assert_close, assert_identical, generator, long, quick, seeded
 from trainfn.errors import CaptureError, LeakedError, RecompileError, TrainfnError
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
@@ -103,6 +104,24 @@ def test_golden_numbers(accumulate, most):
     step = quick(tfn.train_step(squares, optimizer, accumulate=accumulate))
     step(state, batch())
     assert most * 0.5 < step.explain().nodes <= most
+
+
+PINNED = re.findall(r'"torch==([\d.]+)"', (Path(__file__).parents[2] / "pyproject.toml").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__.split("+")[0] not in PINNED, reason="each version of inductor fuses otherwise")
+@pytest.mark.parametrize(("net", "most"), [pytest.param(MLP_NET, 25, id="mlp")])
+def test_golden_kernels(net, most, monkeypatch):
+    """More kernels than these are more launches at every step: say why here."""
+    from torch._inductor import metrics
+
+    monkeypatch.setattr("trainfn._compile._backend._PROGRAMS", OrderedDict())  # an equal program compiles nothing
+    optimizer = adamw()
+    step, state = tfn.jit(tfn.train_step(net.loss, optimizer)), tfn.init(net.module(), optimizer)
+    before = metrics.generated_kernel_count
+    step(state, net.batch(4))
+    assert most * 0.5 < metrics.generated_kernel_count - before <= most
 
 
 # --- what Python fixed --------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def check(module: fx.GraphModule) -> None:
 
 
 def _tensors(value: Any) -> Iterable[Any]:
-    """The tensors a node stands for. Of several results some may be missing, or numbers that are fixed by the sizes."""
+    """The tensors a node stands for. Some of several results may be missing, or be numbers that the sizes fix."""
     several = value if isinstance(value, list | tuple) else [value]
     return [v for v in several if v is not None and type(v) is not int]
 

@@ -65,7 +65,7 @@ def build(trace: Trace, inputs: list[Tensor], settings: Settings, report: Report
     Raises:
         CaptureError: If the backend fails; the message says what it said.
     """
-    key = (trace.key, settings.key(), environment())
+    key = _key(trace, settings)
     if key in _PROGRAMS:
         _PROGRAMS.move_to_end(key)
         report.count(trace, shared=True)
@@ -78,6 +78,15 @@ def build(trace: Trace, inputs: list[Tensor], settings: Settings, report: Report
     while len(_PROGRAMS) > _MOST_PROGRAMS:
         _PROGRAMS.popitem(last=False)
     return built
+
+
+def is_built(trace: Trace, settings: Settings) -> bool:
+    """Return whether this process has compiled an equal graph."""
+    return _key(trace, settings) in _PROGRAMS
+
+
+def _key(trace: Trace, settings: Settings) -> Hashable:
+    return (trace.key, settings.key(), environment())
 
 
 def _compiled(trace: Trace, inputs: list[Tensor], settings: Settings) -> Callable[..., Sequence[Tensor]]:
@@ -97,10 +106,17 @@ def _compiled(trace: Trace, inputs: list[Tensor], settings: Settings) -> Callabl
 
 def _by_inductor(trace: Trace, settings: Settings) -> Callable[..., Sequence[Tensor]]:
     """Compile as `torch.compile` does by default, equal parts of the graph once; see `_blocks.py`."""
-    from torch._inductor import config  # the compiler takes a second to import
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from trainfn._compile._inductor import compile_graph  # the compiler takes a second to import
 
-    from trainfn._compile._inductor import compile_graph
+    with configured(trace, settings):
+        return compile_graph(trace.graph)
+
+
+@contextlib.contextmanager
+def configured(trace: Trace, settings: Settings) -> Generator[Any]:
+    """Inductor's configuration for a graph, as it is while the graph is compiled."""
+    from torch._inductor import config
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     # It takes the modes and options of torch.compile, and refuses the same ones.
     patches = torch._TorchCompileInductorWrapper(settings.mode, settings.options, None).config
@@ -108,7 +124,7 @@ def _by_inductor(trace: Trace, settings: Settings) -> Callable[..., Sequence[Ten
     if trace.mode.shape_env is None:
         trace.mode.shape_env, trace.mode.static_shapes = ShapeEnv(), True  # torch's caches ask for one
     with config.patch(patches):
-        return compile_graph(trace.graph)
+        yield config
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
@@ -46,16 +46,29 @@ _COMPILER = (
 _INSTEAD = "To run it as it is, without compiling: `tfn.jit(step, compile=False)`."
 
 
-def capture(
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    leaves: Sequence[Any],
-    form: Structure,
-    *,
-    donated: list[bool],
-    module: nn.Module | None,
-    **how: Any,
-) -> tuple[Trace, Outside]:
+class Call(NamedTuple):
+    """A function and its arguments, as they are to be captured.
+
+    Attributes:
+        fn: Any pure function.
+        args: Its arguments, ``(state, batch, ...)``.
+        leaves: Their leaves.
+        form: Their structure.
+        donated: For each leaf of the state, whether its new value takes its memory; or empty.
+        module: The module of the state.
+        dynamic: For leaves of any size: which of their dimensions.
+    """
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    leaves: Sequence[Any]
+    form: Structure
+    donated: list[bool]
+    module: nn.Module | None
+    dynamic: Mapping[int, Sequence[int]]
+
+
+def capture(given: Call) -> tuple[Trace, Outside]:
     """Return a function's graph, and what the function read from outside.
 
     A function that changes what it reads is traced again. If the second graph is another one, or needs a tensor of the
@@ -65,10 +78,10 @@ def capture(
         CaptureError: If the function runs eagerly, but has no graph.
         RandomnessError: If it draws from a generator outside the state.
     """
-    reads: list[Tensor] = []
+    fn, args, module, reads = given.fn, given.args, given.module, list[Tensor]()
 
     def once() -> Trace:
-        return _traced(fn, args, leaves, form, donated=donated, module=module, reads=reads, **how)
+        return _traced(given, reads)
 
     before = Outside([fn], module)
     try:
@@ -110,20 +123,11 @@ def _stateful(changes: list[Change]) -> str:
     )
 
 
-def _traced(
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    leaves: Sequence[Any],
-    form: Structure,
-    *,
-    donated: list[bool],
-    module: nn.Module | None,
-    reads: list[Tensor],
-    **how: Any,
-) -> Trace:
+def _traced(given: Call, reads: list[Tensor]) -> Trace:
+    fn, args, leaves, form, donated, module, dynamic = given
     lines = Lines()
     try:
-        found = trace(fn, leaves, form, donated=donated, modules=module, lines=lines, **how)
+        found = trace(fn, leaves, form, donated=donated, dynamic=dynamic, modules=module, lines=lines)
     except TrainfnError:
         raise
     except Exception as error:

@@ -19,9 +19,10 @@ from trainfn._compile import _file_format
 from trainfn._compile._backend import Built, Settings
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._donate import check_alive
+from trainfn._compile._entry import Entry
 from trainfn._compile._file_save import ARGUMENTS
 from trainfn._compile._outside import ENVIRONMENT, Change, Outside
-from trainfn._compile._program import Entry, Program
+from trainfn._compile._program import Program
 from trainfn._compile._report import Report
 from trainfn._compile._structure import Structure, flatten
 from trainfn._compile._trace import Trace

@@ -22,7 +22,7 @@ from trainfn._compile import _file_describe as describe
 from trainfn._compile import _file_format
 from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
-from trainfn._compile._capture import capture, compiler_error
+from trainfn._compile._capture import Call, capture, compiler_error
 from trainfn._compile._donate import check_alive
 from trainfn._compile._outside import ENVIRONMENT
 from trainfn._compile._program import Program
@@ -207,7 +207,7 @@ class _Recorder:
         call, contents = self.contents.call, self.contents
         donated = form.children[0].places(False) if self.program.donate else []  # type: ignore[union-attr]
         module = getattr(args[0], "module", None)
-        found, _ = capture(self.program.fn, args, leaves, form, donated=donated, module=module, dynamic={})
+        found, _ = capture(Call(self.program.fn, args, leaves, form, donated, module, {}))
         output: Any = next(node for node in found.graph.graph.nodes if node.op == "output")
         fakes = [node.meta["val"] for node in output.args[0]]
         entry = {

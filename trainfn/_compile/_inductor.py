@@ -168,6 +168,7 @@ def _past_autograd(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[
 def _decomposed(module: fx.GraphModule, examples: list[Tensor]) -> fx.GraphModule:
     """The graph in the operations that inductor lowers; it writes at its end."""
     from torch._inductor.decomposition import select_decomp_table
+    from torch.fx import traceback
     from torch.fx.experimental.proxy_tensor import make_fx
 
     table = select_decomp_table()
@@ -180,7 +181,8 @@ def _decomposed(module: fx.GraphModule, examples: list[Tensor]) -> fx.GraphModul
 
     writes_within = not _writes_last(module)  # such as `add_`, in an unrolled RNN
     functional = torch.func.functionalize(run, remove="mutations") if writes_within else run
-    graph = make_fx(functional, table, _allow_non_fake_inputs=True)(*examples)
+    with traceback.preserve_node_meta():  # which nodes are of the backward pass
+        graph = make_fx(functional, table, _allow_non_fake_inputs=True)(*examples)
     merge_twins(graph.graph)
     out = next(iter(reversed(graph.graph.nodes)))
     for node in list(graph.graph.nodes):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 
@@ -18,6 +18,7 @@ from trainfn._compile._launch import Launches
 from trainfn._compile._program import Program
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import Dynamic, check_dynamic
+from trainfn._compile._warm import Warm, check_warm
 from trainfn._module import check_whole
 from trainfn._step import TrainStep
 
@@ -25,12 +26,24 @@ from trainfn._step import TrainStep
 class Compiled:
     """A compiled step: call it as the step itself. Made by `jit`."""
 
-    def __init__(self, step: Callable[..., Any], settings: Settings, *, donate: bool, buckets: Buckets | None) -> None:
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        settings: Settings,
+        *,
+        donate: bool,
+        buckets: Buckets | None,
+        warm: int | Literal["eager"] | None,
+    ) -> None:
         self.step, self.settings, self.buckets = step, settings, buckets
         self.plan: Any = getattr(step, "plan", None)
-        self._programs, self._run = _programs(step, settings, donate)
+        self._programs = _programs(step, settings, donate)
+        self._run = _joined(step, self._programs)
         if settings.compile and settings.launches and getattr(step, "accumulate", 1) != "stream":
             self._run = Launches(self._run, self._programs, donate=donate)
+        if settings.compile and warm is not None:
+            early = _joined(step, [program.ahead for program in self._programs])
+            self._run = Warm(self._run, early, self._programs, warm)
 
     def __call__(self, state: Any, batch: Any) -> Any:
         """Run the step."""
@@ -89,18 +102,23 @@ class Compiled:
         return f"Compiled({self.step!r}, {self.explain()})"
 
 
-def _programs(step: Callable[..., Any], settings: Settings, donate: bool) -> tuple[list[Program], Callable[..., Any]]:
+def _programs(step: Callable[..., Any], settings: Settings, donate: bool) -> list[Program]:
+    """Return the programs of a step: its two parts under accumulation, or all of it."""
     if isinstance(step, TrainStep) and step.accumulate != 1:
-        gradients = Program(step.gradients, settings, donate=False, name="gradients")
         exact = dataclasses.replace(settings, dynamic=None)
-        update = Program(step.update, exact, donate=donate, name="update")
-        return [gradients, update], torch.no_grad()(dataclasses.replace(step, gradients=gradients, update=update))
+        gradients = Program(step.gradients, settings, donate=False, name="gradients")
+        return [gradients, Program(step.update, exact, donate=donate, name="update")]
     if isinstance(step, TrainStep):
         parts = step
-        whole = Program(lambda s, b: parts.update(s, parts.gradients(s, b)), settings, donate=donate, name="step")
-    else:
-        whole = Program(step, settings, donate=donate, name=getattr(step, "__name__", "step").strip("<>"))
-    return [whole], whole
+        return [Program(lambda s, b: parts.update(s, parts.gradients(s, b)), settings, donate=donate, name="step")]
+    return [Program(step, settings, donate=donate, name=getattr(step, "__name__", "step").strip("<>"))]
+
+
+def _joined(step: Callable[..., Any], parts: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """Return the step that is made of these parts."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.no_grad()(dataclasses.replace(cast("TrainStep", step), gradients=parts[0], update=parts[1]))
 
 
 def jit(
@@ -114,6 +132,7 @@ def jit(
     options: dict[str, Any] | None = None,
     max_graphs: int = 8,
     buckets: Buckets | None = None,
+    warm: int | Literal["eager"] | None = None,
 ) -> Compiled:
     """Compile a pure step whole: forward, loss, backward, optimizer, schedule and metrics in one graph.
 
@@ -134,6 +153,10 @@ def jit(
         options: Options of the backend.
         max_graphs: Compiled graphs allowed per program. One more is a `RecompileError` that names what changed.
         buckets: Sizes to pad batches to, one compilation each.
+        warm: Run the steps before this one eagerly, while a second process compiles. From the step on at which
+            ``state.step`` is ``warm``, the compiled program runs; it is waited for if it must be. What runs depends
+            on ``state.step`` alone: a repeated or resumed run has the same bits. ``"eager"`` is 100. The second
+            process needs memory of its own: some 0.5 GB, and on an accelerator a context.
 
     Raises:
         CaptureError: At the first call, if the step can't be one graph; it shows the line and the remedy.
@@ -147,6 +170,13 @@ def jit(
     >>> state, metrics = step(state, torch.ones(2))
     >>> state.params["w"]
     tensor([3.5000])
+
+    The first hundred steps run at once, those after them faster:
+
+    >>> step = jit(tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), optimizer), warm=100)
+    >>> state, metrics = step(state, torch.ones(2))
+    >>> step.explain().graphs  # the step was eager
+    0
     """
     if isinstance(step, Compiled):
         raise TypeError("jit(step): this step is compiled already; `step.step` is the one inside.")
@@ -155,6 +185,7 @@ def jit(
     if max_graphs < 1:
         raise ValueError(f"jit(step, max_graphs={max_graphs}): at least one graph is needed.")
     check_dynamic(dynamic)
+    check_warm(warm, backend, dynamic)
     settings = Settings(
         compile=compile,
         backend=backend,
@@ -163,4 +194,4 @@ def jit(
         options=options,
         max_graphs=max_graphs,
     )
-    return Compiled(step, settings, donate=donate, buckets=buckets)
+    return Compiled(step, settings, donate=donate, buckets=buckets, warm=warm)

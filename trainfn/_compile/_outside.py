@@ -7,8 +7,9 @@ close over, the hooks, autocast. `Outside` remembers these by identity, and look
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import chain
-from operator import is_, itemgetter
+from operator import call, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 from trainfn._compile._reach import OWN, PLAIN, Reach, content
 
-ENVIRONMENT = {
+ENVIRONMENT: dict[str, Callable[[], Any]] = {
     "torch.get_default_dtype()": torch.get_default_dtype,
-    'torch.is_autocast_enabled("cpu")': lambda: torch.is_autocast_enabled("cpu"),
-    'torch.get_autocast_dtype("cpu")': lambda: torch.get_autocast_dtype("cpu"),
-    'torch.is_autocast_enabled("cuda")': lambda: torch.is_autocast_enabled("cuda"),
-    'torch.get_autocast_dtype("cuda")': lambda: torch.get_autocast_dtype("cuda"),
+    'torch.is_autocast_enabled("cpu")': partial(torch.is_autocast_enabled, "cpu"),
+    'torch.get_autocast_dtype("cpu")': partial(torch.get_autocast_dtype, "cpu"),
+    'torch.is_autocast_enabled("cuda")': partial(torch.is_autocast_enabled, "cuda"),
+    'torch.get_autocast_dtype("cuda")': partial(torch.get_autocast_dtype, "cuda"),
     "the number of modes in force, such as `torch.set_default_device`": torch._C._len_torch_function_stack,
     "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision,
     "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled,
@@ -32,7 +33,7 @@ _READ = tuple(ENVIRONMENT.values())
 
 def environment() -> tuple[Any, ...]:
     """Return what torch's own settings are now: a step is captured again for other ones."""
-    return tuple([read() for read in _READ])
+    return tuple(map(call, _READ))
 
 
 class Change(NamedTuple):

@@ -2,122 +2,30 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Hashable, Sequence
-from operator import call, is_, itemgetter
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._compile._backend import Built, Settings, build
-from trainfn._compile._capture import capture
+from trainfn._compile._ahead import Helper, order
+from trainfn._compile._backend import Built, Settings, build, is_built
+from trainfn._compile._capture import Call, capture
 from trainfn._compile._donate import overwrite
+from trainfn._compile._entry import Early, Entry, Known, largest
 from trainfn._compile._outside import Outside, environment
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import Seen, dimensions
+from trainfn._compile._straight import taker
 from trainfn._compile._structure import Misfit, Row, Structure, flatten, structure
 from trainfn._compile._trace import Trace, donation
 from trainfn._dtensor import held, spec_of
 from trainfn._text import shortened
-from trainfn._types import TrainState
 from trainfn.errors import RecompileError
 
 _Signature = tuple[Hashable, ...]
 _MOST_KINDS = 256  # of arguments: each keeps its state's module alive
-
-
-class Known(NamedTuple):
-    """The leaves of the newest state, which need no second look: tensors that a program itself returned."""
-
-    form: Structure
-    refs: Sequence[Callable[[], Any]]
-    signature: int
-
-    def matches(self, leaves: list[Any]) -> bool:
-        """Return whether these are the very leaves."""
-        return len(leaves) == len(self.refs) and all(map(is_, leaves, map(call, self.refs)))
-
-
-def _reference(x: Any) -> Callable[[], Any]:
-    return weakref.ref(x) if isinstance(x, Tensor) else _constant(x)
-
-
-def _constant(value: Any) -> Callable[[], Any]:
-    return lambda: value
-
-
-class Entry:
-    """A compiled graph for one kind of arguments, with what goes in and where its outputs go."""
-
-    def __init__(self, found: Trace, built: Built, outside: Outside, form: Structure, *, donating: bool) -> None:
-        self.run, self.holds, self.outside, self.trace = built.run, built.holds, outside, found
-        self.constants = found.constants
-        self._looks = _looks(found.constants)
-        self._state_form = form.children[0] if donating else None  # type: ignore[union-attr]
-        self._structure = found.structure
-        count = form.size
-        every = found.inputs == list(range(count))
-        self._inputs = None if every else found.inputs
-        self._sharded = found.sharded
-        self._layouts = [output.layout for output in found.outputs if output.kind == "graph"]
-        self._values = [output.value for output in found.outputs if output.kind == "value"]
-        at = {"graph": count, "input": 0, "value": count + len(self._layouts)}
-        picked: list[int] = []
-        for output in found.outputs:
-            picked.append(at[output.kind] + output.place)
-            if output.kind == "value":
-                at["value"] += 1
-        self._pick = itemgetter(*picked, 0) if picked else itemgetter(0, 0)
-        self.state_size = _state_size(found.structure)
-        self.next_signature: int | None = None
-        # Leaves that were overwritten in place are the objects that they were.
-        outputs = enumerate(found.outputs[: self.state_size])
-        self._fresh = [i for i, output in outputs if not donating or output.kind != "input" or output.place != i]
-
-    def references(self, known: Sequence[Callable[[], Any]], new: Sequence[Any]) -> Sequence[Callable[[], Any]]:
-        """Return references to the leaves of the new state."""
-        if len(self._fresh) == self.state_size:
-            return [_reference(x) for x in new[: self.state_size]]
-        refs = list(known)
-        for i in self._fresh:
-            refs[i] = _reference(new[i])
-        return refs
-
-    def stale(self) -> bool:
-        """Return whether a tensor from outside has become another kind, as by `module.double()`."""
-        return bool(self._looks) and _looks(self.constants) != self._looks
-
-    def fits(self, leaves: list[Any]) -> bool:
-        """Return whether the graph is right for these sizes."""
-        return self.holds is None or self.holds([leaves[i] for i in self.trace.inputs])
-
-    def __call__(self, state: Any, leaves: list[Any]) -> tuple[Any, tuple[Any, ...]]:
-        """Run; return the result and its leaves."""
-        tensors = leaves if self._inputs is None else [leaves[i] for i in self._inputs]
-        if self._sharded:
-            tensors = [held(x) for x in tensors]
-        out = self.run(*tensors, *self.constants)
-        if self._sharded:
-            out = [x if how is None else how.of_local(x) for x, how in zip(out, self._layouts, strict=True)]
-        new = self._pick((*leaves, *out, *self._values))
-        result = self._structure.build(iter(new))
-        if self._state_form is not None:
-            self._state_form.retire(state)
-        return result, new
-
-
-def _looks(tensors: list[Tensor]) -> list[Any]:
-    return [(x.dtype, x.device, x.shape) for x in tensors]
-
-
-def _state_size(result: Structure) -> int:
-    """How many leaves of a result are those of a state."""
-    if isinstance(result, Row) and result.kind is tuple and result.children:
-        first = result.children[0]
-        return first.size if isinstance(first, Row) and issubclass(first.kind, TrainState) else 0
-    return 0
 
 
 class Program:
@@ -132,15 +40,27 @@ class Program:
         self.fn, self.settings, self.donate, self.name = fn, settings, donate, name
         self.report = Report()
         self._entries: dict[_Signature, list[Entry]] = {}
-        self._programs: dict[Hashable, tuple[Built, dict[str, str]]] = {}  # and the shapes that it was first needed for
+        # The shapes that each was first needed for; and the program, once it is compiled.
+        self._shapes: dict[Hashable, dict[str, str]] = {}
+        self._programs: dict[Hashable, Built] = {}
+        self._early: dict[_Signature, Early] = {}
+        self.helper: Helper | None = None
         self._signatures: dict[Hashable, int] = {}
+        self._takers: dict[int, Callable[[Any], list[Any]]] = {}
         self._known: Known | None = None
         self._rest: Structure | None = None
+        self._rest_number = -1
         self._seen = Seen() if settings.dynamic == "auto" else None
 
     def __call__(self, state: Any, *rest: Any) -> Any:
-        with torch.no_grad():
-            return self._compiled(state, rest) if self.settings.compile else self._eager(state, rest)
+        run = self._compiled if self.settings.compile else self._eager
+        if not torch.is_grad_enabled():
+            return run(state, rest)
+        torch._C._set_grad_enabled(False)  # as `torch.no_grad` does, in a tenth of its time
+        try:
+            return run(state, rest)
+        finally:
+            torch._C._set_grad_enabled(True)
 
     def _eager(self, state: Any, rest: tuple[Any, ...]) -> Any:
         if not self.donate:
@@ -154,6 +74,16 @@ class Program:
         form.children[0].retire(state)  # type: ignore[union-attr]
         return flatten(out)[1].build(iter(new))
 
+    def ahead(self, state: Any, *rest: Any) -> Any:
+        """Run eagerly. What would be compiled for these arguments is captured, and given to `helper` once."""
+        with torch.no_grad():
+            if self.helper is not None:
+                leaves, signature = self._signature(state, rest)
+                early = self._early.get(signature)
+                if early is None or not early.holds():
+                    self._give(self.helper, (state, *rest), leaves, signature)
+            return self._eager(state, rest)
+
     def _compiled(self, state: Any, rest: tuple[Any, ...]) -> Any:
         leaves, signature = self._signature(state, rest)
         entry = self._entry(signature, leaves)
@@ -165,32 +95,28 @@ class Program:
                 entry = self._entry(signature, leaves)
         if entry is None or entry.stale() or not entry.outside.unchanged():
             entry = self._enter(entry, (state, *rest), leaves, signature)
-        result, new = entry(state, leaves)
+        made = entry(state, leaves)
         if entry.state_size:
-            self._remember(entry, new)
-        return result
+            self._remember(entry, *made[1:])
+        return made[0]
 
     # --- what kind of arguments these are -----------------------------------------------------------------------------
 
     def _signature(self, state: Any, rest: tuple[Any, ...]) -> tuple[list[Any], _Signature]:
-        leaves: list[Any] = []
-        known = self._known
-        try:
-            if known is None:
-                raise Misfit
-            known.form.flatten(state, leaves)
-            if not known.matches(leaves):
+        known, leaves = self._known, []
+        if known is not None:
+            try:
+                leaves = known.take(state)
+            except Misfit:
                 known = None
-        except Misfit:
-            known, leaves = None, []
+            else:
+                known = known if known.matches(leaves) else None
         if known is None:
-            leaves, form = flatten(state)
-            if self.donate:
-                _separate(form.places(False), leaves)
-            signature = self._number((form, *map(_kind, leaves)))
-            known = self._known = Known(form, [_reference(x) for x in leaves], signature)
+            leaves, number = self._look_at(state)
+        else:
+            number = known.signature
         if self.settings.dynamic and self._seen is None:
-            return self._dynamic_signature(leaves, known.signature, rest)
+            return self._dynamic_signature(leaves, number, rest)
         others: list[Any] = []
         try:
             if self._rest is None:
@@ -198,11 +124,26 @@ class Program:
             self._rest.flatten(rest, others)
         except Misfit:
             others, self._rest = flatten(rest)
-        kinds = (
-            self._number((self._rest, *map(_kind, others))) if len(others) > 32 else (self._rest, *map(_kind, others))
-        )
+            self._rest_number = self._number(self._rest)
+        kinds: Hashable = tuple(map(_kind, others))
+        if len(others) > 32:
+            kinds = self._number((self._rest_number, kinds))
         leaves += others
-        return leaves, (known.signature, kinds, environment())
+        return leaves, (number, self._rest_number, kinds, environment())
+
+    def _look_at(self, state: Any) -> tuple[list[Any], int]:
+        """Return the leaves of a state that no program returned, and the number of their kinds."""
+        leaves, form = flatten(state)
+        if self.donate:
+            _separate(form.places(False), leaves)
+        number = self._number((form, *map(_kind, leaves)))
+        at = largest(leaves)
+        if at is None:
+            self._known = None
+        else:
+            take = self._takers.get(number) or self._takers.setdefault(number, taker(form))
+            self._known = Known(take, leaves[:at], leaves[at], leaves[at + 1 :], number)
+        return leaves, number
 
     def _entry(self, signature: _Signature, leaves: list[Any]) -> Entry | None:
         return next((e for e in self._entries.get(signature, ()) if e.holds is None or e.fits(leaves)), None)
@@ -223,12 +164,12 @@ class Program:
     def _number(self, kinds: Hashable) -> int:
         return self._signatures.setdefault(kinds, len(self._signatures))
 
-    def _remember(self, entry: Entry, new: Sequence[Any]) -> None:
-        assert self._known is not None
-        form = entry.trace.structure.children[0]  # type: ignore[union-attr]
-        if entry.next_signature is None:
-            entry.next_signature = self._number((form, *map(_kind, new[: entry.state_size])))
-        self._known = Known(form, entry.references(self._known.refs, new), entry.next_signature)
+    def _remember(self, entry: Entry, head: list[Any], middle: list[Any], tail: list[Any]) -> None:
+        assert entry.take is not None
+        if entry.signature is None:
+            form = entry.trace.structure.children[0]  # type: ignore[union-attr]
+            entry.signature = self._number((form, *map(_kind, (*head, *middle, *tail))))
+        self._known = Known(entry.take, head, middle[0], tail, entry.signature)
 
     def capture(self, state: Any, *rest: Any) -> Trace:
         """Return what the function computes for these arguments, without computing it."""
@@ -242,12 +183,22 @@ class Program:
 
     # --- a new kind ---------------------------------------------------------------------------------------------------
 
+    def _give(self, helper: Helper, args: tuple[Any, ...], leaves: list[Any], signature: _Signature) -> None:
+        with self.report.timing():
+            found, outside = self._traced(args, leaves, [])
+            self._shapes.setdefault(_key(found), _shapes(args[1:]))
+            self._early[signature] = Early(found, outside, helper)
+            if not is_built(found, self.settings):
+                helper.give(_key(found), lambda: order(found, self.settings))
+
     def _enter(self, entry: Entry | None, args: tuple[Any, ...], leaves: list[Any], signature: _Signature) -> Entry:
         changes = [] if entry is None else entry.outside.changes()
         if entry is not None and not changes and not entry.stale():
             return entry  # the same values in other objects
         with self.report.timing():
-            made = self._made(args, leaves, [str(change) for change in changes])
+            made = self._made_early(args, leaves, signature)
+            if made is None:
+                made = self._made(args, leaves, [str(change) for change in changes])
         self._prune(entry, changed=bool(changes))
         self._entries.setdefault(signature, []).append(made)
         while len(self._entries) > _MOST_KINDS:
@@ -259,40 +210,58 @@ class Program:
         for entries in self._entries.values():
             entries[:] = [e for e in entries if e is not entry and not (changed and e.outside.changes())]
 
+    def _made_early(self, args: tuple[Any, ...], leaves: list[Any], signature: _Signature) -> Entry | None:
+        early = self._early.pop(signature, None)
+        if early is None or not early.holds():
+            return None
+        early.helper.wait(_key(early.found))
+        return self._built(early.found, early.outside, args, leaves)
+
     def _made(self, args: tuple[Any, ...], leaves: list[Any], changes: list[str]) -> Entry:
-        form = structure(args)
-        found, outside = self._captured(args, leaves, form)
+        return self._built(*self._traced(args, leaves, changes), args, leaves)
+
+    def _traced(self, args: tuple[Any, ...], leaves: list[Any], changes: list[str]) -> tuple[Trace, Outside]:
+        """Capture, within the budget."""
+        found, outside = self._captured(args, leaves, structure(args))
         self.report.traces += 1
-        shapes = _shapes(args[1:])
-        key = (found.key, environment())  # an operation may mean something else under another default dtype
+        if _key(found) not in self._shapes and len(self._shapes) >= self.settings.max_graphs:
+            raise self._over_budget(_shapes(args[1:]), changes)
+        return found, outside
+
+    def _built(self, found: Trace, outside: Outside, args: tuple[Any, ...], leaves: list[Any]) -> Entry:
+        key = _key(found)
         if key not in self._programs:
-            if len(self._programs) >= self.settings.max_graphs:
-                raise self._over_budget(shapes, changes)
-            shown = ", ".join(f"{k}: {v}" for k, v in shapes.items()) if self.name != "update" else ""
             inputs = [held(leaves[i]) for i in found.inputs] + found.constants
-            self._programs[key] = build(found, inputs, self.settings, self.report), shapes
+            self._programs[key] = build(found, inputs, self.settings, self.report)
+            shapes = self._shapes.setdefault(key, _shapes(args[1:]))
+            shown = ", ".join(f"{k}: {v}" for k, v in shapes.items()) if self.name != "update" else ""
             self.report.shapes.append(f"{self.name}({shown})")
-        built, _ = self._programs[key]
-        return Entry(found, built, outside, form, donating=self.donate)
+        return Entry(found, self._programs[key], outside, structure(args), donating=self.donate)
 
     def _captured(self, args: tuple[Any, ...], leaves: list[Any], form: Structure) -> tuple[Trace, Outside]:
         donated = self._donated(form) if self.donate else []
         module = getattr(args[0], "module", None)
         dynamic = self._dimensions(form, leaves)
-        return capture(self.fn, args, leaves, form, donated=donated, module=module, dynamic=dynamic)
+        return capture(Call(self.fn, args, leaves, form, donated, module, dynamic))
 
     def _donated(self, form: Structure) -> list[bool]:
         return form.children[0].places(False)  # type: ignore[union-attr]
 
     def _over_budget(self, shapes: dict[str, str], changes: list[str]) -> RecompileError:
-        known = [shapes for _, shapes in self._programs.values()]
-        changed = _difference(shapes, known) or f"not the batch: {', '.join(changes) or 'the state, or torch settings'}"
+        changed = (
+            _difference(shapes, list(self._shapes.values()))
+            or f"not the batch: {', '.join(changes) or 'the state, or torch settings'}"
+        )
         return RecompileError(
             f"{self.name}(state, batch) needs another compiled graph, and max_graphs={self.settings.max_graphs} of"
             f" them exist. What changed: {changed}\nIf the sizes of a dimension vary, declare them:"
             ' `tfn.jit(step, buckets=tfn.Buckets((64, 128), pad={"input_ids": 0, "labels": -100}))`; or compile for any'
             " size, `dynamic=True`; or raise the budget, `max_graphs=`."
         )
+
+
+def _key(found: Trace) -> Hashable:
+    return found.key, environment()  # an operation may mean something else under another default dtype
 
 
 def _separate(donated: list[bool], leaves: list[Any]) -> None:
@@ -318,9 +287,10 @@ def _dynamic_kind(x: Tensor, dims: tuple[int, ...]) -> Hashable:
 def _kind(x: Any) -> Hashable:
     """All that Python can see of a leaf."""
     if isinstance(x, Tensor):
-        spread = spec_of(x)
+        kind = (x.shape, x.dtype, x.device, x.stride(), x.requires_grad)
+        spread = None if type(x) is Tensor else spec_of(x)
         conjugate = x.dtype.is_complex and x.is_conj()
-        return (x.shape, x.dtype, x.device, x.stride(), x.requires_grad, spread, conjugate)
+        return kind if spread is None and not conjugate else (kind, spread, conjugate)
     try:
         hash(x)
     except TypeError:

@@ -1,7 +1,7 @@
 """The shape of a tree of tensors: taken apart and put together at the cost of a few nanoseconds a leaf.
 
-A call of a compiled step takes its state apart and puts the next one together. optree sorts the
-names of dicts, which takes 160 ns a leaf. A structure that is known already needs 20.
+A call of a compiled step takes its state apart and puts the next one together. That takes optree 160 ns a leaf, because
+it sorts the names of every dict. A structure that is known already needs 20.
 """
 
 from __future__ import annotations

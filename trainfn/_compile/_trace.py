@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,7 +124,7 @@ def trace(
     form: Structure,
     *,
     donated: list[bool],
-    dynamic: dict[int, Sequence[int]] | None = None,
+    dynamic: Mapping[int, Sequence[int]] | None = None,
     modules: nn.Module | None = None,
     lines: Lines | None = None,
 ) -> Trace:
@@ -158,7 +158,7 @@ def trace(
     return Trace(graph, constants, run.inputs, run.outputs, run.result, key, mode, sharded, branches)
 
 
-def _fakes(tensors: list[Tensor], places: list[int], dynamic: dict[int, Sequence[int]]) -> tuple[Any, list[Tensor]]:
+def _fakes(tensors: list[Tensor], places: list[int], dynamic: Mapping[int, Sequence[int]]) -> tuple[Any, list[Tensor]]:
     from torch._subclasses import FakeTensorMode
 
     # A tensor that stands in two places is two inputs: at the next call they may differ.
