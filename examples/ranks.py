@@ -48,9 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="split so much, whatever the launcher says")
     parser.add_argument("--steps", type=int, default=200, help="optimizer updates (default: %(default)s)")
-    parser.add_argument(
-        "--save", metavar="FOLDER", help="save checkpoints there, and resume from the newest one"
-    )
+    parser.add_argument("--save", metavar="FOLDER", help="save checkpoints there, and resume from the newest one")
     parser.add_argument("--compile", action="store_true", help="compile the step, communication included")
     args = parser.parse_args()
 

@@ -539,5 +539,5 @@ def test_states_without_a_callback_are_told(caplog):
     states = {"EarlyStoppingCallback": transformers.EarlyStoppingCallback().state(), "TrainerControl": {"args": {}}}
     with caplog.at_level(logging.WARNING, "trainfn"):
         trainer.callback_handler.load_states(states)
-    assert "the state of 1 EarlyStoppingCallback, and this Trainer has 0: the rest is not restored" in caplog.text
+    assert "the state of 1 EarlyStoppingCallback, and this Trainer has 0, so the rest is not restored" in caplog.text
     assert "TrainerControl" not in caplog.text

@@ -377,7 +377,7 @@ def test_no_mean_of_nothing(tmp_path):
 
 def test_metrics_must_be_a_dict(tmp_path):
     trainer = ours(SINGLE, tmp_path, compute_metrics=lambda prediction: 0.5)
-    with pytest.raises(TypeError, match=r"compute_metrics\(...\) returned 0.5, but metrics are a dict .* return \{"):
+    with pytest.raises(TypeError, match=r"compute_metrics\(...\) returned 0.5, but metrics are a dict .* `return \{"):
         trainer.evaluate(SINGLE.rows(2))
 
 

@@ -287,9 +287,7 @@ def test_callbacks_that_take_a_model_without_values_are_told(caplog):
         for _ in range(2):
             _parameters.warn_of_callbacks(trainer)
     (record,) = caplog.records
-    match = (
-        r"callbacks=\[Counts\]\): on_step_end, on_save take `model`.*NaN in.*`with trainer.whole_model\(\) as"
-    )
+    match = r"callbacks=\[Counts\]\): on_step_end, on_save take `model`.*NaN in.*`with trainer.whole_model\(\) as"
     assert re.search(match, record.message)
 
 

@@ -81,7 +81,7 @@ def load_model(args: ModelArguments, data: DataArguments) -> tuple[Any, Any]:
     if data.lang is not None:
         _speak(model, tokenizer, data)
     if model.config.model_type == "t5" and not data.source_prefix:
-        warnings.warn("T5 needs the name of the task in each text: write `--source_prefix 'summarize: '`.", stacklevel=2)
+        warnings.warn("T5 needs its task before each text: write `--source_prefix 'summarize: '`.", stacklevel=2)
     if model.config.decoder_start_token_id is None and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
         raise ValueError(f"{source}: its configuration has no `decoder_start_token_id`, with which summaries begin.")
     room = getattr(model.config, "max_position_embeddings", None)
