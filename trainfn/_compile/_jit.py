@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
+from trainfn._batch_types import recognize
 from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._donate import check_alive
@@ -52,8 +53,7 @@ class Compiled:
             self.plan.check(state)
         elif self.settings.compile and isinstance(self.step, TrainStep):
             check_whole(state)
-        if isinstance(batch, Mapping) and not isinstance(batch, dict):
-            batch = dict(batch)  # a `BatchEncoding`, say, which is not a tree of tensors
+        recognize(batch)
         if self.buckets is not None:
             batch = self.buckets.apply(batch)
         return self._run(state, batch)
@@ -71,6 +71,7 @@ class Compiled:
         >>> [node.name for node in step.graph(state, torch.ones(2)).graph.find_nodes(op="placeholder")]
         ['step', 'params_w', 'key', 'batch']
         """
+        recognize(batch)
         if self.buckets is not None:
             batch = self.buckets.apply(batch)
         with torch.no_grad():
