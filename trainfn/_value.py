@@ -1,4 +1,4 @@
-"""A state as a value: compare two, fingerprint one, go two ways from one."""
+"""A state as a value: compare two, hash one, fork one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from trainfn._types import TrainState, Tree
 
 
 class Difference(NamedTuple):
-    """The difference between one leaf of two trees.
+    """How a leaf of one tree differs from that of another.
 
     Attributes:
-        what: In words.
+        what: The difference in words.
         largest: The largest absolute difference of an element, where both have the same shape.
-        relative: The same, relative to the largest element of the first.
+        relative: ``largest`` divided by the largest element of the first.
     """
 
     what: str
@@ -63,9 +63,9 @@ class Diff(Mapping[str, Difference]):
 
 
 def diff(a: Tree, b: Tree) -> Diff:
-    """The leaves in which two states, or two trees, differ in any bit.
+    """Return the leaves in which two states, or two trees, differ in any bit.
 
-    Sharded leaves are gathered, one at a time: then every rank calls this.
+    Sharded leaves are gathered, one at a time; then every rank calls this.
 
     >>> import torch, trainfn as tfn
     >>> state = tfn.init({"w": torch.ones(2)}, tfn.optim.sgd(0.1))
@@ -120,8 +120,8 @@ class Digest(NamedTuple):
     """Fingerprints of a tree.
 
     Attributes:
-        total: The digest of all leaves, in any order.
-        leaves: The digest of each leaf, by path.
+        total: The fingerprint of all leaves, whatever their order.
+        leaves: The fingerprint of each leaf, by path.
     """
 
     total: str
@@ -132,10 +132,10 @@ class Digest(NamedTuple):
 
 
 def digest(state: Tree) -> Digest:
-    """Fingerprints of a state, or of any tree of tensors: BLAKE2b of each leaf's dtype, shape and bytes.
+    """Return fingerprints of a state, or of any tree of tensors: BLAKE2b of each leaf's dtype, shape and bytes.
 
-    Two states are the same to the bit if their totals are equal. The digest is the same on every machine and device,
-    and however the state is sharded. Each leaf is gathered in its turn, and every rank calls this.
+    Two states with equal totals are the same to the bit. A fingerprint does not depend on the machine, the device or
+    the layout over ranks: sharded leaves are gathered, one at a time, and then every rank calls this.
 
     >>> import torch, trainfn as tfn
     >>> one, other = {"a": torch.ones(2), "b": torch.zeros(1)}, {"b": torch.zeros(1), "a": torch.ones(2)}
@@ -155,11 +155,11 @@ def _hash(leaf: Any) -> str:
 
 
 def fork(state: TrainState, name: int = 0) -> TrainState:
-    """An independent copy of a state, with randomness of its own: a second way to go from here.
+    """Return an independent copy of a state with another key: a second run from the same point.
 
     Args:
-        state: It is not changed; neither way can overwrite the other.
-        name: Another number for each fork; equal ones have equal keys.
+        state: It is not changed, and a donating step of one run can't overwrite the other.
+        name: A number of the fork; forks of equal numbers have equal keys.
 
     >>> import torch, trainfn as tfn
     >>> state = tfn.init({"w": torch.ones(2)}, tfn.optim.sgd(0.1))

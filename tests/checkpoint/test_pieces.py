@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import trainfn as tfn
 from tests.checkpoint.damage import Target, sealed
 from tests.checkpoint.states import assert_same, same, small
-from trainfn._checkpoint import _contents, _disk, _format, _goal, _pieces, _write
+from trainfn._checkpoint import _contents, _disk, _format, _pieces, _read, _write
 from trainfn.errors import CheckpointError
 
 STATE = {"w": torch.arange(12.0).reshape(3, 4), "half": torch.arange(5).bfloat16(), "none": torch.ones(0, 2)}
@@ -99,22 +99,25 @@ HOSTILE = {
     "empty": (lambda f: piece(f, 1).update(shape=[2, 0]), "are empty"),
     "negative": (lambda f: piece(f, 0).update(offsets=[-1, 0]), "a dimension of 'model/w' is -1"),
     "enormous": (lambda f: piece(f, 0).update(shape=[2**62, 2**62]), "overlap, or leave a gap"),
-    "of other dimensions": (lambda f: piece(f, 0).update(offsets=[0]), "has offsets, a shape or a file that can't be"),
+    "of other dimensions": (
+        lambda f: piece(f, 0).update(offsets=[0]),
+        "has invalid offsets, an invalid shape or",
+    ),
     "no numbers": (lambda f: piece(f, 0).update(offsets=["0", 0]), "a dimension of 'model/w' is 0"),
-    "no list": (lambda f: f["tree"]["model/w"].update(pieces={}), "'pieces' is missing or of another kind"),
-    "no object": (lambda f: pieces(f).__setitem__(0, []), "'file' is missing or of another kind"),
-    "none": (lambda f: pieces(f).clear(), "is in pieces, but has none, or is in a file as well"),
+    "no list": (lambda f: f["tree"]["model/w"].update(pieces={}), "'pieces' is missing, or is not a list"),
+    "no object": (lambda f: pieces(f).__setitem__(0, []), "'file' is missing, or is not a str"),
+    "none": (lambda f: pieces(f).clear(), "is in pieces, but has no piece, or has a file as well"),
     "in a file as well": (
         lambda f: f["tree"]["model/w"].update(file="state.safetensors"),
-        "is in pieces, but has none, or is in a file as well",
+        "is in pieces, but has no piece, or has a file as well",
     ),
-    "no such file": (lambda f: piece(f, 0).update(file="../evil"), "a file that can't be"),
+    "no such file": (lambda f: piece(f, 0).update(file="../evil"), "an invalid file"),
     "two in one file": (lambda f: piece(f, 0).update(file=piece(f, 1)["file"]), "has two pieces in one file"),
     "in another's file": (
         lambda f: f["tree"]["model/half"]["pieces"][0].update(file="rank-3-of-4.safetensors"),
-        "can't have .* bytes and the leaves that it says are in it",
+        "has .* bytes, which is not the size of the leaves in it",
     ),
-    "in the older format": (lambda f: f.update(format=2), "'file' is missing or of another kind"),
+    "in the older format": (lambda f: f.update(format=2), "'file' is missing, or is not a str"),
     "in a newer format": (lambda f: f.update(format=4), "format 4; this version of trainfn reads 2 and 3"),
 }
 
@@ -191,8 +194,8 @@ def test_any_pieces_fill_any_box(data):
     like = whole[box.within(everything)].clone()
     leaf = _format.Leaf("I64", tuple(shape), "", tuple(_format.Piece(str(i), *cell) for i, cell in enumerate(cells)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_goal, "box_of", lambda like: box)
-        goal = _goal.Goal(leaf, like)
+        patch.setattr(_read, "box_of", lambda like: box)
+        goal = _read.Goal(leaf, like)
     for part in goal.parts:
         values = whole[part.box.within(everything)].contiguous()
         goal.read(part, lambda place, values=values: place.__setitem__(slice(None), _write.bytes_of(values)))

@@ -15,13 +15,13 @@ CASES = (
 )
 # What each mistake is answered with.
 MISTAKES = {
-    "folders": r"Checkpoints\('.*/0'\): the ranks of one job save together, and they give different folders: '.*/0',"
-    r" '.*/1'. Give all of them the same one",
+    "folders": r"Checkpoints\('.*/0'\): the ranks of one job save together, and they have different folders: '.*/0',"
+    r" '.*/1'. Give all of them the same folder",
     "not shared": r"rank 1: '.c.writing-\d+', which rank 0 made, is not seen by rank 1. .* on a disk that they share",
-    "extra": r"rank 1: Checkpoints.save\(state\): extra\['x'\] is of tuple, which JSON does not give back",
+    "extra": r"rank 1: Checkpoints.save\(state\): extra\['x'\] is a tuple, which JSON can't return as it was",
     "shape": r"the checkpoint does not fit the state:\n  missing in the checkpoint: model/weight",
-    "partial": r"state.params\['a.weight'\] is laid out as \(Partial\(sum\),\) over 2 of 2 ranks. Only what `tfn.shard`"
-    r" makes can be saved and restored in parts.*`tfn.gather\(state\)`",
+    "partial": r"state.params\['a.weight'\] is placed as \(Partial\(sum\),\) over 2 of 2 ranks. Only the layouts"
+    r" of `tfn.shard` can be saved and restored in parts.*`tfn.gather\(state\)`",
     "nowhere": r"nowhere': no checkpoint there \(no manifest.json, which is written last\)",
 }
 

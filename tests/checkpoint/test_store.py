@@ -149,7 +149,7 @@ def test_it_does_not_mask_another_error(tmp_path, monkeypatch):
         monkeypatch.setattr(_disk, "hook", fail)
         checkpoints.save(small(1))
         raise ZeroDivisionError
-    assert "a checkpoint was not written" in caught.value.__notes__[0]
+    assert "A checkpoint was not written" in caught.value.__notes__[0]
 
 
 def test_the_end_of_the_program_waits(tmp_path):
@@ -303,7 +303,7 @@ def test_all_damaged_is_an_error_and_not_a_new_beginning(tmp_path):
         flip(tmp_path / "checkpoint-1" / "state.safetensors")
         with pytest.raises(CheckpointError, match=r"no checkpoint can be read:\n.*state.safetensors"):
             checkpoints.restore(small())
-        with pytest.warns(UserWarning, match=r"there is none before:\n.*state.safetensors"):
+        with pytest.warns(UserWarning, match=r"there is no earlier checkpoint:\n.*state.safetensors"):
             assert checkpoints.newest() is None
 
 
@@ -312,7 +312,7 @@ def test_a_checkpoint_in_anothers_place_is_none(tmp_path):
         for n in (1, 2):
             checkpoints.save(small(n))
     (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint-9")
-    with pytest.warns(UserWarning, match=r"checkpoint-9': the checkpoint is damaged: it is of step 2"):
+    with pytest.warns(UserWarning, match=r"checkpoint-9': the checkpoint is damaged: its manifest is of step 2"):
         assert int(checkpoints.restore(small())[0].step) == 1
 
 
@@ -424,9 +424,9 @@ class Strange:
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
-        ({"a": {"b": [1, Strange()]}}, r"extra\['a'\]\['b'\]\[1\] is of Strange"),
-        ({"a": torch.ones(1)}, r"extra\['a'\] is of Tensor, .* \(put tensors into the state\)"),
-        ({"a": (1, 2)}, r"extra\['a'\] is of tuple, .* \(a tuple comes back as a list"),
+        ({"a": {"b": [1, Strange()]}}, r"extra\['a'\]\['b'\]\[1\] is a Strange"),
+        ({"a": torch.ones(1)}, r"extra\['a'\] is a Tensor, .* \(put tensors into the state\)"),
+        ({"a": (1, 2)}, r"extra\['a'\] is a tuple, .* \(a tuple comes back as a list"),
         ({"a": {1: 2}}, r"extra\['a'\] has the key 1; .* Use `str\(1\)`"),
     ],
 )
@@ -462,12 +462,12 @@ def test_any_json_comes_back(extra, tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"every": 0}, r"every=0\): a whole number from 1 on"),
+        ({"every": 0}, r"every=0\): give a whole number from 1 on"),
         ({"keep": -1}, r"keep=-1\)"),
         ({"keep": True}, r"keep=True\)"),
         ({"keep_every": 1.5}, r"keep_every=1.5\)"),
         ({"max_shard_size": "5GB"}, r"max_shard_size='5GB'\)"),
-        ({"mode": "least"}, r"mode='least'\): 'min' or 'max'"),
+        ({"mode": "least"}, r"mode='least'\): give 'min' or 'max'"),
     ],
 )
 def test_arguments_that_make_no_sense(options, match, tmp_path):
@@ -492,8 +492,8 @@ def test_text_files_stand_beside_the_state_and_are_sealed(tmp_path):
     file = store.newest() / "trainer_state.json"
     assert file.read_text() == '{"epoch": 1.0}'
     file.write_text('{"epoch": 2.0}')
-    with pytest.warns(UserWarning, match=r"trainer_state\.json: its bytes are not those that were written"):
+    with pytest.warns(UserWarning, match=r"trainer_state\.json: checksum mismatch"):
         assert store.newest() is None
     for name in ("../x.json", ".hidden", "manifest.json", "more.safetensors", "a/b"):
-        with pytest.raises(ValueError, match=r"is no name for a file"):
+        with pytest.raises(ValueError, match=r"is not a valid name for a file"):
             store.save(state._replace(step=state.step + 1), files={name: ""})

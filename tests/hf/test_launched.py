@@ -368,7 +368,7 @@ def test_the_functional_script_by_torchrun(tmp_path):
     shutil.copytree(tmp_path / "one/checkpoint-2", tmp_path / "two/checkpoint-2")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     printed = run(*launcher, *command, "--per_device_train_batch_size", "2", "--output_dir", "two", cwd=tmp_path)
-    assert printed.count("going on from two/checkpoint-2") == printed.count('"eval_rouge1"') == 1
+    assert printed.count("resuming from two/checkpoint-2") == printed.count('"eval_rouge1"') == 1
     one, two = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two"))
     # The losses differ by one unit in the last place, 2e-7. An error of 2e-7 in all parameters before every step moves
     # them by 8e-7, whatever the first weights: more than 1e-5 is no order of additions. Arithmetic in 16 bits is 1e-4.

@@ -302,7 +302,7 @@ def test_the_functional_script_trains_and_goes_on(run, capsys):
     assert Path("parts/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
     capsys.readouterr()
     run(FUNCTIONAL, command, "2 --output_dir parts --max_train_steps 7")
-    assert "going on from parts/checkpoint-6" in capsys.readouterr().err
+    assert "resuming from parts/checkpoint-6" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,10 @@ def test_batches_that_end_early_are_told():
 @pytest.mark.parametrize(
     ("batches", "kwargs", "error", "match"),
     [
-        (batch, {}, ValueError, r"never ends: say `until=1000`"),
-        (3, {}, TypeError, r"batches are an iterable, or a function of the step number, not int"),
-        ([batch(0)], {"nonfinite": "ignore"}, ValueError, r"nonfinite='ignore': choose"),
-        ([batch(0)], {"nonfinite": "skip"}, ValueError, r"needs a step that skips.*skip_nonfinite"),
+        (batch, {}, ValueError, r"never ends. Write `until=1000`"),
+        (3, {}, TypeError, r"batches is a int. Give an iterable of batches"),
+        ([batch(0)], {"nonfinite": "ignore"}, ValueError, r"nonfinite='ignore': give"),
+        ([batch(0)], {"nonfinite": "skip"}, ValueError, r"this step does not skip.*skip_nonfinite"),
     ],
 )
 def test_bad_arguments_say_what_to_write(batches, kwargs, error, match):

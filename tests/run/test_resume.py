@@ -125,7 +125,7 @@ def test_a_finished_run_does_nothing(tmp_path, capsys):
     calls = []
     assert_identical(go(tmp_path, 4, callbacks=[calls.append]), first)
     assert not calls and {p: p.stat().st_mtime_ns for p in tmp_path.glob("checkpoint-*/*")} == before
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
 
 
 def test_the_last_state_is_saved_whether_due_or_not(tmp_path):
@@ -160,7 +160,7 @@ def test_what_changed_is_told_with_its_consequence(then, now, match, tmp_path, c
     go(tmp_path, 4, **now)
     err = capsys.readouterr().err
     assert re.search(match, err), err
-    assert "until was 2, is 4: the run ends elsewhere" in err
+    assert "until was 2, is 4: the run ends at another step" in err
 
 
 def test_an_unchanged_run_has_nothing_to_tell(tmp_path, capsys):
@@ -168,7 +168,7 @@ def test_an_unchanged_run_has_nothing_to_tell(tmp_path, capsys):
         go(tmp_path, 4, callbacks=[fails_at(3)])
     capsys.readouterr()
     go(tmp_path, 4, workers=2)
-    assert capsys.readouterr().err == f"trainfn: going on from {tmp_path}/checkpoint-2\n"
+    assert capsys.readouterr().err == f"trainfn: resuming from {tmp_path}/checkpoint-2\n"
 
 
 def fails_at(n):
@@ -261,7 +261,7 @@ def test_new_and_missing_callbacks_are_told(tmp_path, capsys):
     go(tmp_path, 2, callbacks=[tfn.callbacks.window(4, print)])
     go(tmp_path, 4, callbacks=[tfn.callbacks.early_stopping("loss")])
     err = capsys.readouterr().err
-    assert "the callback early_stopping is new, and starts afresh" in err
+    assert "the callback early_stopping is new, and starts without a state" in err
     assert "the callback window of the saved run is not in this one" in err
 
 
@@ -327,15 +327,15 @@ def test_the_best_metric_is_checked_before_the_first_step(tmp_path):
 
 
 def test_wrong_arguments_of_callbacks():
-    with pytest.raises(ValueError, match=r"every=0\): the number of steps"):
+    with pytest.raises(ValueError, match=r"every=0\): give the number of steps"):
         check(0)
     with pytest.raises(ValueError, match=r"iterated only once.*epochs=1"):
         tfn.callbacks.evaluation(print, iter([]), every=1)
-    with pytest.raises(ValueError, match=r"these never end.*epochs=1"):
+    with pytest.raises(ValueError, match=r"the batches never end.*epochs=1"):
         tfn.callbacks.evaluation(print, make_run()[2], every=1)
-    with pytest.raises(ValueError, match=r"mode='low'\): 'min' or 'max'"):
+    with pytest.raises(ValueError, match=r"mode='low'\): give 'min' or 'max'"):
         tfn.callbacks.keep_best("loss", mode="low")
-    with pytest.raises(ValueError, match=r"patience=0\): 1 or more"):
+    with pytest.raises(ValueError, match=r"patience=0\): give 1 or more"):
         tfn.callbacks.early_stopping("loss", patience=0)
     with pytest.raises(ValueError, match=r"there is no batch"):
         tfn.fit(*make_run()[:2], lambda n: NET.batch(2), until=1, callbacks=[

@@ -1,20 +1,17 @@
-"""One checkpoint: written, and read into a state."""
+"""One checkpoint: save a state, restore it, look at it."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from trainfn import tree
 from trainfn._checkpoint import _disk, _leaves
 from trainfn._checkpoint._contents import SHARD, contents_of
-from trainfn._checkpoint._fit import Only, Rename, fit
 from trainfn._checkpoint._format import Manifest
-from trainfn._checkpoint._read import inspect, read_leaves
+from trainfn._checkpoint._leaves import Only, Rename, matched
+from trainfn._checkpoint._read import filled, inspect
 from trainfn._checkpoint._write import sweep, write
 from trainfn._compile._donate import check_alive
 from trainfn._dtensor import is_distributed
@@ -29,21 +26,21 @@ def save(path: str | os.PathLike[str], state: TrainState, *, max_shard_size: int
     ``path/model.safetensors`` holds the module's tensors under its own names; where the module has a transformers
     config, that is written too, and ``from_pretrained(path)`` reads the folder.
 
-    A state that `trainfn.shard` laid out is saved by all ranks, which call this together: each writes its part into a
-    file of its own, all at once. `restore` reads it in any other layout, or in one process. If parameters are split,
-    there is no ``model.safetensors``, unless ``full=True``.
+    A sharded state is saved by all ranks, which call this together: each writes its part into a file of its own, at
+    the same time. `restore` reads it in any other layout, or in one process. If parameters are split, there is no
+    ``model.safetensors``, unless ``full=True``.
 
     Args:
         path: The folder, on a disk that all ranks share.
         state: The state.
         max_shard_size: Bytes above which the model is split into several files, with an index.
-        full: Whether rank 0 writes what one process would write, as FULL_STATE_DICT has it: every leaf is gathered, one
-            at a time.
+        full: Whether rank 0 writes the files that one process would write (FSDP's FULL_STATE_DICT). Every leaf is
+            gathered, one at a time.
 
     Raises:
-        CheckpointError: If it can't be written: the disk is full, say. What was there before is still there. On ranks,
-            all raise the error of any.
-        TypeError: If a leaf of the state is no tensor, or of a kind that a file can't hold.
+        CheckpointError: If it can't be written, for example to a full disk. The folder is as it was before. An error on
+            one rank is raised on all.
+        TypeError: If a leaf of the state is not a tensor, or has a dtype or a layout that a file can't hold.
 
     >>> import tempfile, torch, trainfn as tfn
     >>> state = tfn.init(torch.nn.Linear(2, 1), tfn.optim.adam(1e-3))
@@ -67,7 +64,7 @@ def save(path: str | os.PathLike[str], state: TrainState, *, max_shard_size: int
 
 
 def ranks_of(state: TrainState) -> Ranks:
-    """Those that a state is laid out over: they call together what is called on it."""
+    """The processes that hold a state and save it together: all of the job if a leaf is distributed, else this one."""
     return _group.ranks() if any(map(is_distributed, tree.leaves(state))) else ALONE
 
 
@@ -84,23 +81,23 @@ def restore(
     Leaves are chosen and renamed by name: ``model/<name in the module>`` for parameters and buffers, and for the rest
     the path: ``step``, ``opt_state/0/mu/<name>``.
 
-    How the checkpoint was laid out does not matter: written by any number of ranks, it is read in the layout of
-    ``like``, each rank reading the files that hold something of its part. If ``like`` is laid out, all ranks call this
-    together.
+    A checkpoint of any number of ranks is read in the layout of ``like``. If ``like`` is sharded, all ranks call this
+    together, and each reads the files that hold a piece of its part.
 
     Args:
-        path: What `save` was given.
+        path: The folder given to `save`.
         like: A state of the same model and optimizer, as `init` makes it. It is not changed.
-        strict: Whether everything must fit. If not, what does not is left as in ``like``, and a warning names it.
-        only: The leaves to fill, the others being left as in ``like``: a regular expression that is searched in their
-            names, a list of names, or a function of a name.
-        rename: What the checkpoint's leaves are called in the state: ``{"old": "new"}``, where ``old`` begins a name or
-            one of its parts between slashes; or a function from name to name.
+        strict: Whether every leaf must fit. Otherwise a leaf that doesn't fit stays as in ``like``, and a warning names
+            it.
+        only: The leaves to fill: a regular expression searched in their names, a list of names, or a function of a
+            name. The others stay as in ``like``.
+        rename: The name in the state of each of the checkpoint's leaves: ``{"old": "new"}``, where ``old`` begins a
+            name or one of its parts between slashes; or a function from name to name.
 
     Raises:
-        CheckpointError: If it can't be read, naming the file and the damage; or naming each leaf that is missing,
-            unexpected, or of another shape or dtype.
-        ValueError: If ``only`` or ``rename`` choose nothing.
+        CheckpointError: If a file can't be read or is damaged, with its name; or if leaves are missing, unexpected or
+            of another shape or dtype, with their names.
+        ValueError: If ``only`` or ``rename`` match no leaf.
     """
     check_alive(like)
     ranks = ranks_of(like)
@@ -112,25 +109,15 @@ def restore(
         return folder, inspect(folder)
 
     folder, manifest = ranks.first(found)
-    sources = fit(call, manifest.tree, expected, strict=strict, only=only, rename=rename)
+    sources = matched(call, manifest.tree, expected, strict=strict, only=only, rename=rename)
     return ranks.agreed(lambda: filled(folder, manifest, like, expected, sources))
 
 
-def filled(
-    folder: Path, manifest: Manifest, like: TrainState, expected: dict[str, Tensor], sources: dict[str, str]
-) -> TrainState:
-    """``like`` with the leaves named in ``sources`` from the checkpoint, and copies of the others."""
-    values: dict[str, Any] = read_leaves(folder, manifest, {old: expected[new] for new, old in sources.items()})
-    found = {new: values[old] for new, old in sources.items()}
-    kept = {name: leaf.detach().clone() for name, leaf in expected.items() if name not in found}
-    return _leaves.refilled(like, {**kept, **found})
-
-
 def manifest(path: str | os.PathLike[str]) -> Manifest:
-    """What is known of the checkpoint in the folder ``path`` without its values: step, metrics, leaves, ``extra``.
+    """Read everything of the checkpoint in the folder ``path`` but its values: step, metrics, leaves, ``extra``.
 
     Raises:
-        CheckpointError: If there is none, or it is damaged.
+        CheckpointError: If there is no checkpoint, or it is damaged.
 
     >>> import tempfile, torch, trainfn as tfn
     >>> folder = tempfile.mkdtemp() + "/checkpoint"

@@ -1,4 +1,4 @@
-"""What one save writes, decided before its first byte: which leaf goes into which file, and what stands beside them."""
+"""The plan of one save, made before its first byte: which leaf goes into which file, and which rank writes it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,35 @@ import torch
 from torch import Tensor
 
 from trainfn._checkpoint import _leaves
-from trainfn._checkpoint._format import CODES, MANIFEST, NAME, STATE_FILE, Leaf, Manifest
-from trainfn._checkpoint._pieces import is_split, local
-from trainfn._checkpoint._spread import spread
+from trainfn._checkpoint._format import CODES, MANIFEST, MODEL, NAME, STATE_FILE, Leaf, Manifest, Piece
+from trainfn._checkpoint._pieces import holders, is_split, local
 from trainfn._compile._donate import check_alive
 from trainfn._ranks._group import ALONE, Ranks
 from trainfn._types import Mean, TrainState
 
-SHARD = 5 * 10**9  # bytes: what transformers takes as well
+SHARD = 5 * 10**9  # bytes, as in transformers
 
 
 class Contents(NamedTuple):
-    """One save, all but its checksums."""
+    """Everything that one rank writes, but the checksums.
 
-    leaves: Mapping[str, Tensor]  # of `full`, all; else those that this rank writes, or its parts of them
-    manifest: Manifest  # `files` are filled in as they are written
+    Attributes:
+        leaves: The leaves that this rank writes, or its parts of them; if ``full``, every leaf.
+        manifest: Its ``files`` are filled in once they are written.
+        texts: The contents of the other files.
+        mine: The files of leaves that this rank writes.
+        full: Whether each leaf has yet to be gathered, which all ranks take part in.
+    """
+
+    leaves: Mapping[str, Tensor]
+    manifest: Manifest
     texts: dict[str, bytes]
-    mine: tuple[str, ...]  # the files of leaves that this rank writes
-    full: bool = False  # each leaf is still to be gathered, which all ranks take part in
+    mine: tuple[str, ...]
+    full: bool = False
 
     @property
     def nbytes(self) -> int:
-        """About how much it takes on the disk."""
+        """About the size of the checkpoint on the disk."""
         return sum(leaf.nbytes for leaf in self.manifest.tree.values())
 
 
@@ -47,7 +54,7 @@ def contents_of(
     full: bool = False,
     ranks: Ranks = ALONE,
 ) -> Contents:
-    """What this rank writes in a save of ``state``; ``call`` is for the errors."""
+    """The contents of a save of ``state`` on this rank; errors begin with ``call``."""
     check_alive(state)
     leaves = _leaves.named(state, call)
     full = full and ranks.size > 1
@@ -63,9 +70,10 @@ def contents_of(
         texts["config.json"] = _config(config, type(state.module).__name__)
     for name, text in (files or {}).items():
         if not NAME.fullmatch(name) or name == MANIFEST or name.endswith(".safetensors"):
-            raise ValueError(f"{call}: files={{{name!r}: ...}} is no name for a file beside the state's own.")
+            raise ValueError(f"{call}: files={{{name!r}: ...}} is not a valid name for a file beside the state's own."
+                " Take letters, digits, '.', '_' and '-', and another ending than .safetensors.")  # fmt: skip
         texts[name] = text.encode() if isinstance(text, str) else text
-    plain = json.loads(_json_text(dict(extra or {}), call))  # a copy: what the user does to it later is not written
+    plain = json.loads(_json_text(dict(extra or {}), call))  # a copy, which the user can't change any more
     numbers = {name: _number(value, name, call) for name, value in (metrics or {}).items()}
     manifest = Manifest(int(state.step), numbers, {}, tree, plain, _versions())
     if full:
@@ -76,7 +84,7 @@ def contents_of(
 
 
 def _versions() -> dict[str, str]:
-    ours = getattr(sys.modules["trainfn"], "__version__", "unknown")  # from above this layer: only when it is called
+    ours = getattr(sys.modules["trainfn"], "__version__", "unknown")  # above this layer, so not imported
     return {"trainfn": str(ours), "torch": str(torch.__version__)}
 
 
@@ -92,12 +100,12 @@ def _code(leaf: Tensor, name: str, call: str) -> str:
 def _files(
     state: TrainState, leaves: dict[str, Tensor], max_shard_size: int, split: set[str]
 ) -> tuple[dict[str, str], dict[str, bytes]]:
-    """The file of each leaf that is not split, and the index if the model takes several.
+    """The file of each leaf that is not split, and the index of a model in several files.
 
-    A model of which any leaf is split has no file of its own: one with the others would look whole, and not be.
+    A model with a split leaf has no file of its own: a file with the other leaves would look like the full model.
     """
     unsaved = _leaves.unsaved_buffers(state)
-    model = [name for name in leaves if name.startswith(_leaves.MODEL) and name not in unsaved]
+    model = [name for name in leaves if name.startswith(MODEL) and name not in unsaved]
     if not split.isdisjoint(model):
         return {name: "" if name in split else STATE_FILE for name in leaves}, {}
     shards = _shards({name: leaves[name].nbytes for name in model}, max_shard_size)
@@ -111,13 +119,13 @@ def _files(
         "total_parameters": sum(leaves[name].numel() for name in model),
         "total_size": sum(leaves[name].nbytes for name in model),
     }
-    placed = {name.removeprefix(_leaves.MODEL): files[name] for name in sorted(model)}
+    placed = {name.removeprefix(MODEL): files[name] for name in sorted(model)}
     text = json.dumps({"metadata": total, "weight_map": placed}, indent=2) + "\n"
     return files, {"model.safetensors.index.json": text.encode()}
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """The names in order, a new shard whenever the next one would pass the limit; one larger than it is alone."""
+    """The names in order, in shards below the limit; a leaf larger than the limit has a shard of its own."""
     shards: list[list[str]] = []
     room = -1
     for name, size in sizes.items():
@@ -136,6 +144,39 @@ def _config(config: Any, architecture: str) -> bytes:
     return (json.dumps(found, indent=2, sort_keys=True) + "\n").encode()
 
 
+# --- which rank writes what -----------------------------------------------------------------------------------------
+
+
+def spread(
+    split: Mapping[str, Tensor], leaves: Mapping[str, Tensor], places: Mapping[str, str], ranks: int
+) -> tuple[dict[str, tuple[Piece, ...]], dict[str, int]]:
+    """The pieces of each split leaf, and the rank that writes each file, so that all ranks write at the same time.
+
+    Each part of a leaf is written once, by the rank among its holders that has the least to write. Every rank computes
+    the same result, so nothing is exchanged.
+    """
+    load = [0] * ranks
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    writers: dict[str, int] = {}
+    for name, leaf in split.items():
+        found: list[Piece] = []
+        for box, having in holders(leaf).items():
+            rank = min(having, key=lambda r: (load[r], r))
+            load[rank] += box.numel * leaf.dtype.itemsize
+            found.append(Piece(f"rank-{rank}-of-{ranks}.safetensors", box.offsets, box.shape))
+            writers[found[-1].file] = rank
+        pieces[name] = tuple(found)
+    sizes: dict[str, int] = {}
+    for name, file in places.items():
+        if file:
+            sizes[file] = sizes.get(file, 0) + leaves[name].numel() * leaves[name].dtype.itemsize
+    for file, size in sizes.items():  # every rank holds these leaves, so any rank can write them
+        rank = min(range(ranks), key=lambda r: (load[r], r))
+        load[rank] += size
+        writers[file] = rank
+    return pieces, writers
+
+
 # --- what the user adds -------------------------------------------------------------------------------------------
 
 
@@ -148,11 +189,11 @@ def _json_text(extra: dict[str, Any], call: str) -> str:
 
 
 def _check_plain(value: Any, path: str, call: str) -> None:
-    """Only what JSON gives back as it was; infinities and NaN are, in Python's JSON."""
+    """Raise unless JSON returns the value as it was; Python's JSON does so for infinities and NaN."""
     if isinstance(value, dict):
         for name, item in cast("dict[Any, Any]", value).items():
             if not isinstance(name, str):
-                raise TypeError(f"{call}: {path} has the key {name!r}; JSON has only strings. Use `str({name!r})`.")
+                raise TypeError(f"{call}: {path} has the key {name!r}; keys of JSON are strings. Use `str({name!r})`.")
             _check_plain(item, f"{path}[{name!r}]", call)
     elif isinstance(value, list):
         for i, item in enumerate(cast("list[Any]", value)):
@@ -160,8 +201,8 @@ def _check_plain(value: Any, path: str, call: str) -> None:
     elif not isinstance(value, str | int | float | None):
         hint = "a tuple comes back as a list: make it one" if isinstance(value, tuple) else "put tensors into the state"
         raise TypeError(
-            f"{call}: {path} is of {type(value).__name__}, which JSON does not give back: dicts, lists, strings,"
-            f" numbers, True, False and None ({hint})."
+            f"{call}: {path} is a {type(value).__name__}, which JSON can't return as it was. Give dicts, lists,"
+            f" strings, numbers, True, False and None ({hint})."
         )
 
 

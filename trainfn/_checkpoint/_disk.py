@@ -1,4 +1,13 @@
-"""Every change of the file system, one small function each: nothing else here writes, renames or removes."""
+"""Every change of the file system, one small function each; no other file of this folder writes, renames or removes.
+
+A crash at any moment must leave a complete checkpoint. Three orders make sure of it:
+
+1. Each file is flushed before its folder, and the folder before it is renamed. Otherwise a power cut could keep the
+   name and lose the bytes.
+2. The old folder is renamed away before the new one takes its name, for no system call swaps two folders everywhere.
+   Between the two renames `located` finds the old one.
+3. A folder is renamed before it is deleted, so that no half of it ever has the name of a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +15,12 @@ import contextlib
 import hashlib
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from trainfn.errors import CheckpointError
 
 CHUNK = 8 * 2**20  # bytes to a system call: few calls, and still in the cache when they are hashed
 
@@ -17,16 +29,16 @@ hook: Callable[[str, Path], object] = lambda call, path: None  # noqa: E731
 
 
 class Written(NamedTuple):
-    """What a file must be when it is read again."""
+    """The size and the checksum that a file must have when it is read again."""
 
     size: int
     sha256: str
 
 
 def write(path: Path, pieces: Iterable[memoryview | bytes]) -> Written:
-    """A new file with these bytes, flushed to the disk; hashed on the way."""
-    # SHA-256 and not a CRC: `sha256sum` checks it, processors since 2019 have instructions for it (1.9 GB/s here, where
-    # zlib's CRC-32 has 4.1 and BLAKE2b 1.3), and a copy gone wrong can't pass by chance.
+    """Write a new file with these bytes, hash them on the way, and flush it to the disk."""
+    # SHA-256 and not a CRC: `sha256sum` checks it, a damaged copy can't pass by chance, and processors since 2019 have
+    # instructions for it (1.9 GB/s; zlib's CRC-32 has 4.1, BLAKE2b 1.3).
     digest, size = hashlib.sha256(), 0
     hook("create", path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -39,7 +51,7 @@ def write(path: Path, pieces: Iterable[memoryview | bytes]) -> Written:
                     hook("write", path)
                     part = part[file.write(part) :]
         hook("fsync", path)
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # before the folder is published: a name must never outlive the bytes
     return Written(size, digest.hexdigest())
 
 
@@ -48,21 +60,21 @@ def _parts(data: memoryview) -> Iterable[memoryview]:
 
 
 def make_folders(path: Path) -> None:
-    """The folder and those above it, where they don't exist."""
+    """Make a folder and those above it, where they don't exist."""
     if not path.is_dir():
         hook("mkdir", path)
         path.mkdir(parents=True, exist_ok=True)
 
 
 def make_folder(path: Path) -> None:
-    """A new folder in one that exists."""
+    """Make a folder in one that exists."""
     hook("mkdir", path)
     path.mkdir()
 
 
 def flush_folder(path: Path) -> None:
-    """Make what was created, renamed or removed in a folder last through a power cut."""
-    if os.name == "nt":  # which has no way to say it
+    """Make what was created, renamed or removed in a folder survive a power cut."""
+    if os.name == "nt":  # Windows can't flush a folder
         return
     hook("fsync", path)
     number = os.open(path, os.O_RDONLY)
@@ -73,10 +85,10 @@ def flush_folder(path: Path) -> None:
 
 
 def publish(new: Path, target: Path) -> None:
-    """Give a finished folder its name. Whatever the moment of a crash, `located(target)` is the old or the new one."""
+    """Give a finished folder its name. After a crash at any moment `located(target)` is the old folder or the new."""
     old = replaced(target)
     if target.exists():
-        if old.exists():  # of a save that was killed after its last rename
+        if old.exists():  # left by a save that was killed after its second rename
             discard(old)
         _rename(target, old)
     try:
@@ -85,36 +97,36 @@ def publish(new: Path, target: Path) -> None:
         if old.exists():
             _rename(old, target)
         raise
-    flush_folder(target.parent)
+    flush_folder(target.parent)  # before the old one is deleted: until then a power cut may undo the renames
     if old.exists():
         with contextlib.suppress(OSError):  # the next save tries again
             discard(old)
 
 
 def replaced(target: Path) -> Path:
-    """Where a folder goes while another takes its name."""
+    """The name of a folder while another takes its place."""
     return target.with_name(f".{target.name}.replaced")
 
 
 def located(target: Path) -> Path:
-    """``target``, or what it was before a save over it was killed between two renames."""
+    """``target``, or the folder that it replaces, if a save was killed between the two renames."""
     return target if target.exists() or not replaced(target).exists() else replaced(target)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder; from the first moment on, none of it is left under its name."""
+    """Remove a folder; it loses its name first, so that no part of it is taken for a checkpoint."""
     doomed = folder.with_name(f".{folder.name.lstrip('.')}.removing-{os.getpid()}")
     if doomed.exists():
         discard(doomed)
     _rename(folder, doomed)
-    flush_folder(folder.parent)
+    flush_folder(folder.parent)  # or a power cut could restore the name of a folder that is half deleted
     discard(doomed)
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder; links in it are deleted, not followed."""
+    """Delete a folder; symbolic links in it are deleted, not followed."""
     if folder.is_symlink():
-        raise NotADirectoryError(f"{folder} is a link")
+        raise NotADirectoryError(f"{folder} is a symbolic link")
     with os.scandir(folder) as entries:
         for entry in entries:
             hook("unlink", Path(entry.path))
@@ -126,8 +138,8 @@ def discard(folder: Path) -> None:
     folder.rmdir()
 
 
-def open_lock(path: Path) -> int:
-    """A file to hold a lock on: its number."""
+def _open_lock(path: Path) -> int:
+    """Open the file that carries the lock, and return its descriptor."""
     hook("create", path)
     return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
@@ -135,3 +147,62 @@ def open_lock(path: Path) -> int:
 def _rename(old: Path, new: Path) -> None:
     hook("rename", new)
     old.rename(new)
+
+
+# --- the lock -------------------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """A lock on a folder, so that one run at a time saves there: two would remove each other's checkpoints.
+
+    It is a lock of the operating system (flock) and not a file that exists, because the system releases it when the
+    process ends, however it ends. A killed run leaves no lock behind.
+    """
+
+    _number: int | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self._number = _open_lock(folder / ".lock")
+        try:
+            _lock(self._number)
+        except BlockingIOError:
+            holder = os.read(self._number, 100).decode(errors="replace")
+            self.close()
+            raise CheckpointError(
+                f"{str(folder)!r}: another run saves its checkpoints here (process {holder or '?'}). Two runs would"
+                " remove each other's checkpoints: give this one a folder of its own, or end the other."
+            ) from None
+        os.ftruncate(self._number, 0)
+        os.write(self._number, str(os.getpid()).encode())
+        # A forked child, such as a data loader's worker, inherits the descriptor, and with it the lock. It closes it at
+        # once: otherwise an orphaned worker of a killed run would still hold the lock.
+        this = weakref.ref(self)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=lambda: (lock := this()) and lock.close())
+
+    @property
+    def held(self) -> bool:
+        """Whether this process holds the lock."""
+        return self._number is not None
+
+    def close(self) -> None:
+        """Release the folder."""
+        number, self._number = self._number, None
+        if number is not None:
+            os.close(number)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _lock(number: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock: there is no lock
+        return
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # some network file systems have no locks: to save without one is better than not to save
+        return

@@ -1,4 +1,4 @@
-"""The checkpoints in a run's folder: which there are, which are good, and which may go."""
+"""The checkpoints in the folder of a run: which there are, which are good, and which may be removed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from trainfn._checkpoint import _disk, _leaves
-from trainfn._checkpoint._api import filled
-from trainfn._checkpoint._fit import fit
 from trainfn._checkpoint._format import Manifest
-from trainfn._checkpoint._read import inspect, verify
+from trainfn._checkpoint._leaves import matched
+from trainfn._checkpoint._read import filled, inspect, verify
 from trainfn._compile._donate import check_alive
 from trainfn._ranks._group import ALONE, Ranks
 from trainfn._types import TrainState
@@ -25,18 +24,22 @@ T = TypeVar("T")
 
 
 class Folder:
-    """The folders ``checkpoint-<step>`` in a folder. A link is none of them, wherever it leads."""
+    """The folders ``checkpoint-<step>`` in a folder. Symbolic links are left out, for they may lead anywhere.
+
+    Attributes:
+        damaged: The steps whose files were read and found damaged, which their sizes alone don't show.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.damaged: set[int] = set()  # steps; what a full reading found, which a look at the sizes does not see
+        self.damaged: set[int] = set()
 
     def target(self, step: int) -> Path:
-        """Where the checkpoint of a step belongs."""
+        """The folder of the checkpoint of a step."""
         return self.path / f"checkpoint-{step}"
 
     def places(self) -> dict[int, Path]:
-        """Every checkpoint by step, the newest first, without a look inside."""
+        """The folder of every checkpoint by step, the newest first; none is opened."""
         steps: set[int] = set()
         if self.path.is_dir():
             with os.scandir(self.path) as entries:
@@ -50,7 +53,7 @@ class Folder:
         return {step: path for step, path in found.items() if not path.is_symlink()}
 
     def complete(self) -> dict[int, tuple[Path, Manifest]]:
-        """Those whose manifest is right and whose files have their sizes, the newest first."""
+        """The checkpoints with a valid manifest and files of the right sizes, the newest first."""
         found: dict[int, tuple[Path, Manifest]] = {}
         for step, path in self.places().items():
             manifest = self._attempt(step, lambda step=step, path=path: _inspect(step, path), [])
@@ -66,7 +69,7 @@ class Folder:
         return None
 
     def newest(self, ranks: Ranks = ALONE) -> Path | None:
-        """The newest whose every checksum is right; warns of the damage of newer ones."""
+        """The newest checkpoint whose checksums are all right; a warning names the damage of newer ones."""
         damages: list[str] = []
         for step, path in ranks.first(self.places).items():
             manifest = self._attempt(step, lambda at=step, p=path: ranks.first(lambda: _inspect(at, p)), damages)
@@ -81,9 +84,9 @@ class Folder:
     def load(
         self, like: TrainState, step: int | None, ranks: Ranks = ALONE
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest undamaged state and what was saved with it; or that of one step.
+        """The newest undamaged state, or that of ``step``, and the ``extra`` that was saved with it.
 
-        Each rank reads and checks what it needs; of a checkpoint that is damaged for one, none takes anything.
+        Each rank reads and checks the files that it needs. If one rank finds damage, all go to the next checkpoint.
         """
         check_alive(like)
         expected = _leaves.named(like, "restore(like)")
@@ -93,7 +96,9 @@ class Folder:
             manifest = self._attempt(at, lambda at=at, path=path: ranks.first(lambda: _inspect(at, path)), damages)
             if manifest is None:
                 continue
-            sources = fit(f"restore({str(path)!r}, like=state)", manifest.tree, expected)  # what does not fit raises
+            sources = matched(
+                f"restore({str(path)!r}, like=state)", manifest.tree, expected
+            )  # raises: it would not fit an older one
             read = lambda m=manifest, p=path, s=sources: filled(p, m, like, expected, s)  # noqa: E731
             state = self._attempt(at, lambda read=read: ranks.agreed(read), damages)
             if state is not None:
@@ -108,7 +113,7 @@ class Folder:
         return None
 
     def _attempt(self, step: int, read: Callable[[], T], damages: list[str]) -> T | None:
-        """What ``read`` returns, or None and one damage more."""
+        """The result of ``read``; None after an error, which is added to ``damages``."""
         try:
             return read()
         except CheckpointError as damage:
@@ -120,21 +125,21 @@ class Folder:
 def _inspect(step: int, path: Path) -> Manifest:
     manifest = inspect(path)
     if manifest.step != step:
-        raise CheckpointError(f"{str(path)!r}: the checkpoint is damaged: it is of step {manifest.step}.")
+        raise CheckpointError(f"{str(path)!r}: the checkpoint is damaged: its manifest is of step {manifest.step}.")
     return manifest
 
 
 def _warn(damages: list[str], chosen: Path | None, ranks: Ranks) -> None:
     if damages and ranks.rank == 0:
-        instead = f"{str(chosen)!r} is used instead" if chosen is not None else "there is none before"
+        instead = f"{str(chosen)!r} is used instead" if chosen is not None else "there is no earlier checkpoint"
         warnings.warn("\n  ".join([f"{instead}:", *damages]), stacklevel=4)
 
 
-# --- which may go -------------------------------------------------------------------------------------------------
+# --- which may be removed -----------------------------------------------------------------------------------------
 
 
 def best_of(values: Mapping[int, float | None], mode: Literal["min", "max"]) -> set[int]:
-    """The first step with the best value; none if there is none, and NaN is none.
+    """The first step with the best value, as a set; it is empty if every value is missing or NaN.
 
     >>> best_of({10: 0.5, 20: float("nan"), 30: 0.7, 40: None}, "max")
     {30}
@@ -143,12 +148,34 @@ def best_of(values: Mapping[int, float | None], mode: Literal["min", "max"]) -> 
     return {(max if mode == "max" else min)(sorted(known), key=known.__getitem__)} if known else set()
 
 
-def expired(steps: Iterable[int], protected: Collection[int], *, keep: int, keep_every: int | None) -> list[int]:
-    """The steps that are neither protected, nor among the ``keep`` newest, nor multiples of ``keep_every``.
+def expired(
+    steps: Iterable[int],
+    protected: Collection[int] = (),
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    total: bool = False,
+) -> list[int]:
+    """The steps whose checkpoints a rotation removes.
 
-    >>> expired([10, 20, 30, 40, 50], {10}, keep=2, keep_every=None)
+    Args:
+        steps: The steps of all checkpoints.
+        protected: Steps that stay in any case, such as the best one.
+        keep: How many of the newest stay.
+        keep_every: Multiples of it stay too.
+        total: Whether the protected steps count among the ``keep``, as in the `save_total_limit` of transformers.
+
+    >>> expired([10, 20, 30, 40, 50], {10}, keep=2)
     [20, 30]
+    >>> expired([10, 20, 30, 40, 50], {10}, keep=2, total=True)
+    [20, 30, 40]
     """
     steps = sorted(steps)
-    kept = {*protected, *steps[-keep:], *(step for step in steps if keep_every and step % keep_every == 0)}
+    rest = [step for step in steps if step not in protected] if total else steps
+    count = max(keep - (len(steps) - len(rest)), 0)
+    kept = {
+        *protected,
+        *rest[max(len(rest) - count, 0) :],
+        *(step for step in steps if keep_every and step % keep_every == 0),
+    }
     return [step for step in steps if step not in kept]

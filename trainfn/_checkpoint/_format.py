@@ -1,8 +1,8 @@
-"""What is in the files: the safetensors layout, and the manifest.
+"""The bytes of the files: the safetensors layout, and the manifest.
 
 A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and place of
-each tensor) and the tensors' bytes. It is written here rather than by the library, which can neither hash what it
-writes nor flush it; and its header is never parsed: a reader makes it again from the manifest, and compares.
+each tensor) and the tensors' bytes. It is written here because the library can neither hash a file as it writes
+nor flush it. A header is never parsed: a reader makes it again from the manifest and compares.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 
 from trainfn._checkpoint._disk import Written
-from trainfn._checkpoint._leaves import MODEL
 from trainfn._checkpoint._pieces import Box, check_grid, whole_box
 
-FORMAT, SPLIT_FORMAT = 2, 3  # the second one has leaves in pieces; a checkpoint without any is of the first
+FORMAT, SPLIT_FORMAT = 2, 3  # 3 if a leaf is in pieces, else 2
 MANIFEST = "manifest.json"
 STATE_FILE = "state.safetensors"
-RANK_FILE = re.compile(r"rank-[0-9]+-of-[0-9]+\.safetensors")  # of a split state, what one rank wrote
+MODEL = "model/"  # begins the names of what the module holds
+RANK_FILE = re.compile(r"rank-[0-9]+-of-[0-9]+\.safetensors")  # the pieces of split leaves that one rank wrote
 LIMIT = 64 * 2**20  # bytes of a manifest or a header: a hundred leaves of a megabyte each, or half a million small ones
 
 DTYPES = {
@@ -38,7 +38,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Piece(NamedTuple):
-    """What the manifest says of one part of a leaf that was split over ranks."""
+    """The manifest's entry of one part of a leaf that was split over ranks."""
 
     file: str
     offsets: tuple[int, ...]
@@ -46,12 +46,12 @@ class Piece(NamedTuple):
 
     @property
     def box(self) -> Box:
-        """Where it is in the leaf."""
+        """The part of the leaf that it holds."""
         return Box(self.offsets, self.shape)
 
 
 class Leaf(NamedTuple):
-    """What the manifest says of one leaf: it is in a file, or its pieces are in several."""
+    """The manifest's entry of one leaf, which is in one file, or in pieces in several."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,17 +60,17 @@ class Leaf(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of its values."""
+        """The size of its values in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
     def parts(self) -> tuple[Piece, ...]:
-        """Its pieces; of one that was not split, itself."""
+        """Its pieces; a leaf that was not split is one piece."""
         return self.pieces or (Piece(self.file, *whole_box(self.shape)),)
 
 
 class Manifest(NamedTuple):
-    """A checkpoint, without its values."""
+    """A checkpoint without its values."""
 
     step: int
     metrics: dict[str, float]
@@ -80,11 +80,11 @@ class Manifest(NamedTuple):
     versions: dict[str, str]
 
     def leaves_of(self, file: str) -> dict[str, Leaf]:
-        """The leaves in a file, in the order of their bytes: the widest first, so that all are aligned."""
+        """The leaves in a file, in the order of their bytes: the widest dtype first, so that all are aligned."""
         return self.by_file().get(file, {})
 
     def by_file(self) -> dict[str, dict[str, Leaf]]:
-        """The same for each file that holds any. Of a leaf in pieces, a file has one, and its shape is the leaf's."""
+        """`leaves_of` each file that holds any; a piece of a leaf appears as a leaf of the piece's shape."""
         found: dict[str, dict[str, Leaf]] = {part.file: {} for leaf in self.tree.values() for part in leaf.parts}
         for name, leaf in sorted(self.tree.items(), key=lambda item: (-DTYPES[item[1].dtype].itemsize, item[0])):
             for part in leaf.parts:
@@ -115,7 +115,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """The manifest as JSON, a line to a leaf; its last line is the checksum of all before it."""
+    """The manifest as JSON, one line for each leaf; the last line is the checksum of all bytes before it."""
     fields = {
         "format": SPLIT_FORMAT if any(leaf.pieces for leaf in manifest.tree.values()) else FORMAT,
         "step": manifest.step,
@@ -142,10 +142,10 @@ def _lines(value: Any) -> str:
 
 
 def parsed_manifest(data: bytes) -> Manifest:
-    """The manifest of these bytes, every field of it checked.
+    """The manifest of these bytes; every field is checked.
 
     Raises:
-        ValueError: That says what is wrong with it.
+        ValueError: If a field is missing or wrong, or the checksum does not match.
     """
     fields = _json(data)
     kind = fields.get("format")
@@ -153,7 +153,7 @@ def parsed_manifest(data: bytes) -> Manifest:
         raise ValueError(f"format {kind!r}; this version of trainfn reads {FORMAT} and {SPLIT_FORMAT}")
     seal = _SEAL.search(data)
     if seal is None or hashlib.sha256(data[: seal.start()]).hexdigest().encode() != seal[1]:
-        raise ValueError("it does not have the checksum that it says it has")
+        raise ValueError("checksum mismatch: its last line is not the SHA-256 of the lines before it")
     files = {_file_name(name): _written(entry) for name, entry in _field(fields, "files", dict).items()}
     found = Manifest(
         step=_count(fields.get("step"), "step"),
@@ -166,7 +166,7 @@ def parsed_manifest(data: bytes) -> Manifest:
     for name, leaves in found.by_file().items():
         written = files[name]
         if written.size != len(header(leaves)) + sum(leaf.nbytes for leaf in leaves.values()):
-            raise ValueError(f"{name} can't have {written.size} bytes and the leaves that it says are in it")
+            raise ValueError(f"{name} has {written.size} bytes, which is not the size of the leaves in it")
     return found
 
 
@@ -176,20 +176,20 @@ def _json(data: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return found
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice in one object")
+        raise ValueError("an object has a name twice")
     return found
 
 
 def _field(fields: dict[str, Any], name: str, kind: type) -> Any:
     if not isinstance(fields.get(name), kind):
-        raise ValueError(f"{name!r} is missing or of another kind")
+        raise ValueError(f"{name!r} is missing, or is not a {kind.__name__}")
     return fields[name]
 
 
@@ -207,7 +207,7 @@ def _number(value: Any) -> float:
 
 def _file_name(name: str) -> str:
     if not NAME.fullmatch(name) or name.lower() == MANIFEST:
-        raise ValueError(f"{name[:80]!r} is no name for a file of a checkpoint")
+        raise ValueError(f"{name[:80]!r} is not a valid name for a file of a checkpoint")
     return name
 
 
@@ -224,7 +224,7 @@ def _leaf(name: str, entry: Any, files: dict[str, Written], kind: int) -> Leaf:
     split = kind == SPLIT_FORMAT and "pieces" in entry
     file = "" if split else _field(entry, "file", str)
     if dtype not in DTYPES or len(shape) > 64 or not (split or _holds_tensors(file, files)):
-        raise ValueError(f"{name[:80]!r} has a dtype, a shape or a file that can't be")
+        raise ValueError(f"{name[:80]!r} has an invalid dtype, shape or file")
     shape = _sizes(name, shape)
     return Leaf(dtype, shape, file, _pieces(name, shape, entry, files) if split else ())
 
@@ -232,7 +232,7 @@ def _leaf(name: str, entry: Any, files: dict[str, Written], kind: int) -> Leaf:
 def _pieces(name: str, shape: tuple[int, ...], entry: dict[str, Any], files: dict[str, Written]) -> tuple[Piece, ...]:
     pieces = [_piece(name, piece, len(shape), files) for piece in _field(entry, "pieces", list)]
     if not pieces or "file" in entry:
-        raise ValueError(f"{name[:80]!r} is in pieces, but has none, or is in a file as well")
+        raise ValueError(f"{name[:80]!r} is in pieces, but has no piece, or has a file as well")
     if len({piece.file for piece in pieces}) != len(pieces):
         raise ValueError(f"{name[:80]!r} has two pieces in one file")
     try:
@@ -246,7 +246,7 @@ def _piece(name: str, entry: Any, dims: int, files: dict[str, Written]) -> Piece
     entry = entry if isinstance(entry, dict) else {}
     file, offsets, shape = _field(entry, "file", str), _field(entry, "offsets", list), _field(entry, "shape", list)
     if not _holds_tensors(file, files) or len(offsets) != dims or len(shape) != dims:
-        raise ValueError(f"a piece of {name[:80]!r} has offsets, a shape or a file that can't be")
+        raise ValueError(f"a piece of {name[:80]!r} has invalid offsets, an invalid shape or an invalid file")
     return Piece(file, _sizes(name, offsets), _sizes(name, shape))
 
 

@@ -1,4 +1,4 @@
-"""Which part of a leaf is where: boxes in it, on ranks and in files."""
+"""Parts of a leaf, on ranks and in files: each is a box of the leaf's index space."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from trainfn._dtensor import is_distributed
 
 
 class Box(NamedTuple):
-    """A part of a leaf."""
+    """A rectangular part of a leaf."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
 
     @property
     def numel(self) -> int:
-        """How many values."""
+        """The number of values."""
         return math.prod(self.shape)
 
     def overlap(self, other: Box) -> Box | None:
-        """What is in both."""
+        """The box of the values in both; None if there are none."""
         begins = [max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True)]
         ends = [
             min(a + n, b + m)
@@ -38,42 +38,42 @@ class Box(NamedTuple):
         return Box(tuple(begins), tuple(end - begin for begin, end in zip(begins, ends, strict=True)))
 
     def within(self, outer: Box) -> tuple[slice, ...]:
-        """Where this is in a tensor of the values of ``outer``."""
+        """The slices of this box in a tensor that holds the box ``outer``."""
         places = zip(self.offsets, self.shape, outer.offsets, strict=True)
         return tuple(slice(begin - first, begin - first + size) for begin, size, first in places)
 
 
 def whole_box(shape: Sequence[int]) -> Box:
-    """All of a leaf."""
+    """The box of a full leaf."""
     return Box((0,) * len(shape), tuple(shape))
 
 
 def is_split(leaf: Any) -> bool:
-    """Whether no rank has all of it. A leaf without values is not: there is nothing to split."""
+    """Whether no rank holds the full leaf; False for a leaf without values, which needs no pieces."""
     return _dtensor.is_split(leaf) and leaf.numel() > 0
 
 
 def local(leaf: Any) -> Tensor:
-    """This rank's part of it."""
-    with torch.no_grad():  # so that one that is still on its way here is waited for
+    """This rank's part of a leaf."""
+    with torch.no_grad():  # with a derivative, `to_local` of a leaf that is still being gathered would not wait for it
         return _dtensor.local(leaf)
 
 
 def full(leaf: Any) -> Tensor:
-    """All of it. Every rank calls this."""
+    """The full leaf, gathered. Every rank calls this."""
     with torch.no_grad():
         return _dtensor.full(leaf)
 
 
 def box_of(leaf: Any) -> Box:
-    """Which part this rank has."""
+    """The part of a leaf that this rank holds."""
     if not is_distributed(leaf):
         return whole_box(leaf.shape)
     return _boxes(*_layout(leaf))[leaf.device_mesh.mesh.flatten().tolist().index(_rank())]
 
 
 def holders(leaf: Any) -> dict[Box, tuple[int, ...]]:
-    """The parts of a split leaf that are not empty, and the ranks that have each."""
+    """The parts of a split leaf that are not empty, and the ranks that hold each."""
     return _holders(*_layout(leaf), tuple(leaf.device_mesh.mesh.flatten().tolist()))
 
 
@@ -90,12 +90,12 @@ def _rank() -> int:
 
 @functools.lru_cache(maxsize=10_000)
 def _boxes(shape: tuple[int, ...], dims: tuple[int | None, ...], sizes: tuple[int, ...]) -> tuple[Box, ...]:
-    """The part of each place in a mesh, the last axis counting fastest."""
+    """The part of each place in a mesh, in row-major order of the places."""
     return tuple(_box(shape, dims, sizes, place) for place in itertools.product(*map(range, sizes)))
 
 
 def _box(shape: Sequence[int], dims: Sequence[int | None], sizes: Sequence[int], place: Sequence[int]) -> Box:
-    """As `DTensor` has it: along each axis of the mesh, equal parts, rounded up; the last ones get less, or nothing."""
+    """The part of one place, as `DTensor` splits: equal parts, rounded up; the last ones get less, or nothing."""
     offsets, size = [0] * len(shape), list(shape)
     for dim, ranks, at in zip(dims, sizes, place, strict=True):
         if dim is not None:
@@ -117,12 +117,12 @@ def _holders(
 
 
 def check_grid(shape: Sequence[int], boxes: Sequence[Box]) -> None:
-    """Raise unless these are the cells of a grid over a leaf: every value is in exactly one of them.
+    """Check that boxes are the cells of a grid over a leaf, so that every value is in exactly one of them.
 
-    Whatever a mesh splits is such a grid, and a grid is checked in one pass, however many cells it says it has.
+    Every split by a mesh is such a grid. The check takes one pass, however many cells an untrusted manifest lists.
 
     Raises:
-        ValueError: That says what is wrong.
+        ValueError: If they are not; the text continues "the pieces of a leaf ...".
     """
     cells = 1
     for dim, size in enumerate(shape):
@@ -137,3 +137,9 @@ def check_grid(shape: Sequence[int], boxes: Sequence[Box]) -> None:
         cells *= len(cuts)
     if len(boxes) != cells or len(set(boxes)) != cells:
         raise ValueError("are not each part of it once")
+
+
+def bytes_of(value: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    flat = value.as_strided((value.numel(),), (1,))  # `reshape(-1)` would keep any stride of a dimension of size 1
+    return flat.view(torch.uint8).numpy().data

@@ -1,7 +1,7 @@
-"""A checkpoint from the disk. Nothing in it is believed before it is checked, and nothing of it is run.
+"""Read a checkpoint. Every byte is checked before it is used, and none of it is run.
 
-A file is read once: hashed as its bytes go into the tensors, which no one sees before the checksum is right. Memory is
-taken only for leaves whose shape is that of the state to fill.
+A file is read once: its bytes are hashed as they go into the tensors, and the tensors are returned when the checksum is
+right. Memory is taken only for leaves that have the shape of the state to fill.
 """
 
 from __future__ import annotations
@@ -9,29 +9,32 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
-from trainfn._checkpoint import _disk
-from trainfn._checkpoint._format import LIMIT, MANIFEST, Leaf, Manifest, header, parsed_manifest
-from trainfn._checkpoint._goal import Goal
+from trainfn._checkpoint import _disk, _leaves
+from trainfn._checkpoint._format import DTYPES, LIMIT, MANIFEST, Leaf, Manifest, Piece, header, parsed_manifest
+from trainfn._checkpoint._pieces import box_of, bytes_of, local
+from trainfn._dtensor import spread_like
 from trainfn._ranks._group import ALONE, Ranks
+from trainfn._types import TrainState
 from trainfn.errors import CheckpointError
 
 
 class _Damage(Exception):
-    """What is wrong with one file."""
+    """One file is damaged; the text says how."""
 
 
 def inspect(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are all there, in their sizes.
+    """The manifest of a checkpoint, once every file is found in its size.
 
     Raises:
-        CheckpointError: If there is none, or naming the file and what is wrong with it.
+        CheckpointError: If there is no checkpoint, or a file of it is damaged, with its name.
     """
     name = MANIFEST
     try:
@@ -42,20 +45,20 @@ def inspect(folder: Path) -> Manifest:
         with _opened(folder / name) as file:
             data = file.read(LIMIT + 1)
         if len(data) > LIMIT:
-            raise _Damage(f"it is longer than the {LIMIT:,} bytes that are read")
+            raise _Damage(f"it has more than the {LIMIT:,} bytes that are read")
         manifest = parsed_manifest(data)
         for name, written in manifest.files.items():
             with _opened(folder / name) as file:
                 size = os.fstat(file.fileno()).st_size
             if size != written.size:
-                raise _Damage(f"{size:,} bytes, of {written.size:,} that were written")
+                raise _Damage(f"it has {size:,} bytes, and {written.size:,} were written")
         return manifest
     except (OSError, ValueError, _Damage) as error:
         raise _damaged(folder, name, error) from error
 
 
 def verify(folder: Path, manifest: Manifest | None = None, ranks: Ranks = ALONE) -> Manifest:
-    """Like `inspect`, with every checksum; of a ``manifest`` that is known, this rank's share of them.
+    """Like `inspect`, with every checksum; given a ``manifest``, with this rank's share of the checksums.
 
     Raises:
         CheckpointError: The same.
@@ -65,11 +68,25 @@ def verify(folder: Path, manifest: Manifest | None = None, ranks: Ranks = ALONE)
     return manifest
 
 
+def filled(
+    folder: Path, manifest: Manifest, like: TrainState, expected: dict[str, Tensor], sources: dict[str, str]
+) -> TrainState:
+    """``like`` with the leaves named in ``sources`` read from the checkpoint, and copies of the others."""
+    values: dict[str, Any] = read_leaves(folder, manifest, {old: expected[new] for new, old in sources.items()})
+    found = {new: values[old] for new, old in sources.items()}
+    kept = {name: leaf.detach().clone() for name, leaf in expected.items() if name not in found}
+    return _leaves.refilled(like, {**kept, **found})
+
+
 def read_leaves(folder: Path, manifest: Manifest, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of the leaves in ``wanted``, each on the device and in the memory format of its tensor there.
 
-    What they are wanted as has their shape and dtype, or is this rank's part of such a leaf. Files that hold nothing of
-    them are not read; the others are read whole, for they have one checksum each.
+    A file without any of these leaves is not read. Any other is read to its end, for a file has one checksum.
+
+    Args:
+        folder: The checkpoint's.
+        manifest: The checkpoint's.
+        wanted: By name, a tensor of the leaf's shape and dtype, or a `DTensor` of which this rank's part is filled.
 
     Raises:
         CheckpointError: If a file is not what was written.
@@ -93,18 +110,18 @@ def _read(folder: Path, manifest: Manifest, names: list[str], goals: Mapping[str
         except (OSError, _Damage) as error:
             raise _damaged(folder, name, error) from error
 
-    # The checksum takes longer than the reading, and both let other threads run.
+    # Four threads, because SHA-256 takes longer than the disk does; both release Python's lock.
     with ThreadPoolExecutor(max_workers=4) as pool:
         for _ in pool.map(one, names):
             pass
 
 
 def _fill(file: _Hashed, leaves: Mapping[str, Leaf], name: str, goals: Mapping[str, Goal]) -> None:
-    """Read what is wanted of the leaves in one file."""
+    """Read the wanted leaves of one file, and skip the others."""
     if leaves:
         expected = header(leaves)
         if file.take(len(expected)) != expected:
-            raise _Damage("its header is not the one that the manifest describes")
+            raise _Damage("its header is not the one that follows from the manifest")
     for leaf_name, leaf in leaves.items():
         goal = goals.get(leaf_name)
         part = next((part for part in goal.parts if part.file == name), None) if goal is not None else None
@@ -112,6 +129,50 @@ def _fill(file: _Hashed, leaves: Mapping[str, Leaf], name: str, goals: Mapping[s
             file.skip(leaf.nbytes)
         else:
             goal.read(part, file.fill)
+
+
+# --- a leaf that is filled, and a file that is hashed -------------------------------------------------------------
+
+
+class Goal:
+    """A leaf of a state, or this rank's part of it, that is filled from the pieces of a checkpoint.
+
+    Args:
+        leaf: Its entry in the checkpoint's manifest.
+        like: A tensor of the same shape and dtype, on the device and in the layout of the result.
+    """
+
+    def __init__(self, leaf: Leaf, like: Tensor) -> None:
+        self._like, self._dtype = like, DTYPES[leaf.dtype]
+        self._box = box_of(like)
+        self.parts = [part for part in leaf.parts if part.box == self._box or part.box.overlap(self._box)]
+        self._direct = [part.box for part in self.parts] == [self._box]
+        # Threads read the parts, each into a place of its own, so no lock is needed.
+        self._value = torch.empty(() if self._direct else self._box.shape, dtype=self._dtype, device="cpu")
+
+    def read(self, part: Piece, fill: Callable[[memoryview], None]) -> None:
+        """Read one part from a file, and keep what overlaps with this rank's box."""
+        value = torch.empty(part.shape, dtype=self._dtype, device="cpu")
+        fill(bytes_of(value))
+        if self._direct:
+            self._value = self._placed(value)  # to the device now, so that host memory holds few leaves at a time
+            return
+        common = part.box.overlap(self._box)
+        assert common is not None
+        self._value[common.within(self._box)] = value[common.within(part.box)]
+
+    @property
+    def value(self) -> Tensor:
+        """The leaf, valid once all of its parts are read and their files' checksums were right."""
+        value = self._value if self._direct else self._placed(self._value)
+        return spread_like(value, self._like)
+
+    def _placed(self, value: Tensor) -> Tensor:
+        like = local(self._like)
+        place = torch.empty_like(like, device="meta")  # of `like` only its order of dimensions is kept, not its gaps
+        if like.device.type == "cpu" and place.stride() == value.stride():
+            return value
+        return torch.empty_like(like).copy_(value)
 
 
 class _Hashed:
@@ -141,22 +202,22 @@ class _Hashed:
             self.fill(self._scratch[: min(_disk.CHUNK, size - i)])
 
     def end(self, written: _disk.Written) -> None:
-        """Read what is left, which is all of a file without leaves, and compare."""
+        """Read the rest of the file, which is all of a file without leaves, and compare the checksum."""
         while data := self._file.read(_disk.CHUNK):
             self._digest.update(data)
         if self._digest.hexdigest() != written.sha256:
-            raise _Damage("its bytes are not those that were written (SHA-256)")
+            raise _Damage("checksum mismatch: its bytes are not those that were written (SHA-256)")
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A file for reading, if it is one: a link could lead anywhere, a pipe would never end."""
+    """Open a regular file for reading; a symbolic link could lead anywhere, and a pipe would never end."""
     if stat.S_ISLNK(os.lstat(path).st_mode):
         raise _Damage("it is a symbolic link")
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     number = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise _Damage("it is no regular file")
+        raise _Damage("it is not a regular file")
     return open(number, "rb", buffering=0)
 
 

@@ -1,4 +1,4 @@
-"""A state's values on their way to the disk: copied to host memory, or gathered over ranks, one leaf at a time."""
+"""The values of a state before they are written: copied to host memory, or gathered over ranks one leaf at a time."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from trainfn._checkpoint._pieces import full
 class Snapshot:
     """Host memory of the size of a state, kept from one save to the next.
 
-    Copying into memory that is there already is one pass over the values. New memory takes several times as long: the
-    system hands it out page by page.
+    A copy into memory that exists is one pass over the values. New memory takes several times as long, because the
+    system provides it page by page.
     """
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
     def take(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The leaves' values as they are now. Waits for the device; valid until the next call."""
+        """Copy the values of the leaves. Waits for the device; the copies are valid until the next call."""
         held: dict[str, Tensor] = {}
         devices: set[torch.device] = set()
         for name in leaves:
@@ -42,7 +42,11 @@ def _place(held: Tensor | None, leaf: Tensor) -> Tensor:
 
 
 class Gathered(Mapping[str, Tensor]):
-    """Leaves that are split over ranks, each brought together when it is asked for, in one order on every rank."""
+    """Leaves that are split over ranks, each gathered when it is read.
+
+    Each read is a collective, so every rank reads all leaves in the same ``order``. One leaf at a time is gathered, so
+    that a rank needs memory for its part and one full leaf, not for the full state.
+    """
 
     def __init__(self, leaves: Mapping[str, Tensor], order: Sequence[str]) -> None:
         self._leaves, self._order, self._left = leaves, order, iter(order)
@@ -59,6 +63,6 @@ class Gathered(Mapping[str, Tensor]):
         return len(self._order)
 
     def drain(self) -> None:
-        """Take part in what is left, for the rank that asks."""
+        """Gather the leaves that were not read here: other ranks wait for this rank's part of them."""
         for name in self._left:
             full(self._leaves[name])

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when to save, in the background, how many to keep, and which one to go on from."""
+"""The checkpoints of a run: when to save, in the background, how many to keep, and which one to resume from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 from trainfn._checkpoint import _disk
 from trainfn._checkpoint._contents import SHARD, Contents, contents_of
 from trainfn._checkpoint._folder import STEP, Folder, best_of, expired
-from trainfn._checkpoint._lock import Lock
 from trainfn._checkpoint._snapshot import Gathered, Snapshot
 from trainfn._checkpoint._write import explained, sweep, write
 from trainfn._ranks import _group
@@ -25,27 +24,27 @@ from trainfn.errors import CheckpointError
 class Checkpoints:
     """The checkpoints of one run, ``folder/checkpoint-<step>``, each as `save` writes it.
 
-    As a context manager it waits at the end for what is still being written, and raises its error. A run holds a lock
-    on its folder from its first save, or the start of the ``with`` block, to the end.
+    A ``with`` block waits at its end for the last write, and raises its error. The folder is locked from the first
+    save, or the start of the ``with`` block, to the end, so that two runs can't remove each other's checkpoints.
 
-    In a job of several processes all of them make one, on the same folder, and call its methods together: each writes
-    and reads its part of a state that `trainfn.shard` laid out; rank 0 locks, counts and removes.
+    In a job of several processes all of them make a `Checkpoints` of the same folder and call its methods together.
+    Each writes and reads its part of a sharded state; rank 0 locks the folder and removes old checkpoints.
 
     Args:
-        folder: Made if it does not exist.
-        every: `due` every so many steps; never by itself if None.
-        keep: How many to keep, the newest; all if None.
-        keep_every: Keep those of steps that this divides as well.
-        best: The name of a metric: the checkpoint with the best value of it is kept as well.
-        mode: Whether the ``"min"`` or the ``"max"`` is best.
-        asynchronous: Whether `save` returns as soon as it has copied the state in memory, which takes once more the
-            state's size of host memory.
-        resume: Whether the run goes on from what is in the folder. If not, there must be nothing in it.
+        folder: The folder of the run, which is made if it does not exist.
+        every: The number of steps from one save to the next, for `due`; None if only the last state is saved.
+        keep: How many of the newest checkpoints are kept; None for all.
+        keep_every: Checkpoints whose step it divides are kept too.
+        best: The name of a metric; the checkpoint with its best value is kept too.
+        mode: Whether the ``"min"`` or the ``"max"`` of the metric is best.
+        asynchronous: Whether `save` returns as soon as it has copied the state to host memory, which takes the size
+            of the state.
+        resume: Whether the run resumes from the newest checkpoint. If not, the folder must have none.
         max_shard_size: Bytes above which the model is split into several files.
-        full: Whether rank 0 writes what one process would, as in `save`.
+        full: Whether rank 0 writes the files that one process would write, as in `save`.
 
     Raises:
-        ValueError: If an argument makes no sense, or ``resume=False`` finds checkpoints.
+        ValueError: If an argument is invalid, or ``resume=False`` finds checkpoints.
 
     >>> import tempfile, torch, trainfn as tfn
     >>> state = tfn.init(torch.nn.Linear(2, 1), tfn.optim.sgd(0.1))
@@ -75,28 +74,29 @@ class Checkpoints:
         counts = {"every": every, "keep": keep, "keep_every": keep_every, "max_shard_size": max_shard_size}
         for name, count in counts.items():
             if count is not None and (type(count) is not int or count < 1):
-                raise ValueError(f"Checkpoints(folder, {name}={count!r}): a whole number from 1 on, or None.")
+                raise ValueError(f"Checkpoints(folder, {name}={count!r}): give a whole number from 1 on, or None.")
         if mode not in ("min", "max"):
-            raise ValueError(f"Checkpoints(folder, mode={mode!r}): 'min' or 'max'.")
+            raise ValueError(f"Checkpoints(folder, mode={mode!r}): give 'min' or 'max'.")
         self.folder, self.every, self.keep, self.keep_every = Path(folder), every, keep, keep_every
         self.best, self.asynchronous, self.max_shard_size, self.full = best, asynchronous, max_shard_size, full
         self.mode: Literal["min", "max"] = mode
         self._found = Folder(self.folder)
-        self._lock: Lock | None = None
+        self._lock: _disk.Lock | None = None
         self._snapshot = Snapshot()
-        self._ranks, self._writers = ALONE, ALONE  # for this thread, and for that of a write in the background
+        # Two groups of the same ranks: exchanges of a write in the background must not mix with those of this thread.
+        self._ranks, self._writers = ALONE, ALONE
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if not resume and (steps := self.steps()):
             raise ValueError(
                 f"Checkpoints({str(folder)!r}, resume=False): there are checkpoints of a run here, the last of step"
-                f" {steps[-1]}. Nothing is overwritten: say `resume=True` to go on, or give another folder."
+                f" {steps[-1]}, and none is overwritten. Write `resume=True` to continue it, or give another folder."
             )
 
     # --- saving ---------------------------------------------------------------------------------------------------
 
     def due(self, n: int) -> bool:
-        """Whether the state after ``n`` steps is one to save."""
+        """Whether the state after ``n`` steps is to be saved."""
         return self.every is not None and n % self.every == 0
 
     def save(
@@ -108,20 +108,20 @@ class Checkpoints:
         files: Mapping[str, str | bytes] | None = None,
         wait: bool = False,
     ) -> None:
-        """Save the state as ``checkpoint-<its step>``. Waits for the save before this one, if that is still going on.
+        """Save the state as ``checkpoint-<its step>``, once the save before this one has ended.
 
         Args:
             state: May be changed or donated as soon as this returns.
             extra: What `restore` gives back beside the state; plain JSON.
             metrics: Numbers or `Mean`s, for ``best=``.
             files: Small files to put beside the others: their contents by name.
-            wait: Whether to return only when it is on the disk.
+            wait: Whether to return only when the checkpoint is on the disk.
 
         Raises:
-            CheckpointError: If it can't be written, or the save before this one was not; or if another run saves here.
+            CheckpointError: If it can't be written, if the save before this one failed, or if another run saves here.
             TypeError: If ``extra`` is not plain JSON, or a leaf of the state can't be saved.
-            ValueError: If there is a checkpoint of a later step, which a resume would take for the newest; or a file's
-                name is none.
+            ValueError: If there is a checkpoint of a later step, from which a run would resume; or a name in ``files``
+                is invalid.
         """
         self.wait()
         ranks = self._job()
@@ -131,7 +131,7 @@ class Checkpoints:
             self._write(contents, ranks)
             return
         contents = ranks.agreed(lambda: self._copied(contents))
-        # Not a daemon: Python waits for it at its end. It computes nothing, so no generator of torch is touched.
+        # Not a daemon thread, so Python waits for it when it exits. It computes nothing, so it draws no random number.
         self._thread = threading.Thread(target=self._run, args=(contents, self._writers), name="checkpoint")
         self._thread.start()
         if wait:
@@ -149,7 +149,8 @@ class Checkpoints:
         return contents
 
     def _copied(self, contents: Contents) -> Contents:
-        """The same in host memory. What is gathered, is gathered now: training may not meet it in the background."""
+        """The same contents in host memory."""
+        # Leaves are gathered here and not in the background: a collective there would mix with those of training.
         if not contents.full:
             return contents._replace(leaves=self._snapshot.take(contents.leaves))
         gathered = Gathered(contents.leaves, list(contents.leaves))
@@ -160,14 +161,14 @@ class Checkpoints:
         return contents._replace(leaves=held, full=False)
 
     def _job(self) -> Ranks:
-        """All processes of the job; a world that was made since the last call is found."""
+        """All processes of the job, also where they met after this object was made."""
         ranks = _group.ranks()
         if ranks is not self._ranks:
             folders = ranks.everyone(lambda: os.fspath(self.folder))
             if len(set(folders)) > 1:
                 raise ValueError(
-                    f"Checkpoints({folders[0]!r}): the ranks of one job save together, and they give different"
-                    f" folders: {', '.join(map(repr, dict.fromkeys(folders)))}. Give all of them the same one."
+                    f"Checkpoints({folders[0]!r}): the ranks of one job save together, and they have different"
+                    f" folders: {', '.join(map(repr, dict.fromkeys(folders)))}. Give all of them the same folder."
                 )
             self._ranks, self._writers = ranks, ranks.another() if self.asynchronous else ranks
         return ranks
@@ -189,7 +190,7 @@ class Checkpoints:
             raise error
 
     def _settle(self) -> None:
-        """Let a write in the background end; its error is for `check` and `wait`."""
+        """Wait for a write in the background; `check` and `wait` raise its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -199,7 +200,7 @@ class Checkpoints:
             self._write(contents, ranks)
         except BaseException as error:
             if not threading.main_thread().is_alive():
-                raise  # no one will ask any more: Python prints it
+                raise  # no one can call `wait` any more: Python prints the error
             self._error = error
 
     def _write(self, contents: Contents, ranks: Ranks) -> None:
@@ -210,7 +211,7 @@ class Checkpoints:
             self._rotate(step, self.keep)
 
     def _rotate(self, written: int, keep: int) -> None:
-        """Remove what is not to be kept. What has just been written stays, whatever else is there."""
+        """Remove the checkpoints that are not to be kept; never the one that was just written."""
         complete = self._found.complete()
         best = best_of({s: m.metrics.get(self.best) for s, (_, m) in complete.items()}, self.mode) if self.best else ()
         for step in expired(complete, {written, *best}, keep=keep, keep_every=self.keep_every):
@@ -224,7 +225,7 @@ class Checkpoints:
         if self._lock is None or not self._lock.held:
             try:
                 _disk.make_folders(self.folder)
-                self._lock = Lock(self.folder)
+                self._lock = _disk.Lock(self.folder)
             except OSError as error:
                 raise CheckpointError(explained(error, self.folder / "checkpoint", nbytes)) from error
 
@@ -233,9 +234,10 @@ class Checkpoints:
         if later is not None:
             raise ValueError(
                 f"Checkpoints.save(state): the state is at step {step}, and {str(self.folder)!r} has a checkpoint of"
-                f" step {later}, which a resume would take. A run that goes back in time needs a folder of its own; or"
-                " remove the later ones."
+                f" step {later}, from which a run would resume. Give another folder, or remove the later checkpoints."
             )
+
+    expired = staticmethod(expired)  # public, for programs that remove other folders by the same rule
 
     # --- restoring ------------------------------------------------------------------------------------------------
 
@@ -245,20 +247,20 @@ class Checkpoints:
         return self._job().first(lambda: sorted(self._found.complete()))
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose every checksum is right; a warning names the damage of newer ones."""
+        """The newest checkpoint whose checksums are all right; a warning names the damage of newer ones."""
         self._settle()
         return self._found.newest(self._job())
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest state that is not damaged, and what was saved with it; None if nothing was saved.
+        """Restore the newest undamaged state and the ``extra`` that was saved with it; None if there is no checkpoint.
 
         Args:
             like: See `trainfn.restore`.
-            step: The one to restore; by default the newest, or, with a warning, the one before if that is damaged.
+            step: The checkpoint to restore. By default the newest; if that is damaged, the one before, with a warning.
 
         Raises:
-            CheckpointError: If it does not fit ``like``; if all are damaged; or if that of ``step`` is, or does not
-                exist.
+            CheckpointError: If the checkpoint does not fit ``like``; if all are damaged; or if that of ``step`` is
+                damaged or does not exist.
         """
         self._settle()
         return self._found.load(like, step, self._job())
@@ -271,14 +273,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Wait for the last write; its error is raised, or noted on the one that ends the block."""
+        """Wait for the last write; raise its error, or note it on the error that ends the block."""
         try:
             self.wait()
         except Exception as failed:
             if error is None:
                 raise
-            error.add_note(f"And a checkpoint was not written: {failed}")
+            error.add_note(f"A checkpoint was not written either: {failed}")
         finally:
-            self._snapshot = Snapshot()  # its memory is the state's size
+            self._snapshot = Snapshot()  # frees host memory of the size of the state
             if self._lock is not None:
                 self._lock.close()

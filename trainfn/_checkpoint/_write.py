@@ -1,4 +1,4 @@
-"""A checkpoint onto the disk: all of it, or nothing."""
+"""Write a checkpoint to the disk: all of it, or nothing."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from trainfn._checkpoint import _disk
 from trainfn._checkpoint._contents import Contents
 from trainfn._checkpoint._disk import Written
 from trainfn._checkpoint._format import LIMIT, MANIFEST, Leaf, Manifest, header, manifest_bytes
+from trainfn._checkpoint._pieces import bytes_of
 from trainfn._checkpoint._snapshot import Gathered
 from trainfn._ranks._group import ALONE, Ranks
 from trainfn.errors import CheckpointError
 
 
 def write(target: Path, contents: Contents, ranks: Ranks = ALONE, prepare: Callable[[], object] = lambda: None) -> None:
-    """Write a checkpoint to ``target``, over one that may be there; each rank its files, at once.
+    """Write a checkpoint to ``target``, in place of one that may be there; all ranks write their files together.
 
-    Rank 0 makes the folder after ``prepare()``, and when all have written, it seals and publishes it.
+    Rank 0 calls ``prepare()`` and makes the folder. When all ranks have written, it writes the manifest and publishes
+    the folder.
 
     Raises:
-        CheckpointError: On all ranks, if any disk does not take it; everything is then as it was before.
+        CheckpointError: On all ranks, if any of them can't write; ``target`` is then as it was before.
     """
     beside = target.with_name(f".{target.name}.writing-{os.getpid()}")
 
@@ -49,11 +50,13 @@ def write(target: Path, contents: Contents, ranks: Ranks = ALONE, prepare: Calla
         with _explaining(target, contents):
             for files in of_each[1:]:
                 _check_visible(beside, files)
+            # The manifest comes last, for it makes a folder a checkpoint. The folder is flushed before it is renamed.
             _seal(beside, contents.manifest._replace(files={n: w for files in of_each for n, w in files.items()}))
             _disk.flush_folder(beside)
             _disk.publish(beside, target)
 
     try:
+        # Each line ends on all ranks before the next begins on any, and an error of one rank ends it on all.
         name = ranks.first(begin)
         of_each = ranks.everyone(fill)
         ranks.first(finish)
@@ -72,19 +75,19 @@ def _explaining(target: Path, contents: Contents) -> Generator[None]:
 
 
 def _check_replaceable(target: Path) -> None:
-    """Raise if something else than a checkpoint, whole or not, is in the place of one."""
+    """Raise if ``target`` exists and is not a checkpoint, complete or not."""
     if not os.path.lexists(target) or (not target.is_symlink() and (target / MANIFEST).exists()):
         return
     ours = target.is_dir() and all(path.suffix in (".safetensors", ".json") for path in target.iterdir())
     if target.is_symlink() or not ours:
         raise CheckpointError(
-            f"{str(target)!r} exists and is no checkpoint (a folder with a {MANIFEST}): it is not replaced. Give a"
-            " folder that does not exist yet, such as one below it."
+            f"{str(target)!r} exists and is not a checkpoint (a folder with a {MANIFEST}), so it is not replaced. Give"
+            " a folder that does not exist yet, such as one below it."
         )
 
 
 def _fill(folder: Path, contents: Contents, ranks: Ranks) -> dict[str, Written]:
-    """This rank's files. If leaves are gathered, every rank takes part to the end, whatever becomes of the disk."""
+    """Write this rank's files."""
     if ranks.rank > 0 and contents.mine and not folder.is_dir():
         raise CheckpointError(_not_shared(folder, f"which rank 0 made, is not seen by rank {ranks.rank}"))
     by_file = contents.manifest.by_file()
@@ -101,6 +104,7 @@ def _fill(folder: Path, contents: Contents, ranks: Ranks) -> dict[str, Written]:
             _disk.flush_folder(folder)
         return files
     finally:
+        # After an error of this rank's disk too: each gather is a collective, which the other ranks would wait in.
         if isinstance(values, Gathered):
             values.drain()
 
@@ -114,16 +118,18 @@ def _check_visible(folder: Path, files: dict[str, Written]) -> None:
 
 def _not_shared(path: Path, why: str) -> str:
     return (
-        f"{str(path)!r}, {why}. Ranks write one checkpoint together: give all of them the same folder, on a disk that"
-        " they share."
+        f"{str(path)!r}, {why}. The ranks write one checkpoint together: give all of them the same folder, on a disk"
+        " that they share."
     )
 
 
 def _seal(folder: Path, manifest: Manifest) -> None:
     data = manifest_bytes(manifest)
     if len(data) > LIMIT:
-        raise ValueError(f"save to {folder.parent}: the manifest would take {len(data):,} bytes; {LIMIT:,} are read."
-                         " Put less into extra; of a state in very many pieces, save `full=True`.")  # fmt: skip
+        raise ValueError(
+            f"save to {folder.parent}: the manifest has {len(data):,} bytes, and at most {LIMIT:,} are read. Put less"
+            " into `extra`; save a state in very many pieces with `full=True`."
+        )
     _disk.write(folder / MANIFEST, [data])
 
 
@@ -133,19 +139,13 @@ def _file(leaves: dict[str, Leaf], values: Mapping[str, Tensor]) -> Iterator[mem
         yield bytes_of(values[name].detach().cpu().contiguous().resolve_conj().resolve_neg())
 
 
-def bytes_of(value: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    flat = value.as_strided((value.numel(),), (1,))  # `reshape(-1)` would keep any stride of a dimension of size 1
-    return flat.view(torch.uint8).numpy().data
-
-
 # --- what an earlier crash left -----------------------------------------------------------------------------------
 
 _LEFT = re.compile(r"\.(?P<name>.+)\.(writing|removing)-(?P<pid>[0-9]+)")
 
 
 def sweep(folder: Path, name: str) -> None:
-    """Remove the unfinished work of dead processes on the folders whose name matches the pattern ``name``."""
+    """Remove what dead processes left unfinished of the folders whose name matches the pattern ``name``."""
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
             left = _LEFT.fullmatch(path.name)
@@ -154,7 +154,7 @@ def sweep(folder: Path, name: str) -> None:
 
 
 def _alive(pid: int) -> bool:
-    """Whether another process has this number. What this process left is not in use: it writes one at a time."""
+    """Whether another process has this number. This one's own leftovers are not in use: it writes one at a time."""
     if pid == os.getpid():
         return False
     try:
@@ -170,9 +170,9 @@ def _alive(pid: int) -> bool:
 
 
 def explained(error: OSError, target: Path, needed: int) -> str:
-    """What went wrong, and what to do about it."""
+    """The message of an error of the file system: what failed, and how to go on."""
     folder = target.parent
-    intact = "The training state in memory is intact, and so are the checkpoints saved earlier."
+    intact = "The training state in memory is intact, and so are the earlier checkpoints."
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         try:
             free = f"{shutil.disk_usage(folder).free:,} free"

@@ -1,4 +1,4 @@
-"""What a program keeps for one kind of arguments: the compiled graph, and where its inputs and outputs belong."""
+"""A program keeps, for one kind of arguments, the compiled graph, and where its inputs and outputs belong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from trainfn._types import TrainState
 class Known:
     """The leaves of the newest state, which need no second look: tensors that a program itself returned.
 
-    Of the largest leaf there is only a weak reference. When it dies, whoever had the state has let it go, and so do we.
+    The reference to the largest leaf is a weak one. When that leaf dies, the caller has dropped the state, and the
+    other leaves are dropped, too.
 
     Args:
         take: Lists the leaves of a state with these containers.

@@ -16,7 +16,7 @@ from trainfn._types import Batch
 
 @runtime_checkable
 class Startable(Protocol):
-    """Batches that can start anywhere, such as a `trainfn.data` loader."""
+    """Batches that can start after any step, such as a `trainfn.data` loader."""
 
     def start(self, step: int, /) -> Iterator[Batch]:
         """The batches of step ``step`` and all later ones."""
@@ -31,23 +31,26 @@ def source(batches: Batches, n: int, until: int | None) -> tuple[Iterator[Batch]
     if isinstance(batches, Startable):
         until = getattr(batches, "steps", None) if until is None else until
         if until is None:
-            raise ValueError("steps(step, state, batches): these batches never end. Say `until=1000`, or `epochs=1`.")
+            raise ValueError(
+                "steps(step, state, batches): these batches never end. Write `until=1000`, or give a loader"
+                " with `epochs=1`."
+            )
         return batches.start(n), until
     if isinstance(batches, Iterable):
         known = n + len(batches) if isinstance(batches, Sized) else None
         return iter(batches), until if until is not None else known
     if not callable(batches):
         raise TypeError(
-            f"steps(step, state, batches): batches are an iterable, or a function of the step number, not"
-            f" {type(batches).__name__}."
+            f"steps(step, state, batches): batches is a {type(batches).__name__}. Give an iterable of batches, a"
+            " `tfn.data.loader`, or a function of the step number: `lambda n: batch`."
         )
     if until is None:
-        raise ValueError("steps(step, state, batches) with a function for batches never ends: say `until=1000`.")
+        raise ValueError("steps(step, state, batches): batches is a function, which never ends. Write `until=1000`.")
     return (batches(i) for i in range(n, until)), until
 
 
 def start_anywhere(batches: Batches) -> bool:
-    """Whether batches can go on after any step."""
+    """Whether batches can start after any step, as a resumed run needs."""
     return isinstance(batches, Startable) or (callable(batches) and not isinstance(batches, Iterable))
 
 

@@ -1,4 +1,4 @@
-"""The metrics of a state over many batches."""
+"""Evaluate a state: its metrics over many batches."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from trainfn._types import Batch, Metrics, TrainState
 
 
 def evaluate(eval_step: Callable[[TrainState, Batch], Metrics], state: TrainState, batches: Iterable[Batch]) -> Metrics:
-    """The metrics over all batches, exact whatever their sizes; sums are kept in float64 where the device has it.
+    """Return the metrics over all batches, exact whatever their sizes; sums are in float64 where the device has it.
 
     Args:
         eval_step: From `trainfn.eval_step`, or any function that returns metrics.
-        state: What to evaluate.
-        batches: With a plan, a `trainfn.data` loader, which is divided among the ranks; or this rank's batches.
+        state: The state to evaluate.
+        batches: Batches on any device. With a plan, a `trainfn.data` loader, which is divided among the ranks, or this
+            rank's own batches.
 
     Raises:
         ValueError: If there is no batch.
@@ -32,5 +33,8 @@ def evaluate(eval_step: Callable[[TrainState, Batch], Metrics], state: TrainStat
         metrics = {name: mean.wide() for name, mean in eval_step(state, placed(batch, device)).items()}
         total = {name: total[name] + mean for name, mean in metrics.items()} if total else metrics
     if not total:
-        raise ValueError("evaluate(eval_step, state, batches): there was no batch. An iterator can be used once.")
+        raise ValueError(
+            "evaluate(eval_step, state, batches): there was no batch. An iterator is empty after its first use: give a"
+            " list, or a `tfn.data.loader`."
+        )
     return total

@@ -37,17 +37,18 @@ def steps(
     Args:
         step: Compiled or not.
         state: Where to start.
-        batches: An iterable of batches. Or what a restored state goes on with exactly where it was: a function from
-            the number of completed steps to the next batch, or a `trainfn.data` loader. NumPy arrays become tensors;
-            tensors are moved to the state's device. With a plan, a loader is divided among the ranks; other batches
-            are this rank's own rows.
-        until: Stop when ``state.step`` has reached it; by default, when the batches end.
-        nonfinite: What to do about a loss that is NaN or infinite: ``"raise"``, ``"skip"`` (with a step that does)
-            or ``"continue"``. By default, skip if the step can and raise if it can't.
+        batches: An iterable of batches; or a function from the number of completed steps to the next batch, or a
+            `trainfn.data` loader, which a resumed run can continue. NumPy arrays become tensors, and tensors are moved
+            to the state's device. With a plan, a loader is divided among the ranks; other batches are this rank's own
+            rows.
+        until: The value of ``state.step`` at which to stop; by default, the end of the batches.
+        nonfinite: How to treat a loss that is NaN or infinite: ``"raise"``, ``"skip"`` (with a step that skips) or
+            ``"continue"``. By default, skip if the step can, else raise.
 
     Raises:
-        NonFiniteError: Naming the step.
+        NonFiniteError: If the loss of a step is NaN or infinite, with the step's number.
         RuntimeError: If several processes were launched and the step has no plan: each would train by itself.
+        ValueError: If the batches never end and there is no ``until``.
 
     >>> import torch, trainfn as tfn
     >>> optimizer = tfn.optim.sgd(0.1)
@@ -133,31 +134,32 @@ def fit(
     checkpoints: Checkpoints | None = None,
     nonfinite: Policy | None = None,
 ) -> TrainState:
-    """Run a step over batches, call the callbacks after each, and return the last state.
+    """Run a step over batches, call the callbacks after each step, and return the last state.
 
-    Ctrl-C ends the run after the step at hand and returns the last complete state; a second Ctrl-C ends it at once,
-    with a ``KeyboardInterrupt`` and no state. An error that ends the run has the last complete state as its ``state``.
+    Ctrl-C ends the run after the current step and returns its state. A second Ctrl-C ends it at once, with a
+    ``KeyboardInterrupt`` and no state. An error that ends the run has the last complete state as its ``state``.
 
-    With checkpoints, a fresh state is replaced by the newest saved one, and what has changed since is printed with its
-    consequence; the states of callbacks come back too. A run that has ended already does nothing. The last state is
-    always saved; on SIGTERM it is saved after the step at hand, and the process exits.
+    With checkpoints, a fresh state is replaced by the newest saved one, and callbacks get back their saved states. Each
+    change of the run since then is printed with its consequence. A finished run does nothing. The last state is always
+    saved. On SIGTERM the state is saved after the current step, and the process exits.
 
-    A state that `trainfn.shard` laid out is trained by all ranks: what ends the run on one of them, a signal or a
-    callback's `trainfn.Stop`, ends it on all after the same step. Rank 0 prints.
+    All ranks train a sharded state together. A signal, or a callback's `trainfn.Stop`, on one rank ends the run on all
+    of them after the same step. Rank 0 prints.
 
     Args:
-        step: See `steps`, as for ``state``, ``batches``, ``until`` and ``nonfinite``.
-        state: The same.
-        batches: The same.
-        until: The same.
-        callbacks: Functions of a `StepInfo`, called in order; see `trainfn.callbacks`. One that returns `trainfn.Stop`
-            ends the run.
+        step: See `steps`.
+        state: See `steps`.
+        batches: See `steps`.
+        until: See `steps`.
+        callbacks: Called in order after each step: functions of a `StepInfo`, or `trainfn.Callback` objects, such as
+            those of `trainfn.callbacks`. One that returns `trainfn.Stop` ends the run.
         checkpoints: Where and how often to save.
-        nonfinite: The same.
+        nonfinite: See `steps`.
 
     Raises:
         CheckpointError: If a checkpoint can't be written or does not fit; see `trainfn.Checkpoints`.
-        ValueError: If batches can't go on after a checkpoint, or a metric that is waited for does not exist.
+        TypeError: If a callback can't be called, or has methods of `trainfn.Callback` without being one.
+        ValueError: If batches can't start at a checkpoint's step, or a callback waits for a metric that doesn't exist.
 
     >>> import torch, trainfn as tfn
     >>> optimizer = tfn.optim.sgd(0.1)
@@ -182,7 +184,8 @@ def fit(
                 if requests.ranks.rank == 0:
                     n = int(latest.state.step)
                     warnings.warn(
-                        f"interrupted: the state after step {n} is returned; call `fit` again to go on.", stacklevel=2
+                        f"interrupted: the state after step {n} is returned; give it to `fit` to continue.",
+                        stacklevel=2,
                     )
             session.finish(latest.complete())
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Finding the step whose loss became NaN or infinite, without waiting for the device."""
+"""Find the step whose loss became NaN or infinite, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Policy = Literal["raise", "skip", "continue"]
 
 
 class Watch:
-    """Looks at each step's loss as soon as it is known.
+    """Checks each step's loss as soon as it is known.
 
-    On a CPU that is at once. On an accelerator the flag travels to the host behind the computation and is read when
-    it has arrived, a step or two later; the report names the step it belongs to.
+    On a CPU it is known at once. On an accelerator a flag is copied to the host behind the computation and read once it
+    has arrived, a step or two later; the report names the step of the flag.
     """
 
     def __init__(self, policy: Policy | None) -> None:
         if policy not in (None, "raise", "skip", "continue"):
-            raise ValueError(f'nonfinite={policy!r}: choose "raise", "skip" or "continue".')
+            raise ValueError(f'nonfinite={policy!r}: give "raise", "skip" or "continue".')
         self.policy = policy
         self._pending: collections.deque[tuple[int, Tensor, torch.Event | None, bool]] = collections.deque()
 
     def see(self, n: int, metrics: Metrics) -> None:
-        """Take note of step ``n``; report what has arrived.
+        """Watch the loss of step ``n``, and report the flags that have arrived.
 
         Raises:
-            NonFiniteError: If the policy is to raise.
+            NonFiniteError: If a loss is not finite and the policy is to raise.
         """
         loss = metrics.get("loss")
         if loss is None:
@@ -40,7 +40,7 @@ class Watch:
         skips = "skipped" in metrics
         if self.policy == "skip" and not skips:
             raise ValueError(
-                'nonfinite="skip" needs a step that skips, for only it can keep the state as it was. Compose it before'
+                'nonfinite="skip": this step does not skip, and only a step can keep its old state. Compose it before'
                 " compiling: `tfn.jit(tfn.transforms.skip_nonfinite()(tfn.train_step(loss, optimizer)))`."
             )
         self._pending.append((n, *_flag(loss), skips))
@@ -53,12 +53,12 @@ class Watch:
             if event is not None and not wait and not event.query():
                 return
             if event is not None:
-                event.synchronize()
+                event.synchronize()  # the copy has arrived, or `wait` asks for it: only then is the flag valid
             self._pending.popleft()
             if not bool(flag):
-                self._tell(n, skips)
+                self._report(n, skips)
 
-    def _tell(self, n: int, skips: bool) -> None:
+    def _report(self, n: int, skips: bool) -> None:
         policy = self.policy or ("skip" if skips else "raise")
         if policy == "raise":
             raise NonFiniteError(

@@ -1,4 +1,4 @@
-"""Compute a part of a run again, and prove that it comes out the same."""
+"""Replay: compute a part of a run again, and check that every bit is the same."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ def replay(
     like: TrainState,
     each: Callable[[StepInfo], object] = lambda info: None,
 ) -> TrainState:
-    """Go from a run's checkpoint of step ``first`` to that of step ``last``, and compare every bit.
+    """Compute from a run's checkpoint of step ``first`` to that of step ``last``, and compare every bit.
 
     Args:
-        folder: The run's, as `trainfn.Checkpoints` got it.
-        first: Step of the checkpoint to start from.
-        last: Step of the checkpoint to arrive at.
+        folder: The folder of the run, as given to `trainfn.Checkpoints`.
+        first: The step of the checkpoint to start from.
+        last: The step of the checkpoint to compare with.
         step: The run's step.
-        batches: Its batches: a function of the step, or a `trainfn.data` loader.
+        batches: The run's batches: a function of the step number, or a `trainfn.data` loader.
         like: A state of the same model and optimizer; it is not changed.
-        each: Called after each step, to look at what happens.
+        each: Called with a `StepInfo` after each step.
 
     Returns:
         The state at ``last``.
 
     Raises:
-        ReplayError: Naming the leaves that came out differently.
+        ReplayError: If a leaf comes out differently, with its name.
         CheckpointError: If a checkpoint is missing or damaged.
+        ValueError: If the steps are not in order, or the batches can't start at ``first``.
 
     >>> import tempfile, torch, trainfn as tfn
     >>> optimizer, folder = tfn.optim.adam(0.1), tempfile.mkdtemp()
@@ -51,11 +52,11 @@ def replay(
     TrainState(functions, step=4, params=1 tensors / 1 numbers)
     """
     if not 0 <= first < last:
-        raise ValueError(f"replay(folder, first={first}, last={last}): from an earlier step to a later one.")
+        raise ValueError(f"replay(folder, first={first}, last={last}): give an earlier step and a later one.")
     if not start_anywhere(batches):
         raise ValueError(
-            "replay(..., batches): these can't be started in the middle. Give the run's function of the step, or its"
-            " `tfn.data.loader`."
+            "replay(..., batches): these batches can't be started in the middle. Give the run's function of the step"
+            " number, or its `tfn.data.loader`."
         )
     start, end = (restore(Path(folder) / f"checkpoint-{n}", like=like) for n in (first, last))
     state, (stream, _) = start, source(batches, first, last)
@@ -65,7 +66,7 @@ def replay(
     found = diff(end, state)
     if found:
         raise ReplayError(
-            f"replay({str(folder)!r}, {first}, {last}): computed again, the state of step {last} is another one than"
-            f" was saved: {found}\nThe step, the batches or the machine are not those of the run."
+            f"replay({str(folder)!r}, {first}, {last}): computed again, the state of step {last} differs from the saved"
+            f" one. {found}.\nThe step, the batches or the machine are not those of the run."
         )
     return state

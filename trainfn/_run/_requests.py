@@ -1,4 +1,4 @@
-"""What a run was asked to do after the step at hand, by signals."""
+"""Signals that ask a run to stop, answered after the current step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run and its checkpoints: where it goes on, what is saved with the state, and what has changed since."""
+"""A run and its checkpoints: where it resumes, what is saved with the state, and what has changed since."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from trainfn.callbacks._evaluation import SavedBest
 from trainfn.process import termination
 
 _OTHER_ROWS = "from here on the steps see other rows than the saved run would have seen"
-# What a changed entry of the run's description means; the first that its name begins with is told.
+# The consequence of a changed entry of the run's description, by the beginning of its name.
 _CONSEQUENCES = {
     "batches": _OTHER_ROWS,
     "accumulate": "the same rows per step and the same update, but for the order of floating-point additions",
-    "until": "the run ends elsewhere; a schedule made from its length is another one",
+    "until": "the run ends at another step; a schedule made from its length is another one",
 }
 
 
 class Session:
-    """Looks after the checkpoints of one call of `fit`; without any, it does nothing.
+    """The checkpoints and callbacks of one call of `fit`, as a context.
 
     Args:
-        checkpoints: Where they go, or None.
-        callbacks: Those of the run, whose states are saved too.
+        checkpoints: Where to save, or None.
+        callbacks: The run's callbacks, whose states are saved too.
         step: The step function.
         batches: The run's batches.
-        requests: What signals ask for.
+        requests: What signals asked the run to do.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class Session:
             return
         if not start_anywhere(batches):
             raise ValueError(
-                "fit(..., checkpoints=...): these batches can't be started in the middle, so a run could not go on from"
-                " a checkpoint. Give a function of the step, `lambda n: batch`, or a `tfn.data.loader`."
+                "fit(..., checkpoints=...): these batches can't be started in the middle, so a run could not resume"
+                " from a checkpoint. Give a function of the step number, `lambda n: batch`, or a `tfn.data.loader`."
             )
         if checkpoints.best is not None:
             self.best = SavedBest(checkpoints.best, checkpoints.mode)
 
     def __enter__(self) -> Self:
-        """Lock the folder, and take note of SIGTERM: who saves can answer it."""
+        """Lock the folder, and take note of SIGTERM, which a run with checkpoints answers by a save."""
         if self.checkpoints is not None:
             self._stack.enter_context(self.checkpoints)  # first, so that it is left last: it waits for the last save
             self.requests.sigterm = self._stack.enter_context(termination())
@@ -93,8 +93,8 @@ class Session:
             return state
         if not isinstance(state, TrainState):
             raise TypeError(
-                f"fit(..., checkpoints=...) keeps the states that `tfn.init` makes, and this is one of type"
-                f" {type(state).__name__}. DeepSpeed's engine saves itself: leave `checkpoints` out and write"
+                f"fit(..., checkpoints=...): the state is a {type(state).__name__}, and only states of `tfn.init` can"
+                " be saved. DeepSpeed's engine saves itself: leave `checkpoints` out and write"
                 " `callbacks=[tfn.deepspeed.saving(folder, every=100)]`."
             )
         steps, n = self.checkpoints.steps(), int(state.step)
@@ -106,26 +106,26 @@ class Session:
                 return state
             raise ValueError(
                 f"fit(step, state, ...): the state is at step {n}, and {str(self.checkpoints.folder)!r} has checkpoints"
-                f" up to step {steps[-1]}. To go on from there, give the fresh state that `tfn.init` makes; to go"
-                " another way from here, give another folder."
+                f" up to step {steps[-1]}. To resume from there, give the fresh state that `tfn.init` makes; to"
+                " continue from this state, give another folder."
             )
         found = self.checkpoints.restore(like=state)
         if found is None:
             return state
         state, extra = found
         self.saved = int(state.step)
-        self.say(f"going on from {self.checkpoints.folder}/checkpoint-{self.saved}")
-        self._tell_changes(extra.get("run", {}))
+        self.say(f"resuming from {self.checkpoints.folder}/checkpoint-{self.saved}")
+        self._say_changes(extra.get("run", {}))
         self._give_back(extra.get("callbacks", []))
         if self.best is not None and extra.get("best"):
             self.best.load_state_dict(extra["best"])
         return state
 
     def after(self, info: StepInfo, stop: bool = False) -> bool:
-        """Surface the error of a save in the background; save if it is time, or if the process is to end.
+        """Raise the error of a save in the background; save if it is time, or if the process is to end.
 
         Returns:
-            Whether to stop, as ``stop`` says on any rank.
+            Whether to stop, because ``stop`` is set on any rank.
         """
         failed = self.checkpoints is not None and self.checkpoints.failed()
         stop, failed, wanted = self.requests.agree(stop, failed, self._wanted(info.n))
@@ -138,7 +138,7 @@ class Session:
         if self.requests.terminated:
             self.checkpoints.wait()
             self.say(f"SIGTERM: saved {self.checkpoints.folder}/checkpoint-{info.n}, and stopped")
-            raise SystemExit(128 + 15)  # as the shell counts a death by this signal
+            raise SystemExit(128 + 15)  # the exit status of a process that SIGTERM ended
         return stop
 
     def _check_best(self, names: list[str]) -> None:
@@ -152,7 +152,7 @@ class Session:
         self.best.check(names)
 
     def _wanted(self, n: int) -> bool:
-        """Whether it is time to save: by the count of steps, or because it is the best so far."""
+        """Whether it is time to save: by the number of the step, or because the state is the best so far."""
         if self.checkpoints is None:
             return False
         metrics = self._metrics(n)
@@ -161,7 +161,7 @@ class Session:
         return better or self.checkpoints.due(n)
 
     def finish(self, state: TrainState) -> None:
-        """Save the last state, if it is not saved yet."""
+        """Save the last state, unless it is saved already."""
         if self.checkpoints is not None and int(state.step) != self.saved:
             self._save(state, int(state.step))
 
@@ -174,7 +174,7 @@ class Session:
         self.saved = n
 
     def _metrics(self, n: int) -> dict[str, float]:
-        """What was evaluated at step ``n``."""
+        """The metrics of the evaluations at step ``n``."""
         latest = [callback.latest for callback in self.callbacks if callback.latest is not None]
         return {name: value for step, metrics in latest if step == n for name, value in metrics.items()}
 
@@ -188,7 +188,7 @@ class Session:
             "until": self.until,
         }
 
-    def _tell_changes(self, then: dict[str, Any]) -> None:
+    def _say_changes(self, then: dict[str, Any]) -> None:
         was, now = _flat(then), _flat(self._description())
         for name in {**was, **now}:
             if was.get(name) != now.get(name):
@@ -200,7 +200,7 @@ class Session:
         return [{"name": name, "state": state} for name, state in states if state is not None]
 
     def _give_back(self, states: list[dict[str, Any]]) -> None:
-        """To each callback the state of the first one saved under its name; two of a name keep their order."""
+        """Give each callback the first state saved under its class's name; two of one class keep their order."""
         left = list(states)
         for callback in self.callbacks:
             name = type(callback).__name__
@@ -209,13 +209,13 @@ class Session:
                 left.remove(mine)
                 callback.load_state_dict(mine["state"])
             elif callback.state_dict() is not None:
-                self.say(f"changed: the callback {name} is new, and starts afresh")
+                self.say(f"changed: the callback {name} is new, and starts without a state")
         for saved in left:
             name = saved["name"]
-            self.say(f"changed: the callback {name} of the saved run is not in this one; what it kept is left out")
+            self.say(f"changed: the callback {name} of the saved run is not in this one; its state is dropped")
 
     def say(self, text: str) -> None:
-        """Print a line; one of several processes does."""
+        """Print a line on rank 0."""
         if self.requests.ranks.rank == 0:
             print(f"trainfn: {text}", file=sys.stderr)
 

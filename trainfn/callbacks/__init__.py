@@ -1,4 +1,4 @@
-"""Callbacks: functions of a `StepInfo`, which `trainfn.fit` calls after each step.
+"""Callbacks for `trainfn.fit`: log, show progress, evaluate, stop early, keep the best.
 
 ::
 

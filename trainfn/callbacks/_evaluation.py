@@ -1,4 +1,4 @@
-"""Evaluation during training, and what follows from its numbers: stop early, keep the best."""
+"""Evaluate during training; stop early or keep the best state by the metrics."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ Mode = Literal["min", "max"]
 
 
 class evaluation(Callback):
-    """Every so many steps and at the end, evaluate, and hand the metrics to further callbacks.
+    """Evaluate after every ``every`` steps and at the end, and call further callbacks with the metrics.
 
-    Before the first step one batch is evaluated. So a misspelt metric, or an evaluation that fails, is found then and
+    One batch is evaluated before the first step, so that a misspelt metric or a failing evaluation is found at once and
     not after an hour.
 
     Args:
         eval_step: From `trainfn.eval_step`, compiled or not.
-        batches: Batches that can be iterated again and again: a list, or a `trainfn.data` loader with ``epochs=1``.
+        batches: Batches that can be iterated many times: a list, or a `trainfn.data` loader with ``epochs=1``.
         every: The number of steps from one evaluation to the next.
-        then: Callbacks for the metrics, under their names with the prefix.
-        prefix: The beginning of the metrics' names.
-        of: The state to evaluate, such as ``lambda s: s._replace(params=s.extra["ema"])``.
+        then: Callbacks, called with a `StepInfo` whose metrics are those of the evaluation.
+        prefix: The beginning of the metrics' names for these callbacks.
+        of: A function from the run's state to the state to evaluate: ``lambda s: s._replace(params=s.extra["ema"])``.
 
     Raises:
-        ValueError: If ``every`` is below 1, or the batches can be iterated only once or never end; before the first
-            step, if a callback waits for a metric that there is not.
+        ValueError: If ``every`` is below 1, or the batches never end or can be iterated only once; before the first
+            step, if a callback waits for a metric that does not exist.
 
     >>> import torch, trainfn as tfn
     >>> optimizer = tfn.optim.sgd(0.5)
@@ -58,14 +58,18 @@ class evaluation(Callback):
         of: Callable[[TrainState], TrainState] = lambda state: state,
     ) -> None:
         if every < 1:
-            raise ValueError(f"evaluation(..., every={every}): the number of steps from one to the next, 1 or more.")
+            raise ValueError(
+                f"evaluation(..., every={every}): give the number of steps from one to the next, 1 or more."
+            )
         if iter(batches) is batches:
             raise ValueError(
                 "evaluation(eval_step, batches): these batches can be iterated only once. Give a list, or a"
                 " `tfn.data.loader(..., epochs=1)`."
             )
         if getattr(batches, "steps", 1) is None:
-            raise ValueError("evaluation(eval_step, batches): these never end. Say `tfn.data.loader(..., epochs=1)`.")
+            raise ValueError(
+                "evaluation(eval_step, batches): the batches never end. Write `tfn.data.loader(..., epochs=1)`."
+            )
         self.eval_step, self.batches, self.every = eval_step, batches, every
         self.then = [callback_of(callback) for callback in then]
         self.prefix, self.of = prefix, of
@@ -85,7 +89,7 @@ class evaluation(Callback):
         """Evaluate one batch, and return the names of the metrics."""
         first = next(iter(self.batches), None)
         if first is None:
-            raise ValueError("evaluation(eval_step, batches): there is no batch.")
+            raise ValueError("evaluation(eval_step, batches): there is no batch. Give at least one.")
         names = [self.prefix + name for name in evaluate(self.eval_step, self.of(info.state), [first])]
         for callback in self.then:
             callback.check(names)
@@ -93,7 +97,7 @@ class evaluation(Callback):
         return names
 
     def __call__(self, info: StepInfo) -> Stop | None:
-        """Evaluate if it is time; stop if a callback says so."""
+        """Evaluate if it is time; return the `Stop` of a further callback."""
         if info.n % self.every != 0 and info.n != info.until:
             return None
         metrics = evaluate(self.eval_step, self.of(info.state), self.batches)
@@ -115,22 +119,22 @@ class evaluation(Callback):
 
 
 class Best:
-    """The best value of a metric so far: a fold over its values.
+    """The best value of a metric so far.
 
     Args:
-        metric: Its name.
+        metric: The name of the metric.
         mode: Whether the ``"min"`` or the ``"max"`` is best.
-        min_delta: By how much a value must be better to count as better.
+        min_delta: By how much a value must improve on the best to count as better.
     """
 
     def __init__(self, metric: str, mode: Mode = "min", min_delta: float = 0.0) -> None:
         if mode not in ("min", "max"):
-            raise ValueError(f"{type(self).__name__}({metric!r}, mode={mode!r}): 'min' or 'max'.")
+            raise ValueError(f"{type(self).__name__}({metric!r}, mode={mode!r}): give 'min' or 'max'.")
         self.metric, self.mode, self.min_delta = metric, mode, min_delta
         self.value, self.n = math.nan, 0
 
     def better(self, value: float, n: int) -> bool:
-        """Take note of a value; True if it is the best so far. NaN never is."""
+        """Whether a value is the best so far, in which case it is kept; NaN never is."""
         gain = self.value - value if self.mode == "min" else value - self.value
         if math.isnan(value) or not (math.isnan(self.value) or gain > self.min_delta):
             return False
@@ -138,7 +142,7 @@ class Best:
         return True
 
     def of(self, info: StepInfo) -> float:
-        """This metric's value. Waits for the device."""
+        """The value of this metric. Waits for the device."""
         self.check(info.metrics)
         return float(info.metrics[self.metric].value)
 
@@ -151,28 +155,28 @@ class Best:
 
 
 class SavedBest(Best):
-    """The same, kept in checkpoints."""
+    """A `Best` that checkpoints keep."""
 
     def state_dict(self) -> dict[str, Any]:
         """The best value and its step; JSON has no NaN."""
         return {"value": None if math.isnan(self.value) else self.value, "n": self.n}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Take what `state_dict` returned."""
         self.value, self.n = math.nan if state["value"] is None else state["value"], state["n"]
 
 
 class early_stopping(SavedBest, Callback):
-    """Stop once a metric has not become better for so many looks at it.
+    """Stop when a metric has not improved in ``patience`` looks at it.
 
     Args:
-        metric: Its name, such as ``"eval_loss"`` in `evaluation`.
-        patience: How many looks without a better value.
+        metric: The name of the metric, such as ``"eval_loss"`` in an `evaluation`.
+        patience: The number of looks without a better value after which the run stops.
         mode: Whether the ``"min"`` or the ``"max"`` is best.
-        min_delta: By how much a value must be better to count as better.
+        min_delta: By how much a value must improve on the best to count as better.
 
     Raises:
-        ValueError: If the metric is not there: before the first step in an `evaluation`, else after it.
+        ValueError: If the metric does not exist: before the first step in an `evaluation`, else after it.
 
     >>> import torch, trainfn as tfn
     >>> stop = early_stopping("loss", patience=2)
@@ -185,7 +189,7 @@ class early_stopping(SavedBest, Callback):
     def __init__(self, metric: str, *, patience: int = 3, mode: Mode = "min", min_delta: float = 0.0) -> None:
         super().__init__(metric, mode, min_delta)
         if patience < 1:
-            raise ValueError(f"early_stopping({metric!r}, patience={patience}): 1 or more.")
+            raise ValueError(f"early_stopping({metric!r}, patience={patience}): give 1 or more looks.")
         self.patience, self.waited = patience, 0
 
     def __call__(self, info: StepInfo) -> Stop | None:
@@ -200,11 +204,11 @@ class early_stopping(SavedBest, Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value, its step, and the looks since."""
+        """The best value, its step, and the number of looks since."""
         return {**super().state_dict(), "waited": self.waited}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Take what `state_dict` returned."""
         super().load_state_dict(state)
         self.waited = state["waited"]
 
@@ -212,12 +216,12 @@ class early_stopping(SavedBest, Callback):
 class keep_best(Best, Callback):
     """Keep a copy of the state with the best value of a metric, in memory, as ``.state``.
 
-    On disk, `trainfn.Checkpoints` keeps the best with ``best="eval_loss"``; this one begins anew with each process.
+    It is lost when the process ends. `trainfn.Checkpoints` with ``best="eval_loss"`` keeps the best on the disk.
 
     Args:
-        metric: Its name.
+        metric: The name of the metric.
         mode: Whether the ``"min"`` or the ``"max"`` is best.
-        min_delta: By how much a value must be better to count as better.
+        min_delta: By how much a value must improve on the best to count as better.
 
     >>> import torch, trainfn as tfn
     >>> best = keep_best("loss")

@@ -70,12 +70,12 @@ class window(Callback):
         return self.fn(self._sum.take(info)) if info.n % self.n == 0 else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The sum so far, as JSON. Waits for the device."""
+        """The sums so far, as JSON. Waits for the device."""
         means = {name: [mean.total.tolist(), mean.weight.tolist()] for name, mean in self._sum.metrics.items()}
         return {"metrics": means, "seconds": self._sum.seconds, "steps": self._sum.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Take what `state_dict` returned."""
         self._sum = Sum()
         self._sum.metrics = {
             name: Mean(*(torch.tensor(part, dtype=torch.float64) for part in parts))
@@ -105,16 +105,16 @@ class Sum:
         self.steps += 1
 
     def take(self, info: StepInfo) -> StepInfo:
-        """The sum, as a `StepInfo`; it starts anew."""
+        """Return the sums as a `StepInfo`, and begin anew."""
         summed = info._replace(metrics=self.metrics, seconds=self.seconds)
         self.__init__()
         return summed
 
 
 def log(n: int, fn: Callable[[str], object] | None = None) -> window:
-    """Every ``n`` steps, give ``fn`` one line: step, the metrics' means since the last line, steps per second.
+    """Print a line after every ``n`` steps: the step, the means of the metrics since the last line, steps per second.
 
-    By default rank 0 prints it; an ``fn`` is called on every rank.
+    Rank 0 prints it. If ``fn`` is given, every rank calls it with the line instead.
 
     >>> import torch, trainfn as tfn
     >>> callback = log(1)

@@ -11,12 +11,12 @@ from trainfn.callbacks._log import Sum, values
 
 
 class progress(Callback):
-    """A progress bar for terminals and notebooks: mean metrics, steps per second, time left; on rank 0.
+    """Show a progress bar on rank 0, in terminals and notebooks: mean metrics, steps per second, time left.
 
     Args:
-        per_step: Also show how many of something a second: ``per_step={"tok": batch * length}``.
-        seconds: Time between refreshes; only a refresh waits for the device.
-        **options: For ``tqdm.auto.tqdm``.
+        per_step: Amounts of one step, to be shown per second: ``per_step={"tok": batch * length}``.
+        seconds: The time between two refreshes; only a refresh waits for the device.
+        **options: Passed to ``tqdm.auto.tqdm``.
 
     >>> import trainfn as tfn
     >>> callbacks = [tfn.callbacks.progress(per_step={"tok": 64 * 128})]
@@ -26,7 +26,7 @@ class progress(Callback):
         self.per_step, self.seconds, self.options = per_step or {}, seconds, options
 
     def __enter__(self) -> Self:
-        """Show that the first step is under way, which compiles the program."""
+        """Show the bar, which says "first step" while the program is compiled."""
         from tqdm.auto import tqdm  # here, so that `import trainfn` stays fast
 
         options: dict[str, Any] = {"unit": "step", "desc": "first step", "disable": rank() > 0, **self.options}
@@ -48,7 +48,7 @@ class progress(Callback):
             self._shown = now
 
     def _start(self, info: StepInfo) -> None:
-        """Begin to measure: the first step, with its compilation, says nothing about the others."""
+        """Begin to measure after the first step, whose time includes the compilation."""
         self._started = True
         self._bar.reset(total=info.until)
         self._bar.initial = self._bar.n = self._bar.last_print_n = info.n

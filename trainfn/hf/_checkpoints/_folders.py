@@ -99,9 +99,8 @@ def _rotate(trainer: Any, written: Path) -> None:
     if not limit:
         return
     folders = _numbered(trainer._output_dir())
-    protected = {path for path in folders.values() if path == written or (best and path == Path(best))}
-    others = [path for _, path in sorted(folders.items()) if path not in protected]
-    for path in others[: max(len(folders) - max(limit, len(protected)), 0)]:
+    protected = {step for step, path in folders.items() if path == written or (best and path == Path(best))}
+    for path in map(folders.__getitem__, tfn.Checkpoints.expired(folders, protected, keep=limit, total=True)):
         try:
             shutil.rmtree(path)
         except OSError as error:
