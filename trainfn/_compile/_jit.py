@@ -46,7 +46,12 @@ class Compiled:
             early = _joined(step, [program.ahead for program in self._programs])
             self._run = Warm(self._run, early, self._programs, warm)
 
-    def __call__(self, state: Any, batch: Any) -> Any:
+    @property
+    def takes_first_row(self) -> bool:
+        """Whether a third argument says how many rows were before this batch, as in an `eval_step`."""
+        return getattr(self.step, "takes_first_row", False)
+
+    def __call__(self, state: Any, batch: Any, /, *first_row: Any) -> Any:
         """Run the step."""
         check_alive(state)
         if self.settings.compile and self.plan is not None:  # eager steps look themselves
@@ -56,7 +61,7 @@ class Compiled:
         recognize(batch)
         if self.buckets is not None:
             batch = self.buckets.apply(batch)
-        return self._run(state, batch)
+        return self._run(state, batch, *first_row)
 
     def graph(self, state: Any, batch: Any) -> torch.fx.GraphModule:
         """Capture the whole step for these arguments, without running it, and return its graph.
