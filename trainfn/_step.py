@@ -22,6 +22,7 @@ from trainfn._grad import GradientFunction, detached, exact, gradient_function, 
 from trainfn._keyed import Randomness
 from trainfn._module import bound, check_state, check_whole
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState, Transform, Tree
+from trainfn.optim._combine import frozen_by, still
 
 Update = Callable[[TrainState, Gradients], tuple[TrainState, Metrics]]
 
@@ -148,10 +149,14 @@ def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _update(optimizer: Transform) -> Update:
+    frozen = frozen_by(optimizer)
+
     def update(state: TrainState, sums: Gradients) -> tuple[TrainState, Metrics]:
         weight = sums.loss.weight
         weight = torch.where(weight == 0, torch.ones_like(weight), weight)  # nothing counted: the sums are 0 too
         grads = tree.cast_like(tree.div(sums.grads, weight), state.params)
+        if frozen is not None:
+            grads = still(grads, frozen(state.params))
         norm = tree.global_norm(grads)
         updates, opt_state = _transformed(optimizer, grads, state)
         new = state._replace(
