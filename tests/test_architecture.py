@@ -183,6 +183,11 @@ def test_functions_are_short(file):
             assert body_lines(node) <= BODY_LINES, f"{file}:{node.lineno} {node.name}"
 
 
+def test_the_trainer_has_types():
+    """What goes through a Trainer has names in `hf/_types.py`; `Any` is for values that may really be of any type."""
+    assert sum(len(re.findall(r"\bAny\b", file.read_text())) for file in (ROOT / "hf").rglob("*.py")) <= 150
+
+
 @EACH_FILE
 def test_pure_layers_are_pure(file):
     """They import torch and optree only, never wait for the device, and do no input or output."""

@@ -83,7 +83,7 @@ def test_a_run_is_captured_once(kind, tmp_path):
     arguments = hf.TrainingArguments(str(tmp_path), **{**QUIET, **options})
     trainer = kind(llama(), arguments, train_dataset=tokens(24))
     trainer.train()
-    report = trainer._step.explain()
+    report = trainer._trainfn.run.step.explain()
     assert (report.traces, report.graphs, report.breaks) == (1, 1, 0)
 
 
@@ -186,7 +186,7 @@ def test_batches_of_many_lengths(tmp_path):
     model = bert(BertForSequenceClassification, num_labels=3)
     trainer = trained(tmp_path, model, rows, per_device_train_batch_size=1, max_steps=12)
     assert all(np.isfinite(losses(trainer)))
-    assert 1 < trainer._step.explain().graphs <= 6
+    assert 1 < trainer._trainfn.run.step.explain().graphs <= 6
 
 
 class Hungry(torch.nn.Module):

@@ -291,7 +291,7 @@ INIT = [
     (net(), tfn.optim.adamw(1e-3), {}, TypeError, r"can't run a trainfn transform.*lambda params: torch\.optim\.AdamW"),
     (object(), None, {}, TypeError, r"init\(model, \.\.\.\) takes an nn\.Module, not object"),
     (torch.nn.Sequential(), None, {}, TypeError, r"got a PipelineModule.*train_batch\(\)"),
-    (net(), 3, {}, TypeError, r"int is no torch optimizer"),
+    (net(), 3, {}, TypeError, r"int is not a torch optimizer"),
     (net(), None, {"config": config(1)}, ValueError, r"the optimizer is missing.*optimizer"),
     (net(), "adamw", {"config": {**config(1), "optimizer": {"type": "Adam"}}}, ValueError, "and among the arguments"),
     (

@@ -107,7 +107,7 @@ def planned(folder, plan):
     trainer.train()
     if WORLD > 1:
         stage = plan["deepspeed"]["zero_optimization"]["stage"]
-        assert trainer._world.plan.stage == stage
+        assert trainer._trainfn.world.plan.stage == stage
         assert {2: "split: optimizer state and gradients", 3: "split: parameters, too"}[stage] in lines
     return {"params": params(trainer), "log": history(trainer)}
 
@@ -133,7 +133,7 @@ def configured(folder, plan):
         with args.main_process_first():
             rows = tokens(11)
         trainer = Trainer(gpt2(), args, pad, rows)
-        assert (trainer._world.plan.stage, trainer._world.plan.offload) == (2, ("opt_state",))
+        assert (trainer._trainfn.world.plan.stage, trainer._trainfn.world.plan.offload) == (2, ("opt_state",))
         trainer.train()
     return {"params": params(trainer), "log": history(trainer)}
 
@@ -350,7 +350,7 @@ def interrupted(folder, plan):
         except KeyboardInterrupt:
             found[where] = {"params": params(trainer), "steps": trainer.state.global_step}
         assert signal.getsignal(signal.SIGINT) is before
-    trainer._world.ranks.wait()
+    trainer._trainfn.world.ranks.wait()
     saved = type(trainer.model).from_pretrained(folder / "at-2").state_dict()
     assert all(torch.equal(p, saved[name]) for name, p in params(trainer).items())
     return found
@@ -384,7 +384,7 @@ def saved(folder, plan):
     equal = all(torch.equal(a, b) for a, b in zip(params(whole).values(), params(on).values(), strict=True))
     last = folder / "cut" / "checkpoint-4"
     on.save_model(str(folder / "model"))
-    on._world.ranks.wait()
+    on._trainfn.world.ranks.wait()
     loaded = BertForSequenceClassification.from_pretrained(folder / "model").state_dict()
     return {
         "params": params(on),
@@ -454,7 +454,7 @@ def foreign(folder, plan):
     first = Trainer(gpt2(), arguments(folder, **options, **plan), pad, tokens(11), callbacks=[Until(2, 0)])
     first.train()
     for name in ("manifest.json", "state.safetensors"):
-        first._world.ranks.first((folder / "checkpoint-2" / name).unlink)
+        first._trainfn.world.ranks.first((folder / "checkpoint-2" / name).unlink)
     trainer = Trainer(gpt2(), arguments(folder, **plan), pad, tokens(11))
     trainer.train(resume_from_checkpoint=True)
     return {"params": params(trainer)}

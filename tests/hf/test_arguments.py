@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from transformers import HfArgumentParser
 
 from trainfn import hf
-from trainfn.hf._arguments import _support as _fields
+from trainfn.hf._arguments import _support
 from trainfn.hf._arguments._legacy import RULES
 from trainfn.hf._arguments._support import IGNORED, REFUSED, USED, check_supported
 from trainfn.hf._arguments._training import Seq2SeqTrainingArguments, TrainingArguments
@@ -359,9 +359,9 @@ def test_a_renamed_field_has_both_names_in_every_transformers(renamed):
 
 
 def test_a_rule_for_a_field_that_is_not_there_is_skipped(monkeypatch):
-    rule = _fields.Refused("of_a_newer_transformers", lambda value, args: True, "it is not there", "Leave it out")
-    monkeypatch.setattr(_fields, "REFUSED", (rule,))
-    monkeypatch.setattr(_fields, "IGNORED", {"of_a_newer_transformers": "it is not there"})
+    rule = _support.Refused("of_a_newer_transformers", lambda value, args: True, "it is not there", "Leave it out")
+    monkeypatch.setattr(_support, "REFUSED", (rule,))
+    monkeypatch.setattr(_support, "IGNORED", {"of_a_newer_transformers": "it is not there"})
     check_supported(arguments())
     assert arguments(report_to=None).report_to == []
 

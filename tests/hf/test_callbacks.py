@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 import trainfn as tfn
-from trainfn.hf._callbacks import _events as _callbacks
+from trainfn.hf._callbacks import _events
 from trainfn.hf._callbacks._events import DECISIONS, EVENTS, CallbackHandler, gather, with_defaults
 from trainfn.hf._callbacks._readonly import StateView
 
@@ -404,7 +404,7 @@ def test_the_defaults_stand_around_the_users_callbacks():
 
 
 def test_in_a_notebook_the_progress_is_a_table(notebook, monkeypatch):
-    monkeypatch.setattr(_callbacks, "is_in_notebook", lambda: True)
+    monkeypatch.setattr(_events, "is_in_notebook", lambda: True)
     assert with_defaults([], SimpleNamespace(disable_tqdm=False))[-1] is notebook.NotebookProgressCallback
 
 

@@ -199,7 +199,7 @@ def test_one_process_trains_the_same_and_is_told_once(tmp_path, capsys):
     plain = trained(tmp_path, warmup_steps=1, weight_decay=0.1)
     capsys.readouterr()
     trainer = trained(tmp_path, warmup_steps=1, weight_decay=0.1, deepspeed=AUTO)
-    assert trainer._world.plan is None
+    assert trainer._trainfn.world.plan is None
     for one, other in zip(plain.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(one, other)
     said = capsys.readouterr().out
@@ -220,7 +220,7 @@ def test_the_clipping_of_the_trainer_is_told_and_fields_of_the_engine_are_a_warn
 def test_the_loss_scale_of_the_configuration(tmp_path):
     half = {"enabled": True, "loss_scale": 0, "initial_scale_power": 4, "loss_scale_window": 9}
     trainer = trained(tmp_path, fp16=True, deepspeed={**AUTO, "fp16": half})
-    assert trainer._world.loss_scale == {"initial": 16.0, "growth_interval": 9}
+    assert trainer._trainfn.world.loss_scale == {"initial": 16.0, "growth_interval": 9}
 
 
 # --- launchers ----------------------------------------------------------------------------------------------------

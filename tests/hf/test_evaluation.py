@@ -559,18 +559,6 @@ def test_the_model_and_the_generators_are_left_as_found(precision, fails, tmp_pa
     assert torch.is_grad_enabled()
 
 
-def test_a_part_of_the_model_may_be_compiled(tmp_path, monkeypatch):
-    trainer = ours(SINGLE, tmp_path)
-    called = []
-
-    def eval_model(model):
-        return lambda **inputs: called.append(1) or model(**inputs)
-
-    trainer._eval_model = eval_model
-    trainer.evaluate(SINGLE.rows(2))
-    assert called == [1]
-
-
 def test_schedule_free_optimizers_show_their_averages(tmp_path):
     class Averaging:
         def __init__(self):

@@ -26,11 +26,11 @@ from tests.launch.test_launch import adapted
 from tests.processes import printed
 from trainfn import Trainer, TrainingArguments
 from trainfn.data import NoRows, is_empty, no_rows
-from trainfn.hf._parallel import _layout, _world
-from trainfn.hf._parallel import _parameters as _whole
+from trainfn.hf._parallel import _layout, _parameters, _world
 from trainfn.hf._parallel._sharding import Dealt, Own, dealt
-from trainfn.hf._run import _loop as _train
+from trainfn.hf._run import _loop
 from trainfn.hf._run._data import Windows
+from trainfn.hf._run._record import TrainingRun
 from trainfn.hf._step._manual import _check_axes
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +98,7 @@ def test_mixed_precision_of_either(mine, theirs, then):
 def test_the_loss_computes_in_the_launchers_precision_in_one_process(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     trainer = Trainer(gpt2(), arguments(), train_dataset=tokens(4))
-    assert trainer.args.bf16 and trainer._world.plan is None
+    assert trainer.args.bf16 and trainer._trainfn.world.plan is None
 
 
 def test_one_process_asks_no_launcher(monkeypatch):
@@ -109,7 +109,7 @@ def test_one_process_asks_no_launcher(monkeypatch):
 def test_a_plan_for_one_process_is_none(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, fsdp="full_shard", max_steps=1, report_to="none")
     trainer = Trainer(gpt2(), args, train_dataset=tokens(4))
-    assert trainer._world.plan is None and trainer.train().global_step == 1
+    assert trainer._trainfn.world.plan is None and trainer.train().global_step == 1
 
 
 def test_parallel_mode(monkeypatch):
@@ -174,7 +174,7 @@ def of_ranks(trainer, world=2, **plan):
     """A trainer that believes in several processes."""
     ranks = tfn.launch.Ranks()
     ranks.size = world
-    trainer._world = _world.World(plan=tfn.Plan(**plan or {"replicate": -1}), ranks=ranks)
+    trainer._trainfn.world = _world.World(plan=tfn.Plan(**plan or {"replicate": -1}), ranks=ranks)
     return trainer
 
 
@@ -191,7 +191,7 @@ def test_searches_and_overrides_that_ranks_cannot_do(monkeypatch):
 
 def test_a_model_without_values_is_not_trained():
     trainer = Trainer(gpt2(), arguments(), train_dataset=tokens(4))
-    trainer._released = True
+    trainer._trainfn.released = True
     with pytest.raises(RuntimeError, match=r"ended in an error.*no values.*resume_from_checkpoint=True"):
         trainer.train()
 
@@ -280,12 +280,12 @@ class Counts(TrainerCallback):
 
 def test_callbacks_that_take_a_model_without_values_are_told(caplog):
     trainer = of_ranks(Trainer(gpt2(), arguments(), callbacks=[Counts(), EarlyStoppingCallback()]))
-    _whole.warn_of_callbacks(trainer)
+    _parameters.warn_of_callbacks(trainer)
     assert not caplog.records
-    trainer._released = True
+    trainer._trainfn.released = True
     with caplog.at_level(logging.WARNING, "trainfn"):
         for _ in range(2):
-            _whole.warn_of_callbacks(trainer)
+            _parameters.warn_of_callbacks(trainer)
     (record,) = caplog.records
     match = r"callbacks=\[Counts\]\): on_step_end, on_save take `model`.*NaN there.*`with trainer.whole_model\(\) as"
     assert re.search(match, record.message)
@@ -310,12 +310,11 @@ def test_ctrl_c_is_held_by_the_outermost_block():
 
 
 def test_ctrl_c_after_the_last_step_ends_all_ranks():
-    trainer = of_ranks(Trainer(gpt2(), arguments()))
-    trainer._world = TWO
-    with pytest.raises(KeyboardInterrupt), _train._holding_ctrl_c(trainer):
+    run = TrainingRun(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
+    with pytest.raises(KeyboardInterrupt), _loop._holding_ctrl_c(run, TWO):
         os.kill(os.getpid(), signal.SIGINT)
-    assert not trainer._held.arrived
-    with _train._holding_ctrl_c(trainer):
+    assert not run.held.arrived
+    with _loop._holding_ctrl_c(run, TWO):
         pass
 
 
@@ -408,6 +407,6 @@ def test_a_notebook(tmp_path):
 def test_states_of_one_process_are_left_alone():
     trainer = Trainer(bert(BertForSequenceClassification), arguments())
     before = [p.data_ptr() for p in trainer.model.parameters()]
-    with _whole.whole(trainer), _whole.plain(trainer):
-        _whole.see(trainer)
+    with _parameters.whole(trainer), _parameters.plain(trainer):
+        _parameters.see(trainer)
     assert [p.data_ptr() for p in trainer.model.parameters()] == before

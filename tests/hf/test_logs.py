@@ -25,6 +25,7 @@ from trainfn.hf._callbacks._events import CallbackHandler, with_defaults
 from trainfn.hf._reporting import _logs, _trackers
 from trainfn.hf._reporting._logs import LossWindow
 from trainfn.hf._reporting._trackers import TrackerCallback, tracker_callbacks
+from trainfn.hf._run._record import Record
 
 RANDOM_BATCHES = st.lists(st.tuples(st.floats(-9, 9), st.integers(1, 5)), min_size=1, max_size=12)
 
@@ -77,7 +78,8 @@ def test_outside_of_a_training_there_is_no_epoch(tmp_path):
 
 def test_tokens_are_told_where_they_are_counted(tmp_path):
     trainer = Trainer(tmp_path, include_num_input_tokens_seen="all")
-    trainer.state.num_input_tokens_seen, trainer._initial_num_input_tokens_seen = 1000, 500
+    trainer.state.num_input_tokens_seen = 1000
+    trainer._trainfn = Record(run=SimpleNamespace(tokens_before=500))
     _logs.log(trainer, {"loss": 0.5}, time.time() - 10)
     (entry,) = trainer.state.log_history
     assert entry["num_input_tokens_seen"] == 1000

@@ -14,6 +14,7 @@ from trainfn import Trainer, TrainingArguments
 from trainfn.hf._parallel._sharding import Dealt
 from trainfn.hf._parallel._world import ALONE, World
 from trainfn.hf._run._position import go_to, position, rows_of
+from trainfn.hf._run._record import Record
 
 ROWS = 12
 
@@ -104,12 +105,12 @@ def test_rows_in_groups_come_in_another_order(tmp_path, caplog):
 def place(size, accumulate, of, world=ALONE, loader=None):
     """Where a run stands, of so many rows a micro-batch and micro-batches an epoch."""
     config = SimpleNamespace(accelerator_config=SimpleNamespace(split_batches=False))
-    who = SimpleNamespace(_world=world, args=config, state=SimpleNamespace(global_step=3))
-    run = SimpleNamespace(
+    who = SimpleNamespace(_trainfn=Record(world=world), args=config, state=SimpleNamespace(global_step=3))
+    length = SimpleNamespace(
         micro_per_epoch=of, accumulate=accumulate, updates_per_epoch=-(-of // accumulate), max_steps=9
     )
     loader = loader if loader is not None else SimpleNamespace(batch_size=size)
-    return SimpleNamespace(trainer=who, run=run, loader=loader, epoch=0, window=0, micro_done=0)
+    return SimpleNamespace(trainer=who, length=length, loader=loader, epoch=0, window=0, micro_done=0)
 
 
 def test_an_epoch_that_was_done_is_done():

@@ -14,6 +14,8 @@ import trainfn.hf
 from tests.hf.evaluation_cases import CASES, VOCAB, ids, t5, tokenizer
 from tests.hf.evaluation_cases import ours as build_ours
 from tests.hf.evaluation_cases import theirs as build_theirs
+from trainfn.hf._run._setup import new_model
+from trainfn.hf._seq2seq import pad_token
 
 CASE = CASES["seq2seq"]
 COUNT = 5
@@ -235,7 +237,7 @@ def test_generation_config_survives_model_init(tmp_path):
         model_init=lambda: t5(), args=args, data_collator=CASE.collator(), processing_class=tokenizer()
     )
     trainer.remove_callback(transformers.ProgressCallback)
-    trainer._new_model()
+    new_model(trainer)
     assert trainer.predict(ROWS).predictions.shape == (COUNT, 11)
 
 
@@ -253,13 +255,13 @@ def test_other_generation_configs_are_refused():
 
 def test_padding_needs_a_token(tmp_path):
     trainer = ours(tmp_path, processing_class=None)
-    assert trainer._pad_token() == 0
+    assert pad_token(trainer) == 0
     for config in (trainer.model.config, trainer.model.generation_config):
         config.pad_token_id = config.eos_token_id = None
     with pytest.raises(ValueError, match=r"neither the tokenizer nor the model has a pad .*pad_token_id = 0"):
-        trainer._pad_token()
+        pad_token(trainer)
     trainer.model.generation_config.eos_token_id = [3, 4]
-    assert trainer._pad_token() == 3
+    assert pad_token(trainer) == 3
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -223,7 +223,7 @@ def test_packs_train_what_their_rows_would(kind, how, tmp_path):
     options = {"per_device_train_batch_size": 16, "max_length": 12}
     one = trained(tmp_path, of=model(kind), **options)
     many = trained(tmp_path, of=model(kind), **options, **how)
-    assert many._separation == ("mask" if kind == "opt" else "positions")
+    assert many._trainfn_sft.separation == ("mask" if kind == "opt" else "positions")
     assert one.state.global_step == many.state.global_step == 1
     assert_close(parameters(many.model), parameters(one.model), 1e-5)
     before, after = (t.state.log_history[0] for t in (one, many))
@@ -247,7 +247,9 @@ def test_every_split_gives_the_same_update_and_the_same_log(loss_type, packing, 
 def test_a_model_that_can_not_keep_sequences_apart_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`SFTConfig\(packing=True\)`.*can't work with BloomForCausalLM"):
         trainer(tmp_path, of=model("bloom"), packing=True)
-    assert trained(tmp_path, of=model("bloom"), packing=True, packing_strategy="wrapped")._separation is None
+    assert (
+        trained(tmp_path, of=model("bloom"), packing=True, packing_strategy="wrapped")._trainfn_sft.separation is None
+    )
 
 
 # --- the loss and its metrics -------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def test_torch_compile():
     )
     trainer = Trainer(gpt2(), training_args, train_dataset=tokens())
     trainer.train()
-    report = trainer._step.explain()
+    report = trainer._trainfn.run.step.explain()
     assert (report.graphs, report.breaks) == (1, 0)
 
 
@@ -245,11 +245,11 @@ def test_liger_needs_its_package():
 def test_liger_gets_its_arguments(monkeypatch):
     """A stand-in for the package, whose kernels need a GPU: it notes what it is called with."""
     from trainfn import Trainer, TrainingArguments
-    from trainfn.hf import _setup, _train
+    from trainfn.hf._run import _loop, _setup
 
     called = []
     monkeypatch.setattr(_setup, "is_liger_kernel_available", lambda: True)
-    monkeypatch.setattr(_train, "apply_liger_kernel", lambda model, config: called.append((model, config)))
+    monkeypatch.setattr(_loop, "apply_liger_kernel", lambda model, config: called.append((model, config)))
     config = {"rope": True, "cross_entropy": True, "rms_norm": False, "swiglu": True}
     options = {"use_liger_kernel": True, "liger_kernel_config": config, "max_steps": 1, "save_strategy": "no"}
     model = gpt2()

@@ -484,7 +484,7 @@ def test_a_compiled_run_is_the_eager_one(tmp_path):
     options = {"max_steps": 2, "optim": "sgd", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     eager = trained(tmp_path, llama(), tokens(), **options)
     compiled = trained(tmp_path, llama(), tokens(), torch_compile=True, torch_compile_backend="aot_eager", **options)
-    assert compiled._step.explain().breaks == 0 and compiled._step.explain().graphs == 2
+    assert compiled._trainfn.run.step.explain().breaks == 0 and compiled._trainfn.run.step.explain().graphs == 2
     assert_close(parameters(compiled.model), parameters(eager.model), 1e-6)
 
 
@@ -496,7 +496,7 @@ def test_ragged_batches_do_not_compile_forever(tmp_path):
                         torch_compile_backend="aot_eager", train_sampling_strategy="sequential")  # fmt: skip
     trainer = Trainer(llama(), options, train_dataset=data)
     trainer.train()
-    assert trainer.state.global_step == 20 and trainer._step.explain().graphs <= 3
+    assert trainer.state.global_step == 20 and trainer._trainfn.run.step.explain().graphs <= 3
 
 
 def test_the_summary_says_what_will_happen(tmp_path):
@@ -624,7 +624,7 @@ def test_hyperparameter_search(tmp_path):
     )
     assert best.hyperparameters == {"learning_rate": 0.5} and trainer.args is options
     assert sorted(p.name for p in tmp_path.glob("run-*")) == ["run-0", "run-1"]
-    with pytest.raises(ValueError, match=r"'learning_rat' is no TrainingArguments field.*'learning_rate'"):
+    with pytest.raises(ValueError, match=r"'learning_rat' is not a field of TrainingArguments.*learning_rate"):
         trainer.hyperparameter_search(lambda trial: {"learning_rat": 1.0}, n_trials=1)
     with pytest.raises(ValueError, match=r"needs `Trainer\(model_init="):
         Trainer(llama(), options).hyperparameter_search()
@@ -734,7 +734,7 @@ def test_a_resumed_plateau_keeps_the_rate_it_had_decided(own, tmp_path):
         model = gpt2()
         trainer = with_evaluation(folder, *callbacks, model=model, metrics=lambda _: {"loss": next(values)}, **options)
         if own:
-            trainer._given_optimizers = (torch.optim.SGD(model.parameters(), 0.1), None)
+            trainer._trainfn.given = (torch.optim.SGD(model.parameters(), 0.1), None)
         return trainer
 
     whole = make(tmp_path / "a")

@@ -230,7 +230,7 @@ LOSSES = [
               "depends on the other rows: in-batch negatives"),
     Adversary("hard examples of the batch", spreads, hard_examples, exact, "a top-k or a sort across rows"),
     Adversary("row index as a weight", permutes, index_as_weight, field_as_weight, "a row's index plays a part"),
-    Adversary("rows paired with their neighbours", permutes, paired_with_neighbour, exact, "paired with their neighb"),
+    Adversary("rows paired with their neighbours", permutes, paired_with_neighbour, exact, "pairs of neighbours"),
     Adversary("detach in the loss", differentiates, detached, reconstructed, "Here no gradient arrives at all"),
     Adversary("half detached", differentiates, half_detached, reconstructed, "on the way from this parameter"),
     Adversary("wrong custom backward", differentiates, with_function(WronglySquared), with_function(RightlySquared),

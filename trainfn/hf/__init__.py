@@ -4,9 +4,10 @@
 
     from trainfn import Trainer, TrainingArguments      # instead of: from transformers import ...
 
-A `Trainer` is a facade: its methods have transformers' names and signatures, and delegate to functions in the files
-beside it. Reading order: `_trainer.py` (the methods), `_train.py` (the loop around `trainfn.steps`), `_loss.py` (why
-the loss is exact), `_data.py`, `_checkpoints.py`, `_evaluation.py`; then by need.
+A `Trainer` is a facade: its methods have transformers' names and signatures, and delegate to functions in the folders
+beside it. Reading order: `_trainer.py` (the methods), `_types.py` (what the functions may ask of a Trainer),
+`_run/_record.py` (what a Trainer keeps to itself), `_run/_loop.py` (the loop around `trainfn.steps`), `_step/_loss.py`
+(why the loss is exact), `_run/_data.py`, `_checkpoints/`, `_evaluation/`; then by need.
 """
 
 import importlib.util as _util

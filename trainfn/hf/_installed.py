@@ -39,7 +39,7 @@ Arguments = completed(transformers.TrainingArguments)
 """The `TrainingArguments` of transformers, with the fields that a newer or an older one has."""
 
 
-def same_names(args: Any) -> None:
+def same_names(args: transformers.TrainingArguments) -> None:
     """Give both names of a field the value of the new one; where nobody gave it, that of the old one."""
     for old, new in RENAMED.items():
         if getattr(args, new) is None:
@@ -47,6 +47,6 @@ def same_names(args: Any) -> None:
         setattr(args, old, getattr(args, new))
 
 
-def attribute(owner: Any, *names: str) -> Any:
+def attribute(owner: object, *names: str) -> Any:
     """What an object has under the first of these names that it knows; None if it knows none of them."""
     return next((getattr(owner, name) for name in names if hasattr(owner, name)), None)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.trainer_utils import PredictionOutput
 
 from trainfn.hf._evaluation._prediction import StepOutput, gives_loss
 from trainfn.hf._step._loss import autocast
 from trainfn.hf._trainer import Trainer
+from trainfn.hf._types import Batch, Dataset, Datasets, Processor, Values
+
+if TYPE_CHECKING:
+    from trainfn.hf._arguments._training import TrainingArguments
 
 DEFAULT_NEW_TOKENS = 20  # of `generate`, where neither the call nor the model says more
 
@@ -49,19 +53,9 @@ class Seq2SeqTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         given = getattr(self.args, "generation_config", None)
-        self._generation_config = None if given is None else self.load_generation_config(given)
-        self._gen_kwargs: dict[str, Any] | None = None
-        self._configure()
-
-    def _configure(self) -> None:
-        """Give the model the generation config of the arguments, so that it is saved with it."""
-        if self._generation_config is not None and self.model is not None:
-            self._generator.generation_config = self._generation_config
-
-    @property
-    def _generator(self) -> Any:
-        """The model itself, for what is passed to `prediction_step` may be a compiled function."""
-        return self.model
+        self._trainfn_generation = None if given is None else self.load_generation_config(given)
+        self._gen_kwargs: Values | None = None  # of transformers' Seq2SeqTrainer, whose subclasses fill it in
+        _configure(self)
 
     @staticmethod
     def load_generation_config(gen_config_arg: str | Path | GenerationConfig) -> GenerationConfig:
@@ -97,7 +91,7 @@ class Seq2SeqTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Any = None,
+        eval_dataset: Datasets | str | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
         **gen_kwargs: Any,
@@ -111,12 +105,12 @@ class Seq2SeqTrainer(Trainer):
             **gen_kwargs: Arguments of `generate`, such as `max_length`, `max_new_tokens` and `num_beams`. What is
                 left out is taken from the training arguments, then from the model's generation config.
         """
-        with self._generating(gen_kwargs):
+        with _generating(self, gen_kwargs):
             return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def predict(
         self,
-        test_dataset: Any,
+        test_dataset: Dataset,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "test",
         **gen_kwargs: Any,
@@ -129,25 +123,13 @@ class Seq2SeqTrainer(Trainer):
             metric_key_prefix: As of `Trainer.predict`.
             **gen_kwargs: As of `evaluate`.
         """
-        with self._generating(gen_kwargs):
+        with _generating(self, gen_kwargs):
             return super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
-
-    @contextmanager
-    def _generating(self, gen_kwargs: dict[str, Any]) -> Generator[None]:
-        """The arguments of this call hold until it ends; a call inside it, for one dataset of a dict, adds its own."""
-        outer = self._gen_kwargs
-        if getattr(self, "model_init", None) is not None:  # `train` has made another model
-            self._configure()
-        self._gen_kwargs = {**(outer or {}), **gen_kwargs}
-        try:
-            yield
-        finally:
-            self._gen_kwargs = outer
 
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
@@ -168,57 +150,88 @@ class Seq2SeqTrainer(Trainer):
         loss = super().prediction_step(model, inputs, True)[0] if gives_loss(self, inputs) else None
         inputs = self._prepare_inputs(inputs)
         prompt = _without_answers(inputs)
-        given, width = self._lengths(_filled(self.args, gen_kwargs or self._gen_kwargs or {}), prompt)
+        model = _generator(self)  # the one passed may be a compiled function
+        given, width = _lengths(model, _filled(self.args, gen_kwargs or self._gen_kwargs or {}), prompt)
         with torch.no_grad(), autocast(self.args, torch.device(self.args.device)):
-            tokens = self._generator.generate(**prompt, **given)
+            tokens = cast("Callable[..., Tensor]", model.generate)(**prompt, **given)
         labels = inputs.get("labels")
         labels = None if labels is None else self._pad_tensors_to_max_len(labels, width)
         return loss, self._pad_tensors_to_max_len(tokens, width), labels
 
-    def _lengths(self, given: dict[str, Any], prompt: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-        """The arguments for `generate`, and how long a sequence may become with them.
-
-        To `generate`, a `max_new_tokens` of a config outranks the `max_length` of the call; here it does not.
-        """
-        name = "decoder_input_ids" if self._generator.config.is_encoder_decoder else "input_ids"
-        start = prompt[name].shape[-1] if name in prompt else 1  # 1: the decoder's start token
-        configs = (given.get("generation_config"), self._generator.generation_config)
-        new, longest = (
-            next((value for value in (getattr(config, key, None) for config in configs) if value is not None), None)
-            for key in ("max_new_tokens", "max_length")
-        )
-        if "max_length" in given and "max_new_tokens" not in given:
-            longest = given["max_length"]
-            if new is not None:
-                given = {**given, "max_new_tokens": max(longest - start, 1)}
-                del given["max_length"]
-            return given, longest
-        new = given.get("max_new_tokens", new)
-        if new is None and longest is not None:
-            return given, longest
-        return given, start + (DEFAULT_NEW_TOKENS if new is None else new)
-
     def _pad_tensors_to_max_len(self, tensor: Tensor, max_length: int) -> Tensor:
         """Rows padded on the right, as long as asked; longer ones stay as they are."""
         missing = max_length - tensor.shape[-1]
-        return tensor if missing <= 0 else nn.functional.pad(tensor, (0, missing), value=self._pad_token())
-
-    def _pad_token(self) -> int:
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        sources = [tokenizer, self._generator.config, self._generator.generation_config]
-        for name in ("pad_token_id", "eos_token_id"):
-            for source in sources:
-                token = getattr(source, name, None)
-                if token is not None:
-                    return token[0] if isinstance(token, list) else token
-        raise ValueError(
-            "Seq2SeqTrainer(predict_with_generate=True): generated sequences of unequal length are padded, but neither "
-            "the tokenizer nor the model has a pad or end-of-sequence token. Write "
-            "Seq2SeqTrainer(..., processing_class=tokenizer), or set model.config.pad_token_id = 0."
-        )
+        return tensor if missing <= 0 else nn.functional.pad(tensor, (0, missing), value=pad_token(self))
 
 
-def _filled(args: Any, gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _generator(trainer: Trainer) -> PreTrainedModel:
+    return cast("PreTrainedModel", trainer.model)
+
+
+def _configure(trainer: Seq2SeqTrainer) -> None:
+    """Give the model the generation config of the arguments, so that it is saved with it."""
+    if trainer._trainfn_generation is not None:
+        _generator(trainer).generation_config = trainer._trainfn_generation
+
+
+@contextmanager
+def _generating(trainer: Seq2SeqTrainer, gen_kwargs: Values) -> Generator[None]:
+    """The arguments of this call hold until it ends; a call inside it, for one dataset of a dict, adds its own."""
+    outer = trainer._gen_kwargs
+    if trainer.model_init is not None:  # `train` has made another model
+        _configure(trainer)
+    trainer._gen_kwargs = {**(outer or {}), **gen_kwargs}
+    try:
+        yield
+    finally:
+        trainer._gen_kwargs = outer
+
+
+def _lengths(model: PreTrainedModel, given: Values, prompt: Batch) -> tuple[Values, int]:
+    """The arguments for `generate`, and how long a sequence may become with them.
+
+    To `generate`, a `max_new_tokens` of a config outranks the `max_length` of the call; here it does not.
+    """
+    name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    start = prompt[name].shape[-1] if name in prompt else 1  # 1: the decoder's start token
+    configs = (given.get("generation_config"), model.generation_config)
+    new, longest = (
+        next((value for value in (getattr(config, key, None) for config in configs) if value is not None), None)
+        for key in ("max_new_tokens", "max_length")
+    )
+    if "max_length" in given and "max_new_tokens" not in given:
+        longest = given["max_length"]
+        if new is not None:
+            given = {**given, "max_new_tokens": max(longest - start, 1)}
+            del given["max_length"]
+        return given, longest
+    new = given.get("max_new_tokens", new)
+    if new is None and longest is not None:
+        return given, longest
+    return given, start + (DEFAULT_NEW_TOKENS if new is None else new)
+
+
+def pad_token(trainer: Trainer) -> int:
+    """The token that fills rows up: the pad token, or else that of the end, of the tokenizer or of the model.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    tokenizer: Processor | None = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    model = _generator(trainer)
+    for name in ("pad_token_id", "eos_token_id"):
+        for source in (tokenizer, model.config, model.generation_config):
+            token: int | list[int] | None = getattr(source, name, None)
+            if token is not None:
+                return token[0] if isinstance(token, list) else token
+    raise ValueError(
+        "Seq2SeqTrainer(predict_with_generate=True): generated sequences of unequal length are padded, but neither "
+        "the tokenizer nor the model has a pad or end-of-sequence token. Write "
+        "Seq2SeqTrainer(..., processing_class=tokenizer), or set model.config.pad_token_id = 0."
+    )
+
+
+def _filled(args: TrainingArguments, gen_kwargs: Values) -> Values:
     """A call's own arguments, then those of the training arguments; the rest is the generation config's."""
     optional = ("max_length", "max_new_tokens", "num_beams")
     given = {name: value for name, value in gen_kwargs.items() if value is not None or name not in optional}
@@ -232,7 +245,7 @@ def _filled(args: Any, gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _without_answers(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _without_answers(inputs: Batch) -> Batch:
     """What the model may see to generate: no labels, and no decoder inputs that a collator made of them."""
     labels, decoder = inputs.get("labels"), inputs.get("decoder_input_ids")
     answers = {"labels"}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 from argparse import Action, ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-Given: TypeAlias = dict[str, Any]
+from trainfn.hf._types import Values
+
+Given: TypeAlias = Values
 
 
 class Rule(NamedTuple):
@@ -23,7 +25,7 @@ class Rule(NamedTuple):
     """
 
     becomes: Callable[[Any, Given], Given]
-    write: Callable[[Any], str]
+    write: Callable[[object], str]
     new: str | None = None
     kind: type = str
 
@@ -36,7 +38,7 @@ def _dropped(why: str, kind: type = bool) -> Rule:
     return Rule(lambda value, given: {}, lambda value: f"leave it out: {why}", None, kind)
 
 
-def _set(new: str, value: Any) -> Rule:
+def _set(new: str, value: object) -> Rule:
     """A switch that became one of the values of a field."""
     return Rule(
         lambda on, given: {new: value} if on else {},
@@ -62,7 +64,7 @@ def _repository(given: Given) -> Given:
     return {"hub_model_id": f"{organization}/{name}" if organization else name}
 
 
-def _ratio(value: Any, given: Given) -> Given:
+def _ratio(value: float | str, given: Given) -> Given:
     ratio = float(value)
     if not 0 <= ratio < 1:
         raise ValueError(
@@ -72,7 +74,7 @@ def _ratio(value: Any, given: Given) -> Given:
     return {"warmup_steps": ratio}
 
 
-def _safetensors(value: Any, given: Given) -> Given:
+def _safetensors(value: object, given: Given) -> Given:
     if not value:
         raise ValueError(
             "`TrainingArguments(save_safetensors=False)` can't work: checkpoints are safetensors files, which hold"
@@ -128,7 +130,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def translate(given: Mapping[str, Any], stated: Mapping[str, Any], names: Mapping[str, Any]) -> Given:
+def translate(given: Given, stated: Given, names: Given) -> Given:
     """Today's arguments for old ones, with one DeprecationWarning for each.
 
     Args:
@@ -156,7 +158,7 @@ def translate(given: Mapping[str, Any], stated: Mapping[str, Any], names: Mappin
     return {name: value for name, value in everything.items() if name not in names}
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     return str(getattr(one, "value", one)) == str(getattr(other, "value", other))
 
 
@@ -175,7 +177,7 @@ class Collect(Action):
     """Gathers the old options of a command line, as the user spelled them, in one dict."""
 
     def __call__(
-        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
+        self, parser: ArgumentParser, namespace: Namespace, values: object, option_string: str | None = None
     ) -> None:
         """Add one option."""
         name = (option_string or "").lstrip("-").replace("-", "_")
@@ -185,7 +187,7 @@ class Collect(Action):
         setattr(namespace, self.dest, {**old, name: _parsed(parser, name, values)})
 
 
-def _parsed(parser: ArgumentParser, name: str, value: Any) -> Any:
+def _parsed(parser: ArgumentParser, name: str, value: object) -> object:
     kind = RULES[name].kind
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     try:

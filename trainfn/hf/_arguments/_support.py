@@ -76,15 +76,15 @@ def _is_set(args: Arguments, name: str) -> bool:
     return value != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
 
 
-def _truthy(value: Any, args: Arguments) -> bool:
+def _truthy(value: object, args: Arguments) -> bool:
     return bool(value)
 
 
-def _on_cpu(value: Any, args: Arguments) -> bool:
+def _on_cpu(value: object, args: Arguments) -> bool:
     return bool(value) and args.device.type != "cuda"
 
 
-def _own_accumulation(value: Any, args: Arguments) -> bool:
+def _own_accumulation(value: object, args: Arguments) -> bool:
     return isinstance(value, AcceleratorConfig) and bool(
         value.gradient_accumulation_kwargs or value.use_configured_state
     )
@@ -201,7 +201,7 @@ _READ: dict[str, tuple[str, ...]] = {
     "_reporting/_hub.py": (
         *("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
     ),
-    "_evaluation/_loop.py": (
+    "_evaluation/_evaluate.py": (
         *("prediction_loss_only", "eval_do_concat_batches", "eval_accumulation_steps", "include_for_metrics"),
         "batch_eval_metrics",
     ),

@@ -9,7 +9,7 @@ import inspect
 import os
 from collections.abc import Generator, Iterable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import transformers
@@ -20,6 +20,7 @@ from trainfn.hf._arguments._legacy import RULES, Collect, options, translate, wa
 from trainfn.hf._installed import RENAMED, Arguments, same_names
 from trainfn.hf._parallel import _layout
 from trainfn.hf._parallel._layout import is_joined
+from trainfn.hf._types import Values
 
 T = TypeVar("T")
 
@@ -67,17 +68,17 @@ class _Named(type):
         return made
 
     @property
-    def __signature__(cls) -> Any:
+    def __signature__(cls) -> inspect.Signature:
         """That of ``__init__``, which a metaclass would hide."""
         signature = inspect.signature(cls.__init__)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+def _fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(cls) if field.init}
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[Any]) -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -114,6 +115,9 @@ class TrainingArguments(Arguments, metaclass=_Named):
     >>> TrainingArguments(learning_rate=2e-5, use_cpu=True).output_dir
     'trainer_output'
     """
+
+    if TYPE_CHECKING:
+        output_dir: str = "trainer_output"  # type: ignore[assignment]  # it is None until `__post_init__` only
 
     # The documentation of the Trainer promises INFO for the main process, and WARNING for the others. The
     # default in transformers, "passive", follows whatever the application has set: WARNING if nothing.
@@ -247,7 +251,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
         finally:
             torch.set_float32_matmul_precision(before)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Values:
         """All fields as plain values, tokens masked; what ``TrainingArguments(**…)`` takes."""
         fields = super().to_dict()
         return {name: value for name, value in fields.items() if name != "legacy_arguments"}
@@ -260,7 +264,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
 
 
 @dataclasses.dataclass(repr=False)
-class Seq2SeqTrainingArguments(TrainingArguments, transformers.Seq2SeqTrainingArguments):
+class Seq2SeqTrainingArguments(TrainingArguments, transformers.Seq2SeqTrainingArguments):  # type: ignore[misc]
     """What a run of `Seq2SeqTrainer` is to do: `TrainingArguments`, and how to generate.
 
     >>> Seq2SeqTrainingArguments(predict_with_generate=True, use_cpu=True).generation_max_length is None
@@ -283,7 +287,7 @@ def _held_back(args: TrainingArguments) -> Generator[None]:
     These are TF32 and torch.compile, which set TF32 for the process; DeepSpeed, which registers itself
     globally; and on a CPU bf16, which they refuse, although torch's autocast has it there.
     """
-    neutral: dict[str, Any] = {"tf32": None, "torch_compile": False, "deepspeed": None}
+    neutral: Values = {"tf32": None, "torch_compile": False, "deepspeed": None}
     neutral |= {"torch_compile_mode": None, "torch_compile_backend": None}
     if args.fp16 and args.bf16:
         raise ValueError(

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import (
     DefaultFlowCallback,
@@ -29,13 +29,19 @@ from transformers.utils.import_utils import is_in_notebook
 import trainfn as tfn
 from trainfn.errors import nearest
 from trainfn.hf._callbacks._readonly import StateView
+from trainfn.hf._types import Callback, Loader, TrainerLike, Values
+
+if TYPE_CHECKING:
+    from trainfn.hf._arguments._training import TrainingArguments
 
 EVENTS = tuple(name for name in vars(TrainerCallback) if name.startswith("on_"))
 DECISIONS = tuple(field.name for field in dataclasses.fields(TrainerControl))
 _logger = logging.getLogger(__name__)
 
 
-def gather(callbacks: Any = None, callback: Any = None) -> list[Any]:
+def gather(
+    callbacks: Sequence[Callback] | Callback | None = None, callback: Sequence[Callback] | Callback | None = None
+) -> list[Callback]:
     """The callbacks that a Trainer was given, under either name, one or several, as a list.
 
     Args:
@@ -58,7 +64,9 @@ def gather(callbacks: Any = None, callback: Any = None) -> list[Any]:
     return listed
 
 
-def with_defaults(callbacks: Sequence[Any], args: Any, trackers: Sequence[Any] = ()) -> list[Any]:
+def with_defaults(
+    callbacks: Sequence[Callback], args: TrainingArguments, trackers: Sequence[Callback] = ()
+) -> list[Callback]:
     """The user's callbacks between those that decide and report and the one that shows progress.
 
     Args:
@@ -71,6 +79,12 @@ def with_defaults(callbacks: Sequence[Any], args: Any, trackers: Sequence[Any] =
     ['DefaultFlowCallback', 'PrinterCallback']
     """
     return [DefaultFlowCallback, *trackers, *callbacks, PrinterCallback if args.disable_tqdm else _progress()]
+
+
+def event(trainer: TrainerLike, name: str) -> None:
+    """Call an event of all callbacks; what they decide is the Trainer's `control`."""
+    call = getattr(trainer.callback_handler, name)
+    trainer.control = call(trainer.args, trainer.state, trainer.control)
 
 
 class CallbackHandler(_Handler):
@@ -100,12 +114,12 @@ class CallbackHandler(_Handler):
     True
     """
 
-    def __init__(self, callbacks: Sequence[Any], trainer: Any) -> None:
+    def __init__(self, callbacks: Sequence[Callback], trainer: TrainerLike) -> None:
         # Not the base class's: it would hold on to the model and the optimizer of this moment.
         self.trainer = trainer
-        self.callbacks: list[Any] = []
-        self.train_dataloader: Any = None
-        self.eval_dataloader: Any = None
+        self.callbacks: list[TrainerCallback] = []
+        self.train_dataloader: Loader | None = None
+        self.eval_dataloader: Loader | None = None
         self.stop_reason: str | None = None
         for callback in callbacks:
             self.add_callback(callback)
@@ -121,14 +135,14 @@ class CallbackHandler(_Handler):
     optimizer = property(lambda self: self.trainer.optimizer)
     lr_scheduler = property(lambda self: self.trainer.lr_scheduler)
 
-    def add_callback(self, callback: Any) -> None:
+    def add_callback(self, callback: Callback) -> None:
         """Add a callback after the others; a class is called without arguments.
 
         Raises:
             TypeError: If it is no callback.
         """
         _check_is_callback(callback)
-        made: Any = callback() if isinstance(callback, type) else callback
+        made = callback() if isinstance(callback, type) else callback
         if type(made) in [type(other) for other in self.callbacks]:
             warnings.warn(
                 f"`add_callback({type(made).__name__})`: there is one of this class already, and both will be called."
@@ -138,7 +152,9 @@ class CallbackHandler(_Handler):
         _warn_of_misspelt_events(type(made))
         self.callbacks.append(made)
 
-    def call_event(self, event: str, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> Any:
+    def call_event(
+        self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> TrainerControl:
         """Call one event of all callbacks; return the `control` that they leave.
 
         Raises:
@@ -159,7 +175,7 @@ class CallbackHandler(_Handler):
                 raise
         return control
 
-    def _shown(self) -> dict[str, Any]:
+    def _shown(self) -> Values:
         return {
             "model": self.model,
             "processing_class": self.processing_class,
@@ -169,7 +185,7 @@ class CallbackHandler(_Handler):
             "eval_dataloader": self.eval_dataloader,
         }
 
-    def _decide(self, control: TrainerControl, answer: Any, call: str) -> TrainerControl:
+    def _decide(self, control: TrainerControl, answer: object, call: str) -> TrainerControl:
         """``control`` after a callback's answer."""
         if answer is None:
             return control
@@ -184,7 +200,7 @@ class CallbackHandler(_Handler):
                 f"`{call}` returned {answer!r}, which is no decision. Return None for no change, `control`, a dict"
                 ' such as `{"should_training_stop": True}`, or `tfn.Stop("why")`.'
             )
-        decisions = cast("Mapping[str, Any]", answer)
+        decisions = cast("Mapping[str, object]", answer)
         for name in decisions:
             if name not in DECISIONS:
                 raise ValueError(
@@ -197,12 +213,14 @@ class CallbackHandler(_Handler):
 
     # --- what checkpoints keep --------------------------------------------------------------------------------
 
-    def states(self, control: TrainerControl) -> dict[str, Any]:
+    def states(self, control: TrainerControl) -> Values:
         """The state of every callback that has one, by class, as `TrainerState.stateful_callbacks` holds it."""
-        exportable: list[Any] = [each for each in [*self.callbacks, control] if isinstance(each, ExportableState)]
-        return cast("dict[str, Any]", TrainerState(stateful_callbacks=exportable).stateful_callbacks)
+        exportable = [each for each in [*self.callbacks, control] if isinstance(each, ExportableState)]
+        return cast(
+            "Values", TrainerState(stateful_callbacks=cast("list[TrainerCallback]", exportable)).stateful_callbacks
+        )
 
-    def load_states(self, states: Mapping[str, Any]) -> None:
+    def load_states(self, states: Values) -> None:
         """Give the callbacks their states back.
 
         Each stays the object that it is, at its place, with the arguments that this program gave it: a patience that
@@ -214,7 +232,7 @@ class CallbackHandler(_Handler):
         for name, saved in states.items():
             if name == TrainerControl.__name__:
                 continue  # each of its flags is cleared before anything reads it
-            saved = cast("list[dict[str, Any]]", saved if isinstance(saved, list) else [saved])
+            saved = cast("list[Values]", saved if isinstance(saved, list) else [saved])
             places = [i for i, c in enumerate(self.callbacks) if type(c).__name__ == name]
             places = [i for i in places if isinstance(self.callbacks[i], ExportableState)]
             if len(places) < len(saved):
@@ -226,10 +244,11 @@ class CallbackHandler(_Handler):
                 self.callbacks[i] = _restored(self.callbacks[i], state)
 
 
-def _restored(callback: Any, state: dict[str, Any]) -> Any:
+def _restored(callback: TrainerCallback, state: Values) -> TrainerCallback:
     """The callback with a saved state; the same object unless its class says how to make a new one."""
-    if type(callback).from_state.__func__ is not ExportableState.from_state.__func__:  # type: ignore[attr-defined]
-        return type(callback).from_state(state)
+    kind = cast("type[ExportableState]", type(callback))
+    if kind.from_state.__func__ is not ExportableState.from_state.__func__:  # type: ignore[attr-defined]
+        return cast("TrainerCallback", kind.from_state(state))
     for name, value in state.get("attributes", {}).items():
         setattr(callback, name, value)
     return callback
@@ -243,7 +262,7 @@ def _progress() -> type[TrainerCallback]:
     return NotebookProgressCallback
 
 
-def _check_is_callback(callback: Any) -> None:
+def _check_is_callback(callback: Callback) -> None:
     kind: type = callback if isinstance(callback, type) else type(callback)
     if any(hasattr(kind, event) for event in EVENTS):
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NoReturn, cast
+from typing import NoReturn, SupportsIndex, cast
 
 from transformers import TrainerState
 
@@ -29,12 +29,12 @@ class StateView(TrainerState):
     def __init__(self, source: TrainerState) -> None:  # the fields stay in `source`
         object.__setattr__(self, "_source", source)
 
-    def __getattribute__(self, name: str) -> Any:
+    def __getattribute__(self, name: str) -> object:
         if name in _FIELDS:
             return freeze(getattr(object.__getattribute__(self, "_source"), name))
         return object.__getattribute__(self, name)
 
-    def __getattr__(self, name: str) -> Any:  # what a Trainer's subclass keeps in its state
+    def __getattr__(self, name: str) -> object:  # what a Trainer's subclass keeps in its state
         return freeze(getattr(object.__getattribute__(self, "_source"), name))
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
@@ -47,20 +47,20 @@ class StateView(TrainerState):
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"`del state.{name}` can't work: a callback sees the Trainer's state. Write nothing.")
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         source = object.__getattribute__(self, "_source")
         return TrainerState, tuple(getattr(source, field.name) for field in dataclasses.fields(TrainerState))
 
 
-def freeze(value: Any) -> Any:
+def freeze(value: object) -> object:
     """A list or dict as one that refuses to change; anything else as it is.
 
     >>> freeze([{"loss": 0.5}])[-1]["loss"]
     0.5
     """
     if type(value) is list:
-        return FrozenList(cast("list[Any]", value))
-    return FrozenDict(cast("dict[str, Any]", value)) if type(value) is dict else value
+        return FrozenList(cast("list[object]", value))
+    return FrozenDict(cast("dict[str, object]", value)) if type(value) is dict else value
 
 
 def _refuse(self: object, *_: object, **__: object) -> NoReturn:
@@ -71,35 +71,35 @@ def _refuse(self: object, *_: object, **__: object) -> NoReturn:
     )
 
 
-class FrozenList(list[Any]):
+class FrozenList(list[object]):
     """A list that can be read and copied; its items are frozen as they are read, so that making one costs little."""
 
     append = extend = insert = pop = remove = clear = sort = reverse = _refuse  # type: ignore[assignment]
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse  # type: ignore[assignment]
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: SupportsIndex | slice) -> object:  # type: ignore[override]
         """The item, or the slice, frozen."""
-        return freeze(list[Any].__getitem__(self, index))
+        return freeze(list.__getitem__(self, index))
 
-    def __iter__(self) -> Iterator[Any]:
-        return map(freeze, list[Any].__iter__(self))
+    def __iter__(self) -> Iterator[object]:
+        return map(freeze, list.__iter__(self))
 
-    def __reversed__(self) -> Iterator[Any]:
-        return map(freeze, list[Any].__reversed__(self))
+    def __reversed__(self) -> Iterator[object]:
+        return map(freeze, list.__reversed__(self))
 
-    def copy(self) -> list[Any]:
+    def copy(self) -> list[object]:
         """A list like any other; its items stay frozen."""
         return list(self)
 
-    def __reduce__(self) -> Any:
-        return list, (list(list[Any].__iter__(self)),)
+    def __reduce__(self) -> tuple[object, ...]:
+        return list, (list(list.__iter__(self)),)
 
 
-class FrozenDict(dict[str, Any]):
+class FrozenDict(dict[str, object]):
     """A dict that can be read and copied."""
 
     pop = popitem = clear = update = setdefault = _refuse  # type: ignore[assignment]
     __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return dict, (dict(self),)

@@ -13,10 +13,11 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, cast
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
@@ -26,6 +27,8 @@ from trainfn.hf._optim._resolve import control_again, metric_name
 from trainfn.hf._parallel._parameters import plain, see, whole
 from trainfn.hf._parallel._world import ALONE
 from trainfn.hf._run._position import go_to, position
+from trainfn.hf._run._record import TrainingRun, newest_state
+from trainfn.hf._types import Metrics, TrainerLike, Values
 from trainfn.launch import Ranks
 
 logger = logging.get_logger(__name__)
@@ -33,21 +36,28 @@ _FOLDER = re.compile(r"checkpoint-(\d+)")
 TRAINER_STATE, ARGUMENTS = "trainer_state.json", "training_args.json"
 
 
+def output_dir(trainer: TrainerLike) -> Path:
+    """Where a Trainer saves: ``args.output_dir``, and in it a folder of its own for each trial of a search."""
+    folder, search = Path(trainer.args.output_dir or "trainer_output"), trainer._trainfn.search
+    return folder if search is None else folder / f"run-{search.trial.number}"
+
+
 class Saving:
     """The saves of one run, as a context: leaving it waits for the last one.
 
     Args:
         trainer: Whose state is saved.
-        windows: Where its data stands.
+        run: The run.
     """
 
-    def __init__(self, trainer: Any, windows: Any) -> None:
+    def __init__(self, trainer: TrainerLike, run: TrainingRun) -> None:
         args = trainer.args
-        self.trainer, self.windows = trainer, windows
+        self.trainer, self.run = trainer, run
         best = metric_name(args) if args.load_best_model_at_end else None
         mode = "max" if args.greater_is_better else "min"
-        full = not trainer._world.sharded_files  # else each rank writes its part, and there is no model.safetensors
-        self.store = tfn.Checkpoints(trainer._output_dir(), keep=args.save_total_limit, best=best, mode=mode, full=full)
+        # With sharded files each rank writes its part, and there is no model.safetensors.
+        full = not trainer._trainfn.world.sharded_files
+        self.store = tfn.Checkpoints(output_dir(trainer), keep=args.save_total_limit, best=best, mode=mode, full=full)
 
     def __enter__(self) -> Self:
         return self
@@ -67,38 +77,38 @@ class Saving:
 
     def save(self) -> Path:
         """Save the state as it is, in the background; return its folder."""
-        trainer = self.trainer
-        folder = Path(trainer._output_dir()) / f"checkpoint-{trainer.state.global_step}"
+        trainer, run = self.trainer, self.run
+        folder = output_dir(trainer) / f"checkpoint-{trainer.state.global_step}"
         if trainer.push_in_progress is not None and trainer.args.save_total_limit:
             trainer.push_in_progress.wait_until_done()  # what is being uploaded must not be rotated away
-        ranks = trainer._world.ranks
+        ranks = trainer._trainfn.world.ranks
         if trainer.args.save_only_model:
             trainer._save(str(folder))
             ranks.first(lambda: _rotate(trainer, folder))
             return folder
-        at, metrics = trainer._latest_metrics
+        at, metrics = trainer._trainfn.latest
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         extra = {
-            "trainer_state": trainer._state_dict(),
-            "position": position(self.windows),
-            "losses": trainer._losses.state_dict(),
+            "trainer_state": state_dict(trainer),
+            "position": position(run.windows),
+            "losses": run.losses.state_dict(),
         }
-        if trainer._controller_state is not None:
-            extra["controller"] = {name: leaf.tolist() for name, leaf in trainer._controller_state._asdict().items()}
+        if run.controller_state is not None:
+            extra["controller"] = {name: leaf.tolist() for name, leaf in run.controller_state._asdict().items()}
         current = numbers if at == trainer.state.global_step else None
         if self.store.best is not None and current is not None and self.store.best not in current:
             current = None
         beside = files(trainer) if ranks.rank == 0 else None
-        self.store.save(trainer.train_state, extra, metrics=current, files=beside)
+        self.store.save(newest_state(trainer), extra, metrics=current, files=beside)
         return folder
 
 
-def _rotate(trainer: Any, written: Path) -> None:
+def _rotate(trainer: TrainerLike, written: Path) -> None:
     """Remove the oldest folders above ``save_total_limit``; what is written and the best stay, and count."""
     limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
     if not limit:
         return
-    folders = _numbered(trainer._output_dir())
+    folders = _numbered(output_dir(trainer))
     protected = {step for step, path in folders.items() if path == written or (best and path == Path(best))}
     for path in map(folders.__getitem__, tfn.Checkpoints.expired(folders, protected, keep=limit, total=True)):
         try:
@@ -113,16 +123,15 @@ def _numbered(folder: str | Path) -> dict[int, Path]:
     return {int(match[1]): path for path, match in found.items() if match}
 
 
-def files(trainer: Any) -> dict[str, str | bytes]:
+def files(trainer: TrainerLike) -> dict[str, str | bytes]:
     """What stands beside the state: for people, and for transformers."""
     found: dict[str, str | bytes] = {
-        TRAINER_STATE: json.dumps(trainer._state_dict(), indent=2, sort_keys=True) + "\n",
+        TRAINER_STATE: json.dumps(state_dict(trainer), indent=2, sort_keys=True) + "\n",
         ARGUMENTS: trainer.args.to_json_string() + "\n",
     }
     with tempfile.TemporaryDirectory() as folder, _quietly():
-        parts: list[Any] = [trainer.processing_class, getattr(trainer.model, "generation_config", None)]
-        for part in parts:
-            if hasattr(part, "save_pretrained"):
+        for part in (trainer.processing_class, getattr(trainer.model, "generation_config", None)):
+            if part is not None and hasattr(part, "save_pretrained"):
                 part.save_pretrained(folder)
         found |= {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
     return found
@@ -142,7 +151,7 @@ def _quietly() -> Generator[None]:
 # --- where a run goes on ------------------------------------------------------------------------------------------
 
 
-def to_resume(trainer: Any, asked: str | bool | None) -> str | None:
+def to_resume(trainer: TrainerLike, asked: str | bool | None) -> str | None:
     """The folder to go on from, or None for a new run.
 
     Raises:
@@ -151,14 +160,14 @@ def to_resume(trainer: Any, asked: str | bool | None) -> str | None:
     if asked is None or asked is False:
         return None
     if asked is True:
-        folder = last_checkpoint(trainer._output_dir(), trainer._world.ranks)
+        folder = last_checkpoint(str(output_dir(trainer)), trainer._trainfn.world.ranks)
         if folder is None:
             raise ValueError(
                 f"train(resume_from_checkpoint=True): no valid checkpoint found in output directory"
-                f" ({trainer._output_dir()}). Leave it out to begin a run, or give a checkpoint's path."
+                f" ({output_dir(trainer)}). Leave it out to begin a run, or give a checkpoint's path."
             )
         return folder
-    if not trainer._world.ranks.first(Path(asked).is_dir):
+    if not trainer._trainfn.world.ranks.first(Path(asked).is_dir):
         raise ValueError(f"train(resume_from_checkpoint={str(asked)!r}): there is no such folder.")
     return str(asked)
 
@@ -176,7 +185,7 @@ def _is_foreign(folder: Path) -> bool:
     return not (folder / "manifest.json").exists() and (folder / TRAINER_STATE).exists()
 
 
-def resume(trainer: Any, folder: str, windows: Any) -> None:
+def resume(trainer: TrainerLike, run: TrainingRun, folder: str) -> None:
     """Put the trainer's state, its model and its data where the checkpoint stood.
 
     Raises:
@@ -184,15 +193,15 @@ def resume(trainer: Any, folder: str, windows: Any) -> None:
     """
     if _is_foreign(Path(folder)):
         with plain(trainer):
-            state, where = from_transformers(trainer, folder)
+            state, where = from_transformers(trainer, run.length, folder)
     else:
-        saved = tfn.restore(folder, like=trainer.train_state)
+        saved = tfn.restore(folder, like=newest_state(trainer))
         extra = tfn.manifest(folder).extra
         state, where = extra["trainer_state"], extra["position"]
         place(trainer, saved)
-        trainer._restored_losses = extra["losses"]
+        run.losses.load_state_dict(extra["losses"])
         if "controller" in extra:
-            control_again(trainer, extra["controller"])
+            control_again(trainer, run, extra["controller"])
     fresh = trainer.state
     known = {field.name for field in dataclasses.fields(TrainerState)}  # another version's may have more
     trainer.state = TrainerState(**{name: value for name, value in state.items() if name in known})
@@ -200,14 +209,15 @@ def resume(trainer: Any, folder: str, windows: Any) -> None:
         setattr(trainer.state, name, getattr(fresh, name))  # from the arguments, never from the checkpoint
     trainer.state.is_local_process_zero = fresh.is_local_process_zero
     trainer.state.is_world_process_zero = fresh.is_world_process_zero
-    trainer.callback_handler.load_states(trainer.state.stateful_callbacks)  # or early stopping would start anew
-    go_to(windows, where, skip=not trainer.args.ignore_data_skip)
+    # Without their states, early stopping would start anew.
+    trainer.callback_handler.load_states(cast("Values", trainer.state.stateful_callbacks))
+    go_to(run.windows, where, skip=not trainer.args.ignore_data_skip)
 
 
-def place(trainer: Any, saved: tfn.TrainState) -> None:
+def place(trainer: TrainerLike, saved: tfn.TrainState) -> None:
     """Take a restored state; its parameters and buffers go into the model's own memory."""
-    mine = trainer.train_state
-    if trainer._world.plan is not None:
+    mine = newest_state(trainer)
+    if trainer._trainfn.world.plan is not None:
         trainer.train_state = saved
         see(trainer)
         return
@@ -217,16 +227,16 @@ def place(trainer: Any, saved: tfn.TrainState) -> None:
     trainer.train_state = saved._replace(params=mine.params, buffers=mine.buffers)
 
 
-def set_aside(trainer: Any) -> None:
+def set_aside(trainer: TrainerLike) -> None:
     """Move checkpoints of later steps out of the way: they belong to a run that is not gone on with.
 
     They are not removed, for they may be all there is of a long run that was started again by mistake.
     """
-    trainer._world.ranks.first(lambda: _set_aside(trainer))
+    trainer._trainfn.world.ranks.first(lambda: _set_aside(trainer))
 
 
-def _set_aside(trainer: Any) -> None:
-    folder, step = Path(trainer._output_dir()), trainer.state.global_step
+def _set_aside(trainer: TrainerLike) -> None:
+    folder, step = output_dir(trainer), trainer.state.global_step
     later = [path for n, path in _numbered(folder).items() if n > step]
     if not later or trainer.args.save_strategy == "no":
         return
@@ -244,7 +254,7 @@ def _set_aside(trainer: Any) -> None:
 # --- the best ------------------------------------------------------------------------------------------------------
 
 
-def note_best(trainer: Any, metrics: dict[str, Any]) -> bool:
+def note_best(trainer: TrainerLike, metrics: Metrics) -> bool:
     """Whether these metrics are the best so far; the trainer's state remembers.
 
     Raises:
@@ -264,11 +274,11 @@ def note_best(trainer: Any, metrics: dict[str, Any]) -> bool:
         return False
     state.best_metric, state.best_global_step = value, state.global_step
     if trainer.args.save_strategy != "no":
-        state.best_model_checkpoint = str(Path(trainer._output_dir()) / f"checkpoint-{state.global_step}")
+        state.best_model_checkpoint = str(output_dir(trainer) / f"checkpoint-{state.global_step}")
     return True
 
 
-def load_best(trainer: Any) -> None:
+def load_best(trainer: TrainerLike) -> None:
     """The best checkpoint's weights into the model, if the arguments ask for them."""
     best = trainer.state.best_model_checkpoint
     if not trainer.args.load_best_model_at_end or best is None:
@@ -281,14 +291,15 @@ def load_best(trainer: Any) -> None:
         with plain(trainer):
             load_weights(trainer.model, best)
         return
-    chosen = tfn.restore(best, like=trainer.train_state, only="^model/")
-    place(trainer, trainer.train_state._replace(params=chosen.params, buffers=chosen.buffers))
+    state = newest_state(trainer)
+    chosen = tfn.restore(best, like=state, only="^model/")
+    place(trainer, state._replace(params=chosen.params, buffers=chosen.buffers))
 
 
 # --- the model alone -------------------------------------------------------------------------------------------------
 
 
-def save_model(trainer: Any, folder: str) -> None:
+def save_model(trainer: TrainerLike, folder: str) -> None:
     """The model, its tokenizer and the arguments, without what only a resume needs; no pickle.
 
     The main process writes. While parameters are split over ranks, all of them must call this.
@@ -297,22 +308,22 @@ def save_model(trainer: Any, folder: str) -> None:
         if trainer.args.should_save:
             _save_model(trainer, folder)
     if trainer.is_in_train:
-        trainer._world.ranks.wait()
+        trainer._trainfn.world.ranks.wait()
 
 
-def _save_model(trainer: Any, folder: str) -> None:
+def _save_model(trainer: TrainerLike, folder: str) -> None:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     if isinstance(trainer.model, PreTrainedModel) or hasattr(trainer.model, "peft_config"):
-        trainer.model.save_pretrained(folder)
+        cast("PreTrainedModel", trainer.model).save_pretrained(folder)
     else:
         _save_module(trainer.model, target)
-    if hasattr(trainer.processing_class, "save_pretrained"):
-        trainer.processing_class.save_pretrained(folder)
+    if (processor := trainer.processing_class) is not None and hasattr(processor, "save_pretrained"):
+        processor.save_pretrained(folder)
     (target / ARGUMENTS).write_text(trainer.args.to_json_string() + "\n")
 
 
-def _save_module(model: Any, target: Path) -> None:
+def _save_module(model: nn.Module, target: Path) -> None:
     """A model that can't save itself, by the names of its own tensors."""
     tfn.save(target / "model", tfn.init(model, tfn.optim.identity(), storage="adopt"))
     (target / "model" / "model.safetensors").rename(target / "model.safetensors")
@@ -321,7 +332,8 @@ def _save_module(model: Any, target: Path) -> None:
     (target / "model").rmdir()
 
 
-def state_dict(trainer: Any) -> dict[str, Any]:
+def state_dict(trainer: TrainerLike) -> Values:
     """The trainer's state as transformers writes it."""
-    trainer.state.stateful_callbacks = trainer.callback_handler.states(trainer.control)
+    states = trainer.callback_handler.states(trainer.control)  # as it is in the file
+    trainer.state.stateful_callbacks = cast("list[TrainerCallback]", states)
     return dataclasses.asdict(trainer.state)

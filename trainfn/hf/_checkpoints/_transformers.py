@@ -5,39 +5,43 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.errors import shortened
 from trainfn.hf._optim._named import decay_names
+from trainfn.hf._run._data import Length
+from trainfn.hf._run._record import newest_state
+from trainfn.hf._types import OptState, TrainerLike, Values
 
 logger = logging.get_logger(__name__)
 
 
-def from_transformers(trainer: Any, folder: str) -> tuple[dict[str, Any], dict[str, int]]:
+def from_transformers(trainer: TrainerLike, length: Length, folder: str) -> tuple[Values, dict[str, int]]:
     """Weights and trainer state of a checkpoint that transformers wrote; nothing of it is unpickled."""
     state = json.loads((Path(folder) / "trainer_state.json").read_text())
     load_weights(trainer.model, folder)
-    n, updates = state["global_step"], max(1, trainer._run.updates_per_epoch)
-    opt_state = counted(trainer.train_state.opt_state, n)
+    n, updates = state["global_step"], max(1, length.updates_per_epoch)
+    fresh = newest_state(trainer)
+    opt_state = counted(fresh.opt_state, n)
     moments = adam_moments(trainer.model, Path(folder) / "optimizer.pt")
     filled = opt_state if moments is None else with_moments(opt_state, *moments)
-    trainer.train_state = trainer.train_state._replace(
-        step=torch.full_like(trainer.train_state.step, n), opt_state=opt_state if filled is None else filled
+    trainer.train_state = fresh._replace(
+        step=torch.full_like(fresh.step, n), opt_state=opt_state if filled is None else filled
     )
     if moments is None or filled is None:
         logger.warning(
             f"{folder} was written by transformers: the weights, the step, the schedule and the data position are taken"
             " from it, but its optimizer.pt is not one of Adam for this model: the optimizer's state starts anew."
         )
-    return state, {"epoch": n // updates, "micro": n % updates * trainer._run.accumulate}
+    return state, {"epoch": n // updates, "micro": n % updates * length.accumulate}
 
 
-def load_weights(model: Any, folder: str) -> None:
+def load_weights(model: nn.Module, folder: str) -> None:
     """The safetensors files of a folder, one or several, into a model.
 
     Raises:
@@ -61,12 +65,12 @@ def load_weights(model: Any, folder: str) -> None:
         )
 
 
-def counted(opt_state: Any, n: int) -> Any:
+def counted(opt_state: OptState, n: int) -> OptState:
     """The optimizer's state with its step counters at ``n``, so that schedules stand where they should."""
     return tfn.tree.map(lambda x: torch.full_like(x, n) if x.dtype == torch.int64 and x.dim() == 0 else x, opt_state)
 
 
-def adam_moments(model: Any, file: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def adam_moments(model: nn.Module, file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
     """The moments in an ``optimizer.pt`` of transformers, by parameter name; None if there are none.
 
     It is read with ``weights_only=True``: tensors, numbers and plain containers, and no code.
@@ -86,10 +90,10 @@ def adam_moments(model: Any, file: Path) -> tuple[dict[str, Any], dict[str, Any]
     return (mu, nu) if all(mu[n].shape == nu[n].shape == shapes[n] for n in names) else None
 
 
-def with_moments(opt_state: Any, mu: dict[str, Any], nu: dict[str, Any]) -> Any | None:
+def with_moments(opt_state: OptState, mu: dict[str, Tensor], nu: dict[str, Tensor]) -> OptState | None:
     """An optimizer's state with Adam's moments put in; None if it keeps none of these parameters."""
     if isinstance(opt_state, tuple) and {"mu", "nu"} <= set(getattr(opt_state, "_fields", ())):
-        state: Any = opt_state
+        state: OptState = opt_state
         if state.mu.keys() != mu.keys():
             return None
         return state._replace(
@@ -97,7 +101,7 @@ def with_moments(opt_state: Any, mu: dict[str, Any], nu: dict[str, Any]) -> Any 
             nu={n: x.clone().copy_(nu[n]) for n, x in state.nu.items()},
         )
     if isinstance(opt_state, tuple):
-        parts: list[Any] = list(opt_state)
+        parts: list[OptState] = list(opt_state)
         found = [with_moments(part, mu, nu) for part in parts]
         if all(part is None for part in found):
             return None

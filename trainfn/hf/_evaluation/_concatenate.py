@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-Nested: TypeAlias = Any  # a tensor or array, or tuples, lists and dicts of them
+from trainfn.hf._types import Nested
+
+Array: TypeAlias = npt.NDArray[np.generic]
 PADDING = -100  # what fills ragged outputs, as in transformers
 
 
@@ -19,14 +21,14 @@ def merged(batches: Sequence[Nested]) -> Nested:
     if first is None:
         return None
     if isinstance(first, Mapping):
-        items = {name: merged([batch[name] for batch in batches]) for name in cast("Mapping[str, Any]", first)}
+        items = {name: merged([batch[name] for batch in batches]) for name in cast("Mapping[str, Nested]", first)}
         return type(first)(items)  # type: ignore[call-arg]
     if isinstance(first, tuple | list):
         return type(first)(merged(parts) for parts in zip(*batches, strict=True))
     return _concatenated([np.atleast_1d(batch) for batch in batches])
 
 
-def _concatenated(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+def _concatenated(arrays: Sequence[Array]) -> Array:
     widths = [array.shape[1:] for array in arrays]
     if len(set(widths)) == 1:
         return np.concatenate(arrays)
@@ -43,9 +45,9 @@ def _concatenated(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
 def no_tensor(tree: Nested) -> object | None:
     """The first thing in a tree that is neither a tensor nor None; None if there is no such thing."""
     if isinstance(tree, Mapping):
-        tree = tuple(cast("Mapping[str, Any]", tree).values())
+        tree = tuple(cast("Mapping[str, Nested]", tree).values())
     if isinstance(tree, tuple | list):
-        found = (no_tensor(part) for part in cast("Sequence[Any]", tree))
+        found = (no_tensor(part) for part in cast("Sequence[Nested]", tree))
         return next((odd for odd in found if odd is not None), None)
     return None if isinstance(tree, torch.Tensor) else tree
 

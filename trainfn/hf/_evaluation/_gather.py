@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import nested_numpify
 
-from trainfn.hf._evaluation._concatenate import Nested, merged
+from trainfn.hf._evaluation._concatenate import merged
 from trainfn.hf._parallel._world import World
+from trainfn.hf._types import Nested
 
 
 def all_batches(world: World, places: list[int], fields: list[list[Nested] | None]) -> list[list[Nested] | None]:

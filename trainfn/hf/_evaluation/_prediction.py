@@ -5,28 +5,28 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import torch
 import transformers
 from accelerate.utils.operations import convert_to_fp32
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_pt_utils import find_batch_size, nested_detach
 
 import trainfn as tfn
 from trainfn.hf._evaluation._concatenate import no_tensor
 from trainfn.hf._step._loss import autocast, counted, exact_loss, find_shift
+from trainfn.hf._types import Batch, Nested, Outputs, TrainerLike
 
 logger = logging.getLogger(__name__)
 
-Nested: TypeAlias = Any  # a tensor, or tuples, lists and dicts of tensors
 StepOutput: TypeAlias = "tuple[Tensor | None, Nested, Nested]"
 
 
 def prediction_step(
-    trainer: Any,
-    model: Any,
-    inputs: Any,
+    trainer: TrainerLike,
+    model: nn.Module,
+    inputs: Batch,
     prediction_loss_only: bool,
     ignore_keys: list[str] | None = None,
 ) -> StepOutput:
@@ -38,7 +38,7 @@ def prediction_step(
 
     Args:
         trainer: The trainer.
-        model: What to call: the model, or what `trainer._eval_model` made of it.
+        model: The model to call.
         inputs: One batch.
         prediction_loss_only: Return the loss alone.
         ignore_keys: Names of model outputs to leave out of the predictions. What is no tensor is left out as well.
@@ -59,7 +59,7 @@ def prediction_step(
     return loss, _predictions(trainer, outputs, [*ignored, *(["loss"] if labelled else [])]), labels
 
 
-def forward(trainer: Any, model: Any, inputs: Any) -> Any:
+def forward(trainer: TrainerLike, model: nn.Module, inputs: Batch) -> Outputs:
     """The model's outputs for a batch without labels."""
     with autocast(trainer.args, torch.device(trainer.args.device)):
         return model(**inputs)
@@ -77,15 +77,15 @@ def loss_of(mean: tfn.Mean) -> Tensor:
     return loss
 
 
-def mean_of(trainer: Any, loss: Any, inputs: Any) -> tfn.Mean:
+def mean_of(trainer: TrainerLike, loss: Tensor | float, inputs: Batch) -> tfn.Mean:
     """The undivided mean behind the loss of a batch, whoever computed it.
 
     What an override has divided by is not known. The number of counted labels is exact for a mean over them, the
     number of rows for a mean over rows; a mean weighted in another way, as by classes, stays a mean of means.
     """
     exact, version = getattr(loss, "undivided", (None, None))
-    if isinstance(exact, tfn.Mean) and loss._version == version:  # not after `loss += penalty`
-        return exact
+    if isinstance(exact, tfn.Mean) and isinstance(loss, Tensor) and loss._version == version:
+        return exact  # not after `loss += penalty`
     loss = torch.as_tensor(loss).detach().float()
     if loss.dim() == 1 and len(loss) == find_batch_size(inputs):  # one loss a row
         return tfn.Mean.of(loss)
@@ -94,7 +94,7 @@ def mean_of(trainer: Any, loss: Any, inputs: Any) -> tfn.Mean:
     return tfn.Mean(torch.where(weight > 0, loss * weight, 0.0), weight)  # 0/0 is the mean of nothing: it adds nothing
 
 
-def _count(trainer: Any, inputs: Any) -> Tensor:
+def _count(trainer: TrainerLike, inputs: Batch) -> Tensor:
     if isinstance(inputs, Mapping) and any(isinstance(value, Tensor) and value.dim() for value in inputs.values()):
         return counted(trainer, inputs)
     return torch.tensor(float(find_batch_size(inputs) or 1))
@@ -103,39 +103,39 @@ def _count(trainer: Any, inputs: Any) -> Tensor:
 # ---- what a batch holds ----
 
 
-def _has_labels(trainer: Any, inputs: Any) -> bool:
+def _has_labels(trainer: TrainerLike, inputs: Batch) -> bool:
     return bool(trainer.label_names) and all(inputs.get(name) is not None for name in trainer.label_names)
 
 
-def gives_loss(trainer: Any, inputs: Any) -> bool:
+def gives_loss(trainer: TrainerLike, inputs: Batch) -> bool:
     """Whether there is a loss to compute: all labels are there, or the model makes its own, as CLIP does."""
     asked = inputs.get("return_loss")
     makes_own = not trainer.label_names and bool(trainer.can_return_loss if asked is None else asked)
     return _has_labels(trainer, inputs) or makes_own
 
 
-def _labels(trainer: Any, inputs: Any) -> Nested:
-    labels = cast("tuple[Any, ...]", nested_detach(tuple(inputs.get(name) for name in trainer.label_names)))
+def _labels(trainer: TrainerLike, inputs: Batch) -> Nested:
+    labels = cast("tuple[Nested, ...]", nested_detach(tuple(inputs.get(name) for name in trainer.label_names)))
     return labels[0] if len(labels) == 1 else labels
 
 
 _CACHES = ["past_key_values", "cache"]  # a cache of tensors is known by its name: the old one, and that of today
 
 
-def _ignored(trainer: Any) -> list[str]:
+def _ignored(trainer: TrainerLike) -> list[str]:
     config = getattr(trainer.model, "config", None)
     return [] if config is None else getattr(config, "keys_to_ignore_at_inference", _CACHES)
 
 
-def _predictions(trainer: Any, outputs: Any, ignored: list[str]) -> Nested:
+def _predictions(trainer: TrainerLike, outputs: Outputs, ignored: list[str]) -> Nested:
     """The outputs but those ignored: one tensor if one is left, else a tuple."""
     if outputs is None:  # a `compute_loss` without `return_outputs`
         return None
     if isinstance(outputs, Mapping):
-        kept: Any = _tensors((name, value) for name, value in outputs.items() if name not in ignored)
+        kept: Nested = _tensors((name, value) for name, value in outputs.items() if name not in ignored)
     elif isinstance(outputs, tuple | list):
         start = 1 if "loss" in ignored else 0  # the loss comes first
-        kept = _tensors(enumerate(cast("tuple[Any, ...]", outputs)[start:], start))
+        kept = _tensors(enumerate(cast("tuple[Nested, ...]", outputs)[start:], start))
     else:
         kept = outputs
     kept = nested_detach(kept)
@@ -144,7 +144,7 @@ def _predictions(trainer: Any, outputs: Any, ignored: list[str]) -> Nested:
     return kept[0] if isinstance(kept, tuple | list) and len(kept) == 1 else kept
 
 
-def _tensors(outputs: Iterable[tuple[Any, Any]]) -> tuple[Nested, ...]:
+def _tensors(outputs: Iterable[tuple[str | int, Nested]]) -> tuple[Nested, ...]:
     """Those outputs that are tensors: a cache is none, under whatever name the model returns it."""
     kept: list[Nested] = []
     for name, value in outputs:

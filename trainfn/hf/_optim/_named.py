@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import transformers
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import trainfn as tfn
 from trainfn.errors import nearest
 from trainfn.hf._optim._targets import target_names
+from trainfn.hf._types import Rate, Values
 
 Arguments: TypeAlias = transformers.TrainingArguments
-Rate: TypeAlias = tfn.Schedule | float
 Decay: TypeAlias = Callable[[str, Tensor], bool]
-Options: TypeAlias = Mapping[str, Any]
+Options: TypeAlias = Values
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
@@ -54,7 +54,7 @@ def make_optimizer(args: Arguments, model: nn.Module | Mapping[str, Tensor], sch
         options["targets"] = lambda name, param: name in targets
     decays = _decays(model)
 
-    def factory(learning_rate: Any) -> tfn.Transform:
+    def factory(learning_rate: Rate) -> tfn.Transform:
         return _OPTIMIZERS[name](args, learning_rate, options, decays)
 
     rule = factory(schedule) if callable(schedule) else tfn.optim.inject_hyperparams(factory)(float(schedule))
@@ -102,7 +102,7 @@ def check_optimizer(name: str) -> None:
     )
 
 
-def parse_optim_args(optim: str, text: str | Mapping[str, Any] | None) -> dict[str, Any]:
+def parse_optim_args(optim: str, text: str | Values | None) -> Values:
     """The options in ``"momentum=0.9, nesterov=true"``, in the types that the optimizer wants.
 
     Raises:
@@ -113,7 +113,7 @@ def parse_optim_args(optim: str, text: str | Mapping[str, Any] | None) -> dict[s
     """
     call = f"TrainingArguments(optim={optim!r}, optim_args={text!r})"
     known = _OPTIONS.get(optim, {})
-    options: dict[str, Any] = {}
+    options: Values = {}
     for key, value in _pairs(call, text):
         if key == "weight_decay":  # transformers takes it, and then overrides it in both parameter groups
             raise ValueError(
@@ -130,12 +130,12 @@ def parse_optim_args(optim: str, text: str | Mapping[str, Any] | None) -> dict[s
     return options
 
 
-def _pairs(call: str, text: str | Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+def _pairs(call: str, text: str | Values | None) -> list[tuple[str, object]]:
     if not text:
         return []
     if not isinstance(text, str):
         return list(text.items())
-    pairs: list[tuple[str, Any]] = []
+    pairs: list[tuple[str, object]] = []
     for part in filter(None, text.replace(" ", "").split(",")):
         key, equals, value = part.partition("=")
         if not equals or not key or not value:
@@ -146,7 +146,7 @@ def _pairs(call: str, text: str | Mapping[str, Any] | None) -> list[tuple[str, A
     return pairs
 
 
-def _typed(call: str, key: str, value: Any, kind: type) -> Any:
+def _typed(call: str, key: str, value: object, kind: type) -> object:
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     try:
         return words[str(value).lower()] if kind is bool else kind(str(value))
@@ -171,26 +171,26 @@ def _coupled(args: Arguments, rule: tfn.Transform, decays: Decay) -> tfn.Transfo
     return tfn.optim.chain(tfn.optim.add_decayed_weights(decay, decays), rule) if decay else rule
 
 
-def _adamw(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn.Transform:
+def _adamw(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
     betas = (args.adam_beta1, args.adam_beta2)
     return tfn.optim.adamw(rate, *betas, args.adam_epsilon, weight_decay=args.weight_decay, mask=decays)
 
 
-def _adafactor(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn.Transform:
+def _adafactor(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
     return tfn.optim.adafactor(rate, scale_parameter=False, weight_decay=args.weight_decay, mask=decays)
 
 
-def _lion(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn.Transform:
+def _lion(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
     return tfn.optim.lion(rate, args.adam_beta1, args.adam_beta2, weight_decay=args.weight_decay, mask=decays)
 
 
-def _sgd(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn.Transform:
+def _sgd(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
     momentum = options.get("momentum") or None  # 0 is no momentum, and no memory for it
     rest = {"nesterov": options.get("nesterov", False), "dampening": options.get("dampening", 0.0)}
     return _coupled(args, tfn.optim.sgd(rate, momentum=momentum, **rest), decays)
 
 
-def _rmsprop(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn.Transform:
+def _rmsprop(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
     rule = tfn.optim.rmsprop(
         rate,
         options.get("alpha", 0.99),
@@ -201,7 +201,7 @@ def _rmsprop(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn
     return _coupled(args, rule, decays)
 
 
-def _adagrad(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn.Transform:
+def _adagrad(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
     rule = tfn.optim.chain(
         tfn.optim.scale_by_adagrad(eps=options.get("eps", 1e-10)),
         slowing(options.get("lr_decay", 0.0)),
@@ -210,27 +210,27 @@ def _adagrad(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn
     return _coupled(args, rule, decays)
 
 
-def _galore_adamw(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn.Transform:
+def _galore_adamw(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
     # transformers passes the learning rate alone: its users have galore-torch's eps, which is not the field's default.
     eps = 1e-6 if args.adam_epsilon == 1e-8 else args.adam_epsilon
     betas = (args.adam_beta1, args.adam_beta2)
     return tfn.optim.galore_adamw(rate, *betas, eps, weight_decay=args.weight_decay, mask=decays, **options)
 
 
-def _galore_adamw_8bit(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn.Transform:
+def _galore_adamw_8bit(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
     numbers = (args.adam_beta1, args.adam_beta2, args.adam_epsilon)  # bitsandbytes' eps is 1e-8 too
     return tfn.optim.galore_adamw(rate, *numbers, weight_decay=args.weight_decay, mask=decays, **options)
 
 
-def _galore_adafactor(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn.Transform:
+def _galore_adafactor(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
     return tfn.optim.galore_adafactor(rate, weight_decay=args.weight_decay, mask=decays, **options)
 
 
-def _lomo(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn.Transform:
+def _lomo(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
     return tfn.optim.lomo(rate, weight_decay=args.weight_decay, mask=decays)
 
 
-def _adalomo(args: Arguments, rate: Any, options: Options, decays: Decay) -> tfn.Transform:
+def _adalomo(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
     return tfn.optim.adalomo(rate, weight_decay=args.weight_decay, mask=decays)
 
 
@@ -248,7 +248,7 @@ def slowing(lr_decay: float) -> tfn.Transform:
     return tfn.optim.scale_by_schedule(lambda count: 1.0 / (1.0 + count.float() * lr_decay))
 
 
-_OPTIMIZERS: dict[str, Callable[[Arguments, Any, Options, Decay], tfn.Transform]] = {
+_OPTIMIZERS: dict[str, Callable[[Arguments, Rate, Options, Decay], tfn.Transform]] = {
     "adamw_torch": _adamw,
     "adamw_torch_fused": _adamw,  # how torch fuses it is up to the compiler here; the arithmetic is the same
     "adafactor": _adafactor,

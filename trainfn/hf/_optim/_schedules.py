@@ -6,7 +6,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import transformers
@@ -15,8 +15,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 import trainfn as tfn
 from trainfn.errors import nearest
+from trainfn.hf._types import Values
 
-Kwargs = dict[str, Any]
+Kwargs = Values
 Arguments = transformers.TrainingArguments
 
 
@@ -160,7 +161,7 @@ def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def _rest(optimizer: torch.optim.Optimizer) -> list[Any]:
+def _rest(optimizer: torch.optim.Optimizer) -> list[tuple[object, object]]:
     return [(group.get("momentum"), group.get("betas")) for group in optimizer.param_groups]
 
 

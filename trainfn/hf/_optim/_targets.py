@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import transformers
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ def target_names(args: transformers.TrainingArguments, model: nn.Module | Mappin
     >>> sorted(target_names(args, nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))))
     ['0.weight', '2.weight']
     """
-    targets: Any = args.optim_target_modules
+    targets: str | list[str] | None = args.optim_target_modules
     name = str(getattr(args.optim, "value", args.optim))
     call = f"TrainingArguments(optim={name!r}, optim_target_modules={targets!r})"
     if targets is None:

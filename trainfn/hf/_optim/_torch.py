@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,13 @@ from transformers.optimization import Adafactor
 
 import trainfn as tfn
 from trainfn.hf._optim._named import slowing
+from trainfn.hf._types import Rate, Values
 
-Group: TypeAlias = dict[str, Any]
-States: TypeAlias = dict[str, dict[str, Any]]
-Rate: TypeAlias = tfn.Schedule | float
+T = TypeVar("T")
+Params: TypeAlias = dict[str, Tensor]
+
+Group: TypeAlias = Values  # of parameters, with its options
+States: TypeAlias = dict[str, Values]  # of the optimizer, by parameter
 
 
 def from_torch(
@@ -77,13 +80,13 @@ def _rated(convert: Callable[..., tfn.Transform], group: Group, rate: Rate | Non
     if callable(rate):
         return convert({**group, "lr": rate})
 
-    def factory(learning_rate: Any) -> tfn.Transform:
+    def factory(learning_rate: Rate | Tensor) -> tfn.Transform:
         return convert({**group, "lr": learning_rate})
 
     return tfn.optim.inject_hyperparams(factory)(float(rate))
 
 
-def _still(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+def _still(updates: Params, state: T, params: Params) -> tuple[Params, T]:
     return tfn.tree.zeros_like(updates), state
 
 
@@ -106,7 +109,7 @@ def _check(call: str, group: Group) -> None:
 
 
 def _carried(
-    rule: tfn.Transform, states: States, make: Callable[[Callable[[str], dict[str, Tensor]]], Any]
+    rule: tfn.Transform, states: States, make: Callable[[Callable[[str], dict[str, Tensor]]], object]
 ) -> tfn.Transform:
     """A transform that starts from the moments the optimizer already has, if it has any."""
     if not states:

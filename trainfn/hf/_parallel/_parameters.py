@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
@@ -17,39 +16,41 @@ from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.hf._callbacks._events import EVENTS
+from trainfn.hf._run._record import newest_state
+from trainfn.hf._types import TrainerLike
 
 logger = logging.get_logger(__name__)
 
 
-def see(trainer: Any) -> None:
+def see(trainer: TrainerLike) -> None:
     """Let the model share the memory of the state; sharded parameters become NaN."""
-    if trainer._world.plan is None:
+    if trainer._trainfn.world.plan is None:
         return
-    trainer._released = False
+    trainer._trainfn.released = False
     for tensor, leaf in _pairs(trainer):
         if tfn.tree.is_split(leaf):
             tensor.data = torch.full((), torch.nan, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
-            trainer._released = True
+            trainer._trainfn.released = True
         else:
             tensor.data = tfn.tree.local(leaf).detach()
 
 
-def fill(trainer: Any) -> None:
+def fill(trainer: TrainerLike) -> None:
     """Gather the sharded parameters into the model; every rank calls this.
 
     One all-gather of each parameter's bytes, and the memory of the full model.
     """
-    if trainer._released:
+    if trainer._trainfn.released:
         for tensor, leaf in _pairs(trainer):
             if tfn.tree.is_split(leaf):
                 tensor.data = tfn.tree.full(leaf.detach())
-        trainer._released = False
+        trainer._trainfn.released = False
 
 
 @contextlib.contextmanager
-def whole(trainer: Any) -> Generator[None]:
+def whole(trainer: TrainerLike) -> Generator[None]:
     """Let the model have full parameters in this block; every rank enters it."""
-    if not trainer._released:
+    if not trainer._trainfn.released:
         yield
         return
     fill(trainer)
@@ -60,26 +61,26 @@ def whole(trainer: Any) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def plain(trainer: Any) -> Generator[None]:
+def plain(trainer: TrainerLike) -> Generator[None]:
     """Let the trainer have a full state in this block, which the model shares; afterwards it is sharded again."""
-    plan = trainer._world.plan
+    plan = trainer._trainfn.world.plan
     if plan is None:
         yield
         return
-    trainer.train_state = tfn.gather(trainer.train_state)
+    trainer.train_state = tfn.gather(newest_state(trainer))
     see(trainer)
     yield
-    trainer.train_state = tfn.shard(trainer.train_state, plan)
+    trainer.train_state = tfn.shard(newest_state(trainer), plan)
     see(trainer)
 
 
-def check_whole(trainer: Any) -> None:
+def check_whole(trainer: TrainerLike) -> None:
     """Raise if the last run ended in an error and left the model without values.
 
     Raises:
         RuntimeError: With the line that resumes from the last checkpoint.
     """
-    if trainer._released:
+    if trainer._trainfn.released:
         raise RuntimeError(
             "Trainer: the run before ended in an error while the parameters were split over ranks, so the model has no"
             " values. Make a new Trainer of a new model, and resume from the last checkpoint:"
@@ -87,9 +88,9 @@ def check_whole(trainer: Any) -> None:
         )
 
 
-def warn_of_callbacks(trainer: Any) -> None:
+def warn_of_callbacks(trainer: TrainerLike) -> None:
     """Warn once of callbacks that take a model, which has no values when they are called."""
-    if not trainer._released or trainer._world.ranks.rank > 0:
+    if not trainer._trainfn.released or trainer._trainfn.world.ranks.rank > 0:
         return
     for callback in trainer.callback_handler.callbacks:
         kind = type(callback)
@@ -104,12 +105,12 @@ def warn_of_callbacks(trainer: Any) -> None:
             )
 
 
-def _arguments(method: Any) -> list[str]:
+def _arguments(method: Callable[..., object] | None) -> list[str]:
     return [] if method is None else list(inspect.signature(method).parameters)
 
 
-def _pairs(trainer: Any) -> list[tuple[Tensor, Any]]:
-    model, state = trainer.model, trainer.train_state
+def _pairs(trainer: TrainerLike) -> list[tuple[Tensor, Tensor]]:
+    model, state = trainer.model, newest_state(trainer)
     held = {
         **dict(model.named_buffers(remove_duplicate=False)),
         **dict(model.named_parameters(remove_duplicate=False)),

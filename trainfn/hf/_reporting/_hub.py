@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 import trainfn as tfn
+from trainfn.hf._callbacks._events import event
+from trainfn.hf._types import TrainerLike, Values
 
 _logger = logging.getLogger(__name__)
 # Like transformers, and what a checkpoint is called while it is being written: it holds the optimizer's state.
@@ -76,7 +78,7 @@ class Pushes:
 
     def __init__(self, client: HfApi, repo_id: str, token: str | None = None, revision: str | None = None) -> None:
         self.client, self.repo_id, self.token, self.revision = client, repo_id, token, revision
-        self.running: list[tuple[Upload, Future[Any]]] = []
+        self.running: list[tuple[Upload, Future[CommitInfo | Future[CommitInfo]]]] = []
         self.failed: list[tuple[Upload, BaseException]] = []
         self.waiting: list[Upload] = []
         self.skipped: tuple[Path, list[Upload]] | None = None
@@ -103,7 +105,7 @@ class Pushes:
         for upload in [*again.values(), *uploads]:
             self.running.append((upload, self.client.run_as_future(self._pushed, upload)))
 
-    def _pushed(self, upload: Upload) -> Any:
+    def _pushed(self, upload: Upload) -> CommitInfo | Future[CommitInfo]:
         """In the background: upload, and tell of a failure as soon as it is known."""
         try:
             return self.upload(upload)
@@ -114,7 +116,9 @@ class Pushes:
             )
             raise
 
-    def upload(self, upload: Upload, token: str | None = None, revision: str | None = None, **how: Any) -> Any:
+    def upload(
+        self, upload: Upload, token: str | None = None, revision: str | None = None, **how: Any
+    ) -> CommitInfo | Future[CommitInfo]:
         """Upload a folder."""
         return self.client.upload_folder(
             repo_id=self.repo_id,
@@ -152,7 +156,7 @@ class Pushes:
 # --- functions of the Trainer -----------------------------------------------------------------------------------------
 
 
-def init_repo(trainer: Any, token: str | None = None, private: bool | None = None) -> None:
+def init_repo(trainer: TrainerLike, token: str | None = None, private: bool | None = None) -> None:
     """Create the repository `args.hub_model_id`, by default that of `output_dir`'s name, unless it exists.
 
     Sets `trainer.hub_model_id` and `trainer.push_in_progress`, on the main process only.
@@ -191,14 +195,14 @@ def init_repo(trainer: Any, token: str | None = None, private: bool | None = Non
 
 
 def push_to_hub(
-    trainer: Any,
+    trainer: TrainerLike,
     commit_message: str | None = "End of training",
     blocking: bool = True,
     token: str | None = None,
     revision: str | None = None,
     private: bool | None = None,
     **card: Any,
-) -> Any:
+) -> CommitInfo | Future[CommitInfo] | None:
     """Save the model, write its card, and upload `output_dir` without the checkpoints.
 
     Args:
@@ -217,7 +221,7 @@ def push_to_hub(
         ValueError: If there is no token.
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses the upload.
     """
-    trainer.control = trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    event(trainer, "on_push_begin")
     if getattr(trainer, "push_in_progress", None) is None:  # `push_to_hub=False`, and now the user calls it
         init_repo(trainer, token=token, private=private)
     finish(trainer, model_follows=True)  # before the files that are being uploaded change
@@ -230,10 +234,11 @@ def push_to_hub(
     tags += [tag for tag in getattr(trainer.model, "model_tags", None) or [] if tag not in tags]
     trainer.create_model_card(**{"model_name": name, "tags": tags or None, **card})
     upload = Upload(trainer.args.output_dir, commit_message or "End of training", ignore=IGNORED)
+    assert trainer.push_in_progress is not None  # on the main process it has been made
     return trainer.push_in_progress.upload(upload, token, revision, run_as_future=not blocking)
 
 
-def push_from_checkpoint(trainer: Any, folder: str | os.PathLike[str]) -> None:
+def push_from_checkpoint(trainer: TrainerLike, folder: str | os.PathLike[str]) -> None:
     """After a checkpoint, upload in the background what `args.hub_strategy` asks for.
 
     ==================== =============================================================================
@@ -260,13 +265,13 @@ def push_from_checkpoint(trainer: Any, folder: str | os.PathLike[str]) -> None:
     _note(trainer, pushes.collect())
     uploads = _uploads(trainer, Path(folder))
     if args.hub_always_push or pushes.is_done():
-        _begin(trainer, Path(folder), uploads)
+        _begin(trainer, pushes, Path(folder), uploads)
         return
     pushes.skipped = Path(folder), uploads
     pushes.waiting += uploads[1:] if args.hub_strategy == HubStrategy.ALL_CHECKPOINTS else []
 
 
-def finish(trainer: Any, *, model_follows: bool = False) -> None:
+def finish(trainer: TrainerLike, *, model_follows: bool = False) -> None:
     """Wait for the pushes under way, then push what was skipped or failed. Nothing that goes wrong is raised.
 
     Args:
@@ -276,7 +281,7 @@ def finish(trainer: Any, *, model_follows: bool = False) -> None:
     >>> import types
     >>> finish(types.SimpleNamespace(push_in_progress=None))
     """
-    pushes = getattr(trainer, "push_in_progress", None)
+    pushes: Pushes | None = getattr(trainer, "push_in_progress", None)
     if pushes is None:
         return
     if not pushes.is_done():
@@ -286,13 +291,13 @@ def finish(trainer: Any, *, model_follows: bool = False) -> None:
         pushes.supersede_model()
     if pushes.skipped or pushes.failed or pushes.waiting:
         if pushes.skipped and pushes.skipped[0].is_dir():
-            _begin(trainer, *pushes.skipped)
+            _begin(trainer, pushes, *pushes.skipped)
         else:
             pushes.start([])
         _note(trainer, pushes.collect(wait=True))
 
 
-def create_model_card(trainer: Any, **card: Any) -> None:
+def create_model_card(trainer: TrainerLike, **card: Any) -> None:
     """Write ``README.md``: what the model is, its results and hyper-parameters. On the main process only.
 
     Args:
@@ -314,17 +319,17 @@ def create_model_card(trainer: Any, **card: Any) -> None:
     path.write_text(summary.to_model_card(), encoding="utf-8")
 
 
-def _begin(trainer: Any, folder: Path, uploads: list[Upload]) -> None:
-    trainer.control = trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+def _begin(trainer: TrainerLike, pushes: Pushes, folder: Path, uploads: list[Upload]) -> None:
+    event(trainer, "on_push_begin")
     try:
         _copy_model(trainer, folder)
-        trainer.push_in_progress.start(uploads)
+        pushes.start(uploads)
     except Exception as error:  # a full disk, say: the checkpoint is written, and the training matters more
         _note(trainer, [(uploads[0], error)])
         _logger.warning('The push "%s" to the Hub could not be started: %r', uploads[0].message, error)
 
 
-def _uploads(trainer: Any, folder: Path) -> list[Upload]:
+def _uploads(trainer: TrainerLike, folder: Path) -> list[Upload]:
     """What the strategy asks for: the model, and perhaps the checkpoint."""
     state, strategy = trainer.state, trainer.args.hub_strategy
     by_epoch = trainer.args.save_strategy == IntervalStrategy.EPOCH
@@ -336,7 +341,7 @@ def _uploads(trainer: Any, folder: Path) -> list[Upload]:
     return uploads
 
 
-def _copy_model(trainer: Any, folder: Path) -> None:
+def _copy_model(trainer: TrainerLike, folder: Path) -> None:
     """Bring what a checkpoint has of the model to `output_dir`, which is what is uploaded."""
     files = [*_MODEL_FILES, *_INDEXES]
     for index in _INDEXES:
@@ -347,15 +352,15 @@ def _copy_model(trainer: Any, folder: Path) -> None:
             beside = Path(trainer.args.output_dir, f"_{name}")  # replaced whole: an upload may be reading
             shutil.copy(folder / name, beside)
             beside.replace(beside.with_name(name))
-    if hasattr(trainer.processing_class, "save_pretrained"):
-        trainer.processing_class.save_pretrained(trainer.args.output_dir)
+    if (processor := trainer.processing_class) is not None and hasattr(processor, "save_pretrained"):
+        processor.save_pretrained(trainer.args.output_dir)
     if not any((folder / name).is_file() for name in _ARGUMENTS):
         torch.save(trainer.args, Path(trainer.args.output_dir, "training_args.bin"))
 
 
-def _note(trainer: Any, failures: list[tuple[Upload, BaseException]]) -> None:
+def _note(trainer: TrainerLike, failures: list[tuple[Upload, BaseException]]) -> None:
     """Failures become entries of the log history, and so of trainer_state.json."""
     state = trainer.state
     for upload, error in failures:
-        told = {"hub_push": upload.message, "hub_error": f"{type(error).__name__}: {error}"}
-        state.log_history.append({**told, "epoch": state.epoch, "step": state.global_step})
+        entry: Values = {"hub_push": upload.message, "hub_error": f"{type(error).__name__}: {error}"}
+        state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})

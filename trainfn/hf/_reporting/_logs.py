@@ -9,9 +9,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
@@ -20,11 +19,15 @@ from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging as transformers_logging
 
 import trainfn as tfn
+from trainfn.hf._types import Metrics, TrainerLike, Values
+
+if TYPE_CHECKING:
+    from trainfn.hf._arguments._training import TrainingArguments
 
 _package = logging.getLogger("trainfn")
 
 
-def log(trainer: Any, logs: dict[str, Any], start_time: float | None = None) -> None:
+def log(trainer: TrainerLike, logs: Metrics, start_time: float | None = None) -> None:
     """Add an entry to `state.log_history` and show it to the callbacks.
 
     Args:
@@ -48,8 +51,9 @@ def log(trainer: Any, logs: dict[str, Any], start_time: float | None = None) -> 
     if trainer.args.include_num_input_tokens_seen not in ("no", False):
         logs["num_input_tokens_seen"] = state.num_input_tokens_seen
         if start_time is not None:
-            before = getattr(trainer, "_initial_num_input_tokens_seen", 0)
-            logs.update(speed_metrics("train", start_time, num_tokens=state.num_input_tokens_seen - before))
+            run = trainer._trainfn.run
+            seen = state.num_input_tokens_seen - (0 if run is None else run.tokens_before)
+            logs.update(speed_metrics("train", start_time, num_tokens=seen))
     plain = {name: _plain(value) for name, value in logs.items()}
     state.log_history.append({**plain, "step": state.global_step})
     trainer.control = trainer.callback_handler.on_log(trainer.args, state, trainer.control, plain)
@@ -163,11 +167,11 @@ class LossWindow:
         flat = iter(torch.stack([part.to(parts[-1]) for part in parts]).tolist())
         return {name: [next(flat) for _ in range(size)] for name, size in sizes.items()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Values:
         """What the window holds, as JSON: a resumed run logs what an unbroken one would. Waits for the device."""
         return {"sums": self._numbers(), "steps": self.steps, "run": list(self._run), "warned": self._warned}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Values) -> None:
         """Go on from what `state_dict` gave."""
         self._sums = {name: tuple(torch.tensor(parts, dtype=torch.float64)) for name, parts in state["sums"].items()}
         self.steps, self._run, self._warned = state["steps"], (state["run"][0], state["run"][1]), state["warned"]
@@ -186,7 +190,7 @@ def _divide(total: float, weight: float) -> float:
 # --- metrics of a split -----------------------------------------------------------------------------------------------
 
 
-def metrics_format(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def metrics_format(metrics: Metrics) -> Metrics:
     """Metrics as they are shown: times as h:mm:ss, memory in MB, floating-point operations in GF, 4 decimals.
 
     >>> metrics_format({"train_runtime": 61.257, "total_flos": 5 << 30, "eval_loss": 0.123456, "loss": 1})
@@ -195,7 +199,7 @@ def metrics_format(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _shown(name, value) for name, value in metrics.items()}
 
 
-def _shown(name: str, value: Any) -> Any:
+def _shown(name: str, value: Any) -> object:
     if "_mem_" in name and isinstance(value, int):
         return f"{value >> 20}MB"
     if "_runtime" in name:
@@ -206,7 +210,7 @@ def _shown(name: str, value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def log_metrics(trainer: Any, split: str, metrics: Mapping[str, Any]) -> None:
+def log_metrics(trainer: TrainerLike, split: str, metrics: Metrics) -> None:
     """Print the metrics of a split, aligned, on the main process only.
 
     Args:
@@ -229,7 +233,7 @@ def log_metrics(trainer: Any, split: str, metrics: Mapping[str, Any]) -> None:
         print(f"  {name: <{names}} = {shown[name]!s:>{values}}")
 
 
-def save_metrics(trainer: Any, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
+def save_metrics(trainer: TrainerLike, split: str, metrics: Metrics, combined: bool = True) -> None:
     """Write the metrics to ``{split}_results.json`` in `output_dir`, on the main process only.
 
     Args:
@@ -257,7 +261,7 @@ def save_metrics(trainer: Any, split: str, metrics: Mapping[str, Any], combined:
         _write(everything, {**before, **plain})
 
 
-def _write(path: Path, metrics: Mapping[str, Any]) -> None:
+def _write(path: Path, metrics: Metrics) -> None:
     """Replace a file whole, so that a reader, or a kill, never finds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"_{path.name}.{os.getpid()}")  # pushes to the Hub leave out what begins with "_"
@@ -265,7 +269,7 @@ def _write(path: Path, metrics: Mapping[str, Any]) -> None:
     beside.replace(path)
 
 
-def save_state(trainer: Any) -> None:
+def save_state(trainer: TrainerLike) -> None:
     """Write ``trainer_state.json`` to `output_dir`, on the main process only.
 
     >>> import tempfile, transformers, types
@@ -283,7 +287,7 @@ def save_state(trainer: Any) -> None:
 # --- how loudly -------------------------------------------------------------------------------------------------------
 
 
-class _WhereNobodyListens(logging.StreamHandler[Any]):
+class _WhereNobodyListens(logging.StreamHandler[TextIO]):
     """Writes to stderr while the program has set up no logging; afterwards that of the program is enough."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -292,7 +296,7 @@ class _WhereNobodyListens(logging.StreamHandler[Any]):
             super().emit(record)
 
 
-def set_verbosity(args: Any) -> int:
+def set_verbosity(args: TrainingArguments) -> int:
     """Set the level of this package's and of transformers' loggers to that of this process; return it.
 
     The root logger and its handlers are the program's and stay as they are. A main process at ``"passive"`` tells

@@ -11,17 +11,27 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import transformers
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from transformers import TrainerCallback
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, rewrite_logs
 from transformers.trainer_callback import ExportableState
+
+from trainfn.hf._types import Metrics, Values
+
+if TYPE_CHECKING:
+    from trainfn.hf._arguments._training import TrainingArguments
+
+Tracker: TypeAlias = str | GeneralTracker
+Reported: TypeAlias = Tracker | Sequence[Tracker | None] | None
 
 # What each needs that is not called like it.
 _PACKAGES = {"comet_ml": ("comet_ml",), "tensorboard": ("tensorboard", "tensorboardX")}
 # What makes a tracker's run go on: the argument for the id, where the started tracker has it, what else to say.
-_CONTINUE: dict[str, tuple[str, str, dict[str, Any]]] = {
+_CONTINUE: dict[str, tuple[str, str, Values]] = {
     "wandb": ("id", "id", {"resume": "allow"}),
     "mlflow": ("run_id", "info.run_id", {}),
     "trackio": ("name", "name", {"resume": "allow"}),
@@ -34,7 +44,7 @@ _SENT = int | float | str
 _RUN_NAME = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
 
 
-def tracker_callbacks(args: Any) -> list[TrainerCallback]:
+def tracker_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
     """The callbacks that `report_to` asks for.
 
     Args:
@@ -51,7 +61,7 @@ def tracker_callbacks(args: Any) -> list[TrainerCallback]:
     """
     wanted = names(args.report_to)
     ours = [each for each in wanted if isinstance(each, GeneralTracker) or each in LOGGER_TYPE_TO_CLASS]
-    theirs: list[TrainerCallback] = [INTEGRATION_TO_CALLBACK[each]() for each in wanted if each not in ours]
+    theirs: list[TrainerCallback] = [INTEGRATION_TO_CALLBACK[str(each)]() for each in wanted if each not in ours]
     if not ours:
         return theirs
     spaces = {
@@ -68,7 +78,7 @@ def tracker_callbacks(args: Any) -> list[TrainerCallback]:
     return [tracker, *theirs]
 
 
-def names(report_to: Any) -> list[Any]:
+def names(report_to: Reported) -> list[Tracker]:
     """`report_to` as a list of trackers, each known and installed.
 
     Args:
@@ -81,8 +91,8 @@ def names(report_to: Any) -> list[Any]:
     >>> names(["none"]), names(None)
     ([], [])
     """
-    given: list[Any] = list(report_to) if isinstance(report_to, list | tuple) else [report_to]
-    wanted: list[Any] = []
+    given = cast("list[Tracker | None]", list(report_to) if isinstance(report_to, list | tuple) else [report_to])
+    wanted: list[Tracker] = []
     for each in given:
         every = [str(tracker.value) for tracker in get_available_trackers()] if each == "all" else [each]
         wanted += [name for name in every if name not in (None, "none", *wanted)]
@@ -92,7 +102,7 @@ def names(report_to: Any) -> list[Any]:
     return wanted
 
 
-def logging_dir(args: Any) -> str:
+def logging_dir(args: TrainingArguments) -> str:
     """Where trackers with files write: `args.logging_dir`, or ``runs/<date>_<host>`` in `output_dir`."""
     given = getattr(args, "logging_dir", None) or os.environ.get("TENSORBOARD_LOGGING_DIR")
     if given:
@@ -124,7 +134,7 @@ class TrackerCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        trackers: Sequence[Any],
+        trackers: Sequence[Tracker],
         *,
         logging_dir: str = "runs",
         project: str = "huggingface",
@@ -137,7 +147,14 @@ class TrackerCallback(TrainerCallback, ExportableState):
         self.run_ids: dict[str, str] = {}
         self.trackers: list[GeneralTracker] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: transformers.TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Start the trackers, or let those of an earlier training go on; tell them the arguments."""
         if not state.is_world_process_zero:
             return
@@ -149,7 +166,14 @@ class TrackerCallback(TrainerCallback, ExportableState):
         for tracker in self.trackers:
             tracker.store_init_configuration(_configuration(args, model))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: transformers.TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Metrics | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Send what is logged: numbers and texts, which is what trackers take.
 
         Outside of a training, as when a trained model is evaluated, the run goes on for this one log.
@@ -165,7 +189,9 @@ class TrackerCallback(TrainerCallback, ExportableState):
         if between:
             self.finish()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Finish the runs."""
         self.finish()
 
@@ -175,13 +201,13 @@ class TrackerCallback(TrainerCallback, ExportableState):
             tracker.finish()
         self.trackers = []
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Values:
         """The runs' ids and folder."""
         named = [name for name in self.names if isinstance(name, str)]
         attributes = {"logging_dir": self.logging_dir, "run_ids": dict(self.run_ids)}
         return {"args": {"trackers": named}, "attributes": attributes}
 
-    def _start_all(self, state: Any) -> None:
+    def _start_all(self, state: TrainerState) -> None:
         self.finish()
         folder = Path(self.logging_dir, *([state.trial_name] if state.trial_name else []))
         for each in self.names:
@@ -200,8 +226,8 @@ class TrackerCallback(TrainerCallback, ExportableState):
             return kind(self.project, str(folder), **options)
         return kind(self.project, **options)
 
-    def _options(self, name: str, step: int) -> dict[str, Any]:
-        options: dict[str, Any] = dict(self.options.get(name, {}))
+    def _options(self, name: str, step: int) -> Values:
+        options: Values = dict(self.options.get(name, {}))
         if self.run_name is not None and name in _RUN_NAME:
             options[_RUN_NAME[name]] = self.run_name
         if name == "tensorboard" and step > 0:
@@ -224,19 +250,19 @@ class TrackerCallback(TrainerCallback, ExportableState):
             self.run_ids[name] = found
 
 
-def _project(args: Any) -> str:
+def _project(args: TrainingArguments) -> str:
     return os.environ.get("WANDB_PROJECT") or getattr(args, "project", None) or "huggingface"
 
 
-def _configuration(args: Any, model: Any) -> dict[str, Any]:
+def _configuration(args: transformers.TrainingArguments, model: nn.Module | None) -> Values:
     """The arguments, without secrets, and what trackers take of the model's configuration: numbers and texts."""
-    config: Any = getattr(model, "config", None)
-    described: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    config = getattr(model, "config", None)
+    described: Values = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     model_values = {f"model/{name}": value for name, value in described.items() if isinstance(value, _SENT)}
     return {**model_values, **args.to_sanitized_dict()}
 
 
-def _check_installed(name: Any) -> None:
+def _check_installed(name: str) -> None:
     if name not in LOGGER_TYPE_TO_CLASS and name not in INTEGRATION_TO_CALLBACK:
         known = ", ".join(sorted({*LOGGER_TYPE_TO_CLASS, *INTEGRATION_TO_CALLBACK}))
         raise ValueError(

@@ -6,22 +6,29 @@ import contextlib
 import dataclasses
 import math
 import random
-from collections.abc import Generator, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping, Sized
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 
 import datasets
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import logging
 
 import trainfn as tfn
+from trainfn.hf._callbacks._events import event
 from trainfn.hf._parallel._sharding import dealt
+from trainfn.hf._types import Batch, Collator, Dataset, Loader, Nested, SizedDataset, TrainerLike, Values
+
+if TYPE_CHECKING:
+    from trainfn.hf._arguments._training import TrainingArguments
 
 logger = logging.get_logger(__name__)
+T = TypeVar("T")
 
 
-def train_loader(trainer: Any) -> Any:
+def train_loader(trainer: TrainerLike) -> Loader:
     """One epoch of micro-batches, or this rank's rows of each; those of other epochs are in another order."""
     args, dataset = trainer.args, trainer.train_dataset
     if dataset is None:
@@ -31,9 +38,9 @@ def train_loader(trainer: Any) -> Any:
     last = "drop" if args.dataloader_drop_last else "short"
     size = together(trainer, args.train_batch_size)
     _check_enough(trainer, dataset, "training", "per_device_train_batch_size", last, size)
-    if _is_stream(dataset):
+    if not _is_sized(dataset):
         stream = tfn.data.stream(dataset, size, last=last, seed=seed, collate=collate, **_reader(args))
-        return dealt(trainer._world, stream)
+        return dealt(trainer._trainfn.world, stream)
     n = len(dataset)
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     if strategy == "group_by_length":
@@ -42,36 +49,38 @@ def train_loader(trainer: Any) -> Any:
         sampler = tfn.data.sequential(n, size, last=last)
     else:
         sampler = tfn.data.shuffled(n, size, seed=seed, last=last)
-    return dealt(trainer._world, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
+    loader = tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args))
+    return dealt(trainer._trainfn.world, loader)
 
 
-def eval_loader(trainer: Any, dataset: Any, description: str) -> Any:
+def eval_loader(trainer: TrainerLike, dataset: Dataset, description: str) -> Loader:
     """A dataset's batches in its own order, or this rank's rows of each."""
     args = trainer.args
     size = together(trainer, args.eval_batch_size)
     dataset, collate = prepared(trainer, dataset, description)
-    last = "drop" if args.dataloader_drop_last and not _is_stream(dataset) else "short"
+    last = "drop" if args.dataloader_drop_last and _is_sized(dataset) else "short"
     _check_enough(trainer, dataset, description, "per_device_eval_batch_size", last, size)
-    if _is_stream(dataset):
-        return dealt(trainer._world, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
+    world = trainer._trainfn.world
+    if not _is_sized(dataset):
+        return dealt(world, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
     sampler = tfn.data.sequential(len(dataset), size, last=last)
-    return dealt(trainer._world, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
+    return dealt(world, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
 
 
-def together(trainer: Any, size: int) -> int:
+def together(trainer: TrainerLike, size: int) -> int:
     """The rows of a micro-batch on all ranks, of which each has ``size``; or ``size``, if that is to be split."""
     split = getattr(trainer.args.accelerator_config, "split_batches", False)
-    return size if split else size * trainer._world.parts
+    return size if split else size * trainer._trainfn.world.parts
 
 
-def _is_stream(dataset: Any) -> bool:
-    return isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__")
+def _is_sized(dataset: Dataset) -> TypeGuard[SizedDataset]:
+    return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
 
 
-def _check_enough(trainer: Any, dataset: Any, description: str, name: str, last: str, size: int) -> None:
+def _check_enough(trainer: TrainerLike, dataset: Dataset, description: str, name: str, last: str, size: int) -> None:
     """Raise if there is no batch of ``size`` rows, in the words of the arguments; ``name`` is the one for its rows."""
-    ranks: int = trainer._world.parts
-    rows = len(dataset) if hasattr(dataset, "__len__") else None
+    ranks = trainer._trainfn.world.parts
+    rows = len(dataset) if isinstance(dataset, Sized) else None
     if rows == 0:
         raise ValueError(f"Trainer: the {description} set has no rows.")
     if rows is not None and last == "drop" and rows < size:
@@ -83,12 +92,12 @@ def _check_enough(trainer: Any, dataset: Any, description: str, name: str, last:
         )
 
 
-def _workers(args: Any) -> dict[str, Any]:
+def _workers(args: TrainingArguments) -> Values:
     workers = args.dataloader_num_workers
     return {"num_workers": workers, "prefetch": args.dataloader_prefetch_factor if workers else None}
 
 
-def _reader(args: Any) -> dict[str, Any]:
+def _reader(args: TrainingArguments) -> Values:
     """The same for a stream, which one worker reads, or none."""
     options = _workers(args)
     if options["num_workers"] > 1:
@@ -99,13 +108,13 @@ def _reader(args: Any) -> dict[str, Any]:
     return {**options, "num_workers": min(options["num_workers"], 1)}
 
 
-def prepared(trainer: Any, dataset: Any, description: str) -> tuple[Any, Any]:
+def prepared(trainer: TrainerLike, dataset: Dataset, description: str) -> tuple[Dataset, Collator]:
     """The dataset and the collator, without the columns that the model does not take."""
     collate = trainer.data_collator
     if not trainer.args.remove_unused_columns:
         return dataset, collate
     trainer._set_signature_columns_if_needed()
-    wanted: list[str] = trainer._signature_columns
+    wanted = trainer._signature_columns or []
     if not isinstance(dataset, datasets.Dataset):
         name = type(trainer.model).__name__
         return dataset, RemoveColumnsCollator(collate, wanted, logger, description=description, model_name=name)
@@ -119,7 +128,7 @@ def prepared(trainer: Any, dataset: Any, description: str) -> tuple[Any, Any]:
     return dataset.remove_columns(unused), collate
 
 
-def lengths(trainer: Any, dataset: Any) -> np.ndarray:
+def lengths(trainer: TrainerLike, dataset: SizedDataset) -> np.ndarray:
     """The length of each row, from its column or from the input ids."""
     column = trainer.args.length_column_name
     if isinstance(dataset, datasets.Dataset) and column in dataset.column_names:
@@ -130,11 +139,11 @@ def lengths(trainer: Any, dataset: Any) -> np.ndarray:
             f"Trainer: grouping by length needs the column {column!r} or {name!r}; a row has {sorted(dataset[0])}. Say"
             ' which one it is: `TrainingArguments(length_column_name="...")`.'
         )
-    return np.asarray([len(row[name]) for row in dataset])  # pyright: ignore
+    return np.asarray([len(dataset[i][name]) for i in range(len(dataset))])
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Length:
     """How long a run is.
 
     Attributes:
@@ -164,10 +173,10 @@ class Run:
         return self.micro_per_epoch or self.max_steps * self.accumulate
 
 
-def arithmetic(args: Any, loader: Any, num_examples: int | None) -> Run:
+def arithmetic(args: TrainingArguments, loader: Loader, num_examples: int | None) -> Length:
     """The numbers of steps and epochs, from the arguments and the length of the loader."""
     try:
-        micro = len(loader)
+        micro = len(cast("Sized", loader))
     except TypeError:
         micro = None
     accumulate = args.gradient_accumulation_steps
@@ -177,10 +186,10 @@ def arithmetic(args: Any, loader: Any, num_examples: int | None) -> Run:
                 "Trainer: this train_dataset has no length, so the end of training is unknown. Say"
                 " `TrainingArguments(max_steps=1000)`."
             )
-        return Run(None, accumulate, args.max_steps, 2**62, None)
+        return Length(None, accumulate, args.max_steps, 2**62, None)
     updates = max(math.ceil(micro / accumulate), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
-    return Run(micro, accumulate, steps, math.ceil(steps / updates), num_examples)
+    return Length(micro, accumulate, steps, math.ceil(steps / updates), num_examples)
 
 
 class Ended(Exception):
@@ -193,27 +202,31 @@ class Windows:
     Args:
         trainer: Its `_prepare_inputs` is applied to each micro-batch.
         loader: From `get_train_dataloader`.
-        run: The run's lengths.
+        length: Of the run.
+        ended: What belongs to the end of an epoch.
     """
 
-    def __init__(self, trainer: Any, loader: Any, run: Run) -> None:
-        self.trainer, self.loader, self.run = trainer, loader, run
+    def __init__(
+        self, trainer: TrainerLike, loader: Loader, length: Length, ended: Callable[[], None] = lambda: None
+    ) -> None:
+        self.trainer, self.loader, self.length, self.ended = trainer, loader, length, ended
         self.epoch = self.window = 0
         self.micro_done = 0  # in this epoch
-        self.first: Any = None  # micro-batch of the newest window
+        self.first: Batch = {}  # micro-batch of the newest window
+        self.counted = [0.0, 0.0]  # operations and tokens that only this rank knows of
 
-    def start(self, step: int) -> Iterator[Any]:
+    def start(self, step: int) -> Iterator[Batch | list[Batch] | Iterator[Batch]]:
         """The windows from ``(epoch, window)`` on; ``step`` only says that the run has come there."""
-        trainer, run = self.trainer, self.run
-        while self.epoch < run.epochs:
-            if self.window < run.updates_per_epoch:  # else the epoch is done, but for its end
-                trainer._event("on_epoch_begin")
-            self.micro_done = min(self.window * run.accumulate, run.micro_counted)
+        trainer, length = self.trainer, self.length
+        while self.epoch < length.epochs:
+            if self.window < length.updates_per_epoch:  # else the epoch is done, but for its end
+                event(trainer, "on_epoch_begin")
+            self.micro_done = min(self.window * length.accumulate, length.micro_counted)
             with contextlib.closing(self._micro(self.epoch, self.micro_done)) as micro:
-                while window := list(_take(micro, run.accumulate)):
+                while window := list(_take(micro, length.accumulate)):
                     self.window += 1
                     self.micro_done += len(window)
-                    trainer._event("on_step_begin")
+                    event(trainer, "on_step_begin")
                     self.first = window[0]
                     yield self._given(window)
                     if trainer.control.should_epoch_stop or trainer.control.should_training_stop:
@@ -226,24 +239,24 @@ class Windows:
                 break
         raise Ended
 
-    def _given(self, window: list[Any]) -> Any:
-        if self.run.accumulate == 1 and not self.trainer.args.auto_find_batch_size:
+    def _given(self, window: list[Batch]) -> Batch | list[Batch] | Iterator[Batch]:
+        if self.length.accumulate == 1 and not self.trainer.args.auto_find_batch_size:
             return window[0]
         # On ranks a stream: each is asked whether it has rows for a micro-batch.
-        return window if self.trainer._world.plan is None else iter(window)
+        return window if self.trainer._trainfn.world.plan is None else iter(window)
 
     def end_epoch(self) -> None:
         """What belongs to the end of an epoch; what is saved there begins with the next one."""
         self.epoch, self.window = self.epoch + 1, 0
-        self.trainer._end_epoch()
+        self.ended()
 
-    def _micro(self, epoch: int, first: int) -> Generator[dict[str, Any]]:
+    def _micro(self, epoch: int, first: int) -> Generator[Batch]:
         loader = self.loader
         if isinstance(loader, tfn.data.Loader):
-            assert self.run.micro_per_epoch is not None
-            begin = epoch * self.run.micro_per_epoch
+            assert self.length.micro_per_epoch is not None
+            begin = epoch * self.length.micro_per_epoch
             endless = dataclasses.replace(loader, epochs=None)
-            batches = _limited(endless.start(begin + first), self.run.micro_per_epoch - first)
+            batches = _limited(endless.start(begin + first), self.length.micro_per_epoch - first)
         elif isinstance(loader, tfn.data.Stream):
             batches = dataclasses.replace(loader, first_epoch=epoch).start(first)
         else:
@@ -251,8 +264,9 @@ class Windows:
             batches = _seeded(loader, seed if seed is not None else 0, epoch, first)
         for batch in batches:
             if isinstance(batch, tfn.data.NoRows):
+                size = self.trainer._trainfn.world.parts
                 raise TypeError(
-                    f"Trainer.train() on {self.trainer._world.parts} ranks: the loader has no batch for this one where"
+                    f"Trainer.train() on {size} ranks: the loader has no batch for this one where"
                     " others have, and no tensor to make one of no rows of. Return tensors from the collator:"
                     ' `{"input_ids": ..., "labels": ...}`.'
                 )
@@ -260,28 +274,27 @@ class Windows:
             self._count(inputs)
             yield inputs
 
-    def _count(self, inputs: dict[str, Any]) -> None:
+    def _count(self, inputs: Batch) -> None:
         """Floating-point operations and, where asked for, tokens."""
         trainer = self.trainer
         given = trainer.args.include_num_input_tokens_seen
-        kind, counted = str(getattr(given, "value", given)), trainer._counted
+        kind, counted = str(getattr(given, "value", given)), self.counted
         counted[0] += float(trainer.floating_point_ops(inputs))
         tokens = inputs.get(getattr(trainer.model, "main_input_name", "input_ids"))
         if kind != "no" and isinstance(tokens, torch.Tensor):
             mask = inputs.get("attention_mask") if kind == "non_padding" else None
             counted[1] += int(mask.sum()) if mask is not None else tokens.numel()
-        if trainer._world.plan is None:
-            take_counts(trainer, counted)
+        if trainer._trainfn.world.plan is None:
+            self.take_counts(counted)
+
+    def take_counts(self, counted: list[float]) -> None:
+        """Add what all ranks have counted since the last time to the Trainer's state."""
+        self.trainer.state.total_flos += counted[0]
+        self.trainer.state.num_input_tokens_seen += int(counted[1])
+        self.counted = [0.0, 0.0]
 
 
-def take_counts(trainer: Any, counted: list[float]) -> None:
-    """What the ranks have counted since the last time, into the state."""
-    trainer.state.total_flos += counted[0]
-    trainer.state.num_input_tokens_seen += int(counted[1])
-    trainer._counted = [0.0, 0]
-
-
-def _take(micro: Iterator[Any], count: int) -> Iterator[Any]:
+def _take(micro: Iterator[T], count: int) -> Iterator[T]:
     for _ in range(count):
         try:
             yield next(micro)
@@ -289,21 +302,21 @@ def _take(micro: Iterator[Any], count: int) -> Iterator[Any]:
             return
 
 
-def _limited(batches: Iterator[Any], count: int) -> Generator[Any]:
+def _limited(batches: Iterator[T], count: int) -> Generator[T]:
     try:
         yield from _take(batches, count)
     finally:
         batches.close()  # type: ignore[attr-defined]
 
 
-def _seeded(loader: Any, seed: int, epoch: int, skip: int) -> Generator[Any]:
+def _seeded(loader: Loader, seed: int, epoch: int, skip: int) -> Generator[Batch]:
     """One epoch of somebody else's loader, whose order and augmentation follow from (seed, epoch).
 
     It draws from the global generators, which are lent to it for each batch and given back.
     """
     for shuffles in (loader, getattr(loader, "sampler", None)):  # a `DistributedSampler`, say
-        if shuffles is not None and hasattr(shuffles, "set_epoch"):
-            shuffles.set_epoch(epoch)
+        if callable(set_epoch := getattr(shuffles, "set_epoch", None)):
+            set_epoch(epoch)
     if isinstance(own := getattr(loader, "generator", None), torch.Generator):
         own.manual_seed(_number(seed, epoch))
     lent = _Generators(seed, epoch)
@@ -343,18 +356,18 @@ class _Generators:
         self._theirs.restore()
 
 
-def prepared_inputs(trainer: Any, inputs: Any) -> dict[str, Any]:
+def prepared_inputs(trainer: TrainerLike, inputs: Batch) -> Batch:
     """A collator's batch as a plain dict of tensors on the device."""
     if not isinstance(inputs, Mapping):
         raise TypeError(
             f"Trainer: the data collator returned a {type(inputs).__name__}, and the model is called with keywords."
             ' Return a dict: `{"input_ids": ..., "labels": ...}`.'
         )
-    device = trainer._device
+    device = trainer.args.device
     return {name: _moved(value, device) for name, value in inputs.items()}
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Nested, device: torch.device) -> Nested:
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, np.ndarray):

@@ -6,18 +6,17 @@ rows, and says what is another from there on.
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.hf._parallel._sharding import Dealt
-from trainfn.hf._run._data import together
+from trainfn.hf._run._data import Windows, together
+from trainfn.hf._types import Loader, Values
 
 logger = logging.get_logger(__name__)
 
 
-def position(windows: Any) -> dict[str, Any]:
+def position(windows: Windows) -> Values:
     """What a checkpoint keeps of the place in the data.
 
     ===================== ===========================================================================================
@@ -27,12 +26,12 @@ def position(windows: Any) -> dict[str, Any]:
     ``accumulate``        micro-batches of an update
     ===================== ===========================================================================================
     """
-    run = windows.run
+    length = windows.length
     place = {"epoch": windows.epoch, "micro": windows.window and windows.micro_done}
-    return {**place, "of": run.micro_per_epoch, "rows": rows_of(windows), "accumulate": run.accumulate}
+    return {**place, "of": length.micro_per_epoch, "rows": rows_of(windows), "accumulate": length.accumulate}
 
 
-def rows_of(windows: Any) -> int:
+def rows_of(windows: Windows) -> int:
     """The rows of a micro-batch on all ranks; or batches, of somebody else's loader that does not tell its size."""
     loader = windows.loader
     if isinstance(loader, tfn.data.Loader):
@@ -42,7 +41,7 @@ def rows_of(windows: Any) -> int:
     return size * loader.world.parts if isinstance(loader, Dealt) else size
 
 
-def go_to(windows: Any, then: dict[str, Any], *, skip: bool) -> None:
+def go_to(windows: Windows, then: Values, *, skip: bool) -> None:
     """Let the data go on after the rows that were seen; tell what differs.
 
     Args:
@@ -50,17 +49,17 @@ def go_to(windows: Any, then: dict[str, Any], *, skip: bool) -> None:
         then: A checkpoint's `position`; older ones have no sizes, which are taken to be those of now.
         skip: Whether to go on within the epoch, and not at its beginning.
     """
-    run, rows = windows.run, rows_of(windows)
-    then = {"of": run.micro_per_epoch, "rows": rows, "accumulate": run.accumulate, **then}
+    length, rows = windows.length, rows_of(windows)
+    then = {"of": length.micro_per_epoch, "rows": rows, "accumulate": length.accumulate, **then}
     windows.epoch, again = then["epoch"], 0
     if skip and then["of"] is not None and then["micro"] >= then["of"]:
-        windows.window = run.updates_per_epoch
+        windows.window = length.updates_per_epoch
     elif skip:
-        windows.window, again = divmod(then["micro"] * then["rows"], rows * run.accumulate)
+        windows.window, again = divmod(then["micro"] * then["rows"], rows * length.accumulate)
     said = _sizes(windows, then, rows)
     if again:
         said.append(
-            f"gradient_accumulation_steps={run.accumulate} with micro-batches of {rows} rows does not divide the"
+            f"gradient_accumulation_steps={length.accumulate} with micro-batches of {rows} rows does not divide the"
             f" {then['micro'] * then['rows']} rows of this epoch that the checkpoint had seen: the last {again} of them"
             " are seen again"
         )
@@ -69,34 +68,34 @@ def go_to(windows: Any, then: dict[str, Any], *, skip: bool) -> None:
             "rows that are grouped into batches, as by length, are grouped in another way: some of this epoch are seen"
             " again, and others not at all"
         )
-    if said and windows.trainer._world.ranks.rank == 0:
+    if said and windows.trainer._trainfn.world.ranks.rank == 0:
         said += _remedy(windows, then, rows)
         logger.warning(f"Trainer.train(resume_from_checkpoint=...): {'; '.join(said)}.")
 
 
-def _same_order(loader: Any) -> bool:
+def _same_order(loader: Loader) -> bool:
     return not isinstance(loader, tfn.data.Loader) or loader.sampler.order.mixable
 
 
-def _sizes(windows: Any, then: dict[str, Any], rows: int) -> list[str]:
+def _sizes(windows: Windows, then: Values, rows: int) -> list[str]:
     """How the updates differ, if they do: in their rows, or in how many there are."""
-    run = windows.run
-    was, now = then["rows"] * then["accumulate"], rows * run.accumulate
+    length = windows.length
+    was, now = then["rows"] * then["accumulate"], rows * length.accumulate
     before = None if then["of"] is None else max(-(-then["of"] // then["accumulate"]), 1)
-    same = (then["rows"], then["accumulate"]) == (rows, run.accumulate)
-    if same or (was == now and before in (None, run.updates_per_epoch)):
+    same = (then["rows"], then["accumulate"]) == (rows, length.accumulate)
+    if same or (was == now and before in (None, length.updates_per_epoch)):
         return []
     said = [
-        f"an update has {now} rows on all ranks together ({rows} x gradient_accumulation_steps={run.accumulate}), and"
-        f" had {was} ({then['rows']} x {then['accumulate']})"
+        f"an update has {now} rows on all ranks together ({rows} x gradient_accumulation_steps={length.accumulate}),"
+        f" and had {was} ({then['rows']} x {then['accumulate']})"
     ]
-    if before is not None and run.micro_per_epoch is not None:
-        said.append(f"an epoch has {run.updates_per_epoch} updates, and had {before}")
+    if before is not None and length.micro_per_epoch is not None:
+        said.append(f"an epoch has {length.updates_per_epoch} updates, and had {before}")
     done = windows.trainer.state.global_step
-    return [*said, f"the learning rate's schedule goes over {run.max_steps} updates, of which {done} are done"]
+    return [*said, f"the learning rate's schedule goes over {length.max_steps} updates, of which {done} are done"]
 
 
-def _remedy(windows: Any, then: dict[str, Any], rows: int) -> list[str]:
+def _remedy(windows: Windows, then: Values, rows: int) -> list[str]:
     """What to write for the same run."""
     trainer, lines = windows.trainer, []
     ranks = together(trainer, 1)
@@ -104,6 +103,6 @@ def _remedy(windows: Any, then: dict[str, Any], rows: int) -> list[str]:
         lines.append(f"`per_device_train_batch_size={then['rows'] // ranks}`")
     elif then["rows"] != rows:
         lines.append(f"a number of processes that divides {then['rows']}")
-    if then["accumulate"] != windows.run.accumulate:
+    if then["accumulate"] != windows.length.accumulate:
         lines.append(f"`gradient_accumulation_steps={then['accumulate']}`")
     return [f"for the same run, write {' and '.join(lines)}"] if lines else []

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers.trainer_utils import BestRun, default_compute_objective, default_hp_space_optuna
+from transformers.trainer_utils import (
+    BestRun,
+    HPSearchBackend,
+    default_compute_objective,
+    default_hp_space_optuna,
+)
+
+from trainfn.hf._run._record import Search
+from trainfn.hf._types import Metrics, Trial, Values
+
+if TYPE_CHECKING:
+    from trainfn.hf._arguments._training import TrainingArguments
+    from trainfn.hf._trainer import Trainer
 
 from trainfn.errors import nearest
 
 
 def hyperparameter_search(
-    trainer: Any,
-    hp_space: Callable[[Any], Mapping[str, Any]] | None = None,
-    compute_objective: Callable[[dict[str, float]], Any] | None = None,
+    trainer: Trainer,
+    hp_space: Callable[[Trial], Values] | None = None,
+    compute_objective: Callable[[Metrics], float | list[float]] | None = None,
     n_trials: int = 20,
-    direction: Any = "minimize",
-    backend: Any = None,
-    hp_name: Callable[[Any], str] | None = None,
+    direction: str | list[str] = "minimize",
+    backend: str | HPSearchBackend | None = None,
+    hp_name: Callable[[Trial], str] | None = None,
     **options: Any,
-) -> Any:
+) -> BestRun | list[BestRun]:
     """Train with other arguments again and again, and return the best of the runs.
 
     Trial ``n`` saves to ``output_dir/run-n``. The trainer's own arguments are as before afterwards.
@@ -43,10 +54,11 @@ def hyperparameter_search(
         ValueError: If there is no ``model_init``, the backend is another one, or an argument does not exist.
         ImportError: If optuna is not installed.
     """
-    if trainer._world.plan is not None:
+    world = trainer._trainfn.world
+    if world.plan is not None:
         raise ValueError(
-            f"hyperparameter_search on {trainer._world.ranks.size} processes: each would draw trials of its own. Start"
-            " the search with `python script.py`, and train what it finds on all of them."
+            f"hyperparameter_search on {world.ranks.size} processes: each would draw trials of its own. Start the"
+            " search with `python script.py`, and train what it finds on all of them."
         )
     if trainer.model_init is None:
         raise ValueError(
@@ -64,11 +76,11 @@ def hyperparameter_search(
         raise ValueError("hyperparameter_search(n_jobs=...): trials share this Trainer, so they run one by one.")
     objective = compute_objective or default_compute_objective
 
-    def run(trial: Any) -> Any:
+    def run(trial: optuna.Trial) -> float | list[float]:
         trainer.args = with_values(own, (hp_space or default_hp_space_optuna)(trial))
-        trainer._trial, trainer._objective, trainer._hp_name = trial, objective, hp_name
+        trainer._trainfn.search = Search(trial, objective, hp_name)
         trainer.train(trial=trial)
-        at, metrics = trainer._latest_metrics
+        at, metrics = trainer._trainfn.latest
         return objective(dict(metrics if at == trainer.state.global_step else trainer.evaluate()))
 
     several = direction if isinstance(direction, list) else None
@@ -76,14 +88,14 @@ def hyperparameter_search(
     try:
         study.optimize(run, n_trials=n_trials, **optimize)
     finally:
-        trainer.args, trainer._trial = own, None
+        trainer.args, trainer._trainfn.search = own, None
     if several:
         return [BestRun(str(best.number), best.values, best.params, study) for best in study.best_trials]
     best = study.best_trial
     return BestRun(str(best.number), best.value, best.params, study)
 
 
-def with_values(args: Any, values: Mapping[str, Any]) -> Any:
+def with_values(args: TrainingArguments, values: Values) -> TrainingArguments:
     """A copy of the arguments with other values, each of the type that the old one has."""
     new = copy.copy(args)
     known = [field.name for field in dataclasses.fields(args)]
@@ -96,17 +108,11 @@ def with_values(args: Any, values: Mapping[str, Any]) -> Any:
     return new
 
 
-def report(trainer: Any, metrics: dict[str, Any]) -> None:
-    """Tell the trial of an evaluation, and end its run if it has no prospects."""
+def report(search: Search, metrics: Metrics, step: int) -> None:
+    """Report an evaluation to the trial, and end its run if it has no prospects."""
     import optuna
 
-    trial = trainer._trial
-    if isinstance(value := trainer._objective(dict(metrics)), int | float):
-        trial.report(value, trainer.state.global_step)
-        if trial.should_prune():
+    if isinstance(value := search.objective(dict(metrics)), int | float):
+        search.trial.report(value, step)
+        if search.trial.should_prune():
             raise optuna.TrialPruned
-
-
-def folder(trainer: Any, output_dir: str) -> str:
-    """Where a trial saves."""
-    return output_dir if trainer._trial is None else str(Path(output_dir) / f"run-{trainer._trial.number}")

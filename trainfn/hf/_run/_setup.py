@@ -5,16 +5,23 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
+from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase, default_data_collator
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import is_liger_kernel_available
 
 from trainfn.errors import nearest
+from trainfn.hf._step._loss import base_of
+from trainfn.hf._types import Collator, Processor, TrainerLike, Trial
+
+if TYPE_CHECKING:
+    from trainfn.hf._arguments._training import TrainingArguments
+
+T = TypeVar("T")
 
 
 def report_misspelt(cls: type, base: type) -> None:
@@ -28,7 +35,9 @@ def report_misspelt(cls: type, base: type) -> None:
             warnings.warn(f"{cls.__name__}.{name} is never called. {hint}", stacklevel=3)
 
 
-def first_model(model: Any, model_init: Callable[..., nn.Module] | None, args: Any) -> nn.Module:
+def first_model(
+    model: nn.Module | None, model_init: Callable[..., nn.Module] | None, args: TrainingArguments
+) -> nn.Module:
     """The model to begin with: the one given, or a first one of ``model_init``."""
     if (model is None) == (model_init is None):
         raise ValueError("Trainer(model=..., model_init=...): give exactly one of the two.")
@@ -41,7 +50,9 @@ def first_model(model: Any, model_init: Callable[..., nn.Module] | None, args: A
     return model.to(args.device)
 
 
-def made_model(model_init: Callable[..., nn.Module] | None, args: Any, trial: Any = None) -> nn.Module:
+def made_model(
+    model_init: Callable[..., nn.Module] | None, args: TrainingArguments, trial: Trial | None = None
+) -> nn.Module:
     """A model of ``model_init``, which may take a trial; seeded, and the global generator is given back."""
     assert model_init is not None
     takes = len(inspect.signature(model_init).parameters)
@@ -53,7 +64,16 @@ def made_model(model_init: Callable[..., nn.Module] | None, args: Any, trial: An
     return model.to(args.device)
 
 
-def smoother(args: Any, model: nn.Module) -> LabelSmoother | None:
+def new_model(trainer: TrainerLike) -> None:
+    """Give the Trainer another model of its ``model_init``, and forget what was known of the one before."""
+    record = trainer._trainfn
+    trial = None if record.search is None else record.search.trial
+    trainer.model = made_model(trainer.model_init, trainer.args, trial)
+    record.shifts = record.parameter_count = trainer._signature_columns = None
+    set_use_cache(trainer.model, trainer.args)
+
+
+def smoother(args: TrainingArguments, model: nn.Module) -> LabelSmoother | None:
     """Label smoothing, if it is asked for and means something."""
     if args.label_smoothing_factor == 0:
         return None
@@ -63,13 +83,14 @@ def smoother(args: Any, model: nn.Module) -> LabelSmoother | None:
     return LabelSmoother(epsilon=args.label_smoothing_factor)
 
 
-def set_use_cache(model: Any, args: Any) -> None:
+def set_use_cache(model: nn.Module, args: TrainingArguments) -> None:
     """Whether the model keeps keys and values, which training has no use for."""
-    if getattr(model, "config", None) is not None:
-        model.config.use_cache = args.use_cache
+    config: PreTrainedConfig | None = getattr(model, "config", None)
+    if config is not None:
+        config.use_cache = args.use_cache
 
 
-def check_liger(args: Any) -> None:
+def check_liger(args: TrainingArguments) -> None:
     """Raise now, and not when training begins, if the package is missing."""
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ImportError(
@@ -79,11 +100,10 @@ def check_liger(args: Any) -> None:
 
 def arguments_of(model: nn.Module) -> list[str]:
     """What a model's forward takes; that of the base model, under adapters."""
-    inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    return list(inspect.signature(inner.forward).parameters)
+    return list(inspect.signature(base_of(model).forward).parameters)
 
 
-def renamed(old: str, old_value: Any, new: str, new_value: Any) -> Any:
+def renamed(old: str, old_value: T | None, new: str, new_value: T | None) -> T | None:
     """The value of an argument that has an old name too."""
     if old_value is None:
         return new_value
@@ -93,7 +113,7 @@ def renamed(old: str, old_value: Any, new: str, new_value: Any) -> Any:
     return old_value
 
 
-def default_collator(processing_class: Any) -> Callable[[list[Any]], Any]:
+def default_collator(processing_class: Processor | None) -> Collator:
     """It pads, if there is something to pad with."""
     if isinstance(processing_class, PreTrainedTokenizerBase | SequenceFeatureExtractor):
         return DataCollatorWithPadding(processing_class)  # type: ignore[arg-type]

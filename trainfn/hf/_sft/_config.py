@@ -9,9 +9,10 @@ import transformers
 
 from trainfn.hf._arguments._legacy import warn
 from trainfn.hf._arguments._training import TrainingArguments
+from trainfn.hf._types import Values
 
 
-def _field(default: Any, says: str, **metadata: Any) -> Any:
+def _field(default: Any, says: str, **metadata: object) -> Any:
     return dataclasses.field(default=default, metadata={"help": says, **metadata})
 
 
@@ -53,7 +54,7 @@ class SFTConfig(TrainingArguments):
         None, "bfloat16 autocast; by default on an accelerator."
     )
 
-    model_init_kwargs: dict[str, Any] | str | None = dataclasses.field(
+    model_init_kwargs: Values | str | None = dataclasses.field(
         default=None, metadata={"help": "Keywords of `from_pretrained`, for a model's name."}
     )
     trust_remote_code: bool = _field(False, "Whether code that comes with a model may run.")
@@ -61,7 +62,7 @@ class SFTConfig(TrainingArguments):
     chat_template_path: str | None = _field(None, "A Jinja file, or a tokenizer whose template to take.")
 
     dataset_text_field: str = _field("text", "The column with the text.")
-    dataset_kwargs: dict[str, Any] | str | None = dataclasses.field(
+    dataset_kwargs: Values | str | None = dataclasses.field(
         default=None, metadata={"help": "Only {'skip_prepare_dataset': True}."}
     )
     dataset_num_proc: int | None = _field(None, "Processes that prepare the rows.")
@@ -122,12 +123,10 @@ def check(args: SFTConfig) -> None:
     """
     for field, allowed in _CHOICES.items():
         _allowed(args, field, allowed)
-    for field in ("max_length", "pad_to_multiple_of"):
+    for field, others in (("max_length", (None,)), ("pad_to_multiple_of", (None, "auto"))):
         value = getattr(args, field)
-        if value not in (None, "auto") and (not isinstance(value, int) or value < 1):
+        if value not in others and (not isinstance(value, int) or value < 1):
             _refuse(field, value, "it is a number of tokens, 1 or more", f"Write `{field}=1024`, or None")
-    if args.max_length == "auto":
-        _refuse("max_length", "auto", "it is a number of tokens, 1 or more", "Write `max_length=1024`, or None")
     if args.max_length is None and (args.packing or args.packs_eval):
         _refuse("packing", True, "with `max_length=None` packs have no length", "Write `max_length=1024`")
     for name in (args.dataset_kwargs or {}) if isinstance(args.dataset_kwargs, dict) else ():
@@ -157,7 +156,7 @@ def _allowed(args: SFTConfig, field: str, allowed: tuple[str, ...]) -> None:
         _refuse(field, value, f"it is none of {', '.join(map(repr, allowed))}", f"Write `{field}={allowed[0]!r}`")
 
 
-def _refuse(field: str, value: Any, why: str, write: str) -> None:
+def _refuse(field: str, value: object, why: str, write: str) -> None:
     raise ValueError(f"`SFTConfig({field}={value!r})` can't work: {why}. {write}.")
 
 

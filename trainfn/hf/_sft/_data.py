@@ -6,17 +6,52 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import datasets
+from transformers import PreTrainedTokenizerBase
 
 from trainfn.errors import nearest
-from trainfn.hf._sft._packing import IGNORED, Row, pack_dataset
+from trainfn.hf._sft._config import SFTConfig
+from trainfn.hf._sft._packing import IGNORED, pack_dataset
+from trainfn.hf._types import Row, Values
+
+Encoded: TypeAlias = tuple[list[int], Sequence[int]]
+"""A row's tokens, and for each whether it is learnt; or labels, if there are not as many."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """Makes rows of tokens of a Trainer's datasets.
+
+    Attributes:
+        tokenizer: Of transformers.
+        formatting: ``row -> text``.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    formatting: Callable[[Row], str] | None
+
+    def __call__(self, dataset: Any, args: SFTConfig, name: str) -> Any:
+        """A dataset, or each of a dict, as tokens and labels; a name, and what is prepared, stay as they are."""
+        given = args.dataset_kwargs if isinstance(args.dataset_kwargs, dict) else {}
+        if dataset is None or isinstance(dataset, str) or given.get("skip_prepare_dataset"):
+            return dataset
+        if isinstance(dataset, Mapping) and name != "train":
+            return {key: self(part, args, key) for key, part in dataset.items()}
+        packing = args.packing if name == "train" else args.packs_eval
+        return prepared(dataset, self.tokenizer, args, name=name, packing=packing, formatting=self.formatting)
 
 
 def prepared(
-    dataset: Any, tokenizer: Any, args: Any, *, name: str, packing: bool, formatting: Callable[..., Any] | None = None
-) -> Any:
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    *,
+    name: str,
+    packing: bool,
+    formatting: Callable[[Row], str] | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
     """The dataset as ``input_ids`` and ``labels``; packed, with ``seq_lengths`` too.
 
     Args:
@@ -49,14 +84,17 @@ def prepared(
         _report_dropped(before - len(dataset), before, name, args)
     if args.shuffle_dataset:
         dataset = dataset.shuffle(seed=args.seed)
-    return pack_dataset(dataset, args.max_length, args.packing_strategy) if packing else dataset
+    if not packing:
+        return dataset
+    assert args.max_length is not None  # as `check` has made sure
+    return pack_dataset(dataset, args.max_length, args.packing_strategy)
 
 
-def _cuts(args: Any, packing: bool) -> bool:
+def _cuts(args: SFTConfig, packing: bool) -> bool:
     return not packing or args.packing_strategy == "bfd"
 
 
-def _as_dataset(dataset: Any, name: str) -> Any:
+def _as_dataset(dataset: Any, name: str) -> datasets.Dataset | datasets.IterableDataset:
     if isinstance(dataset, Mapping):
         raise TypeError(
             f"SFTTrainer({name}_dataset=...): a {type(dataset).__name__} of {sorted(dataset)} is several datasets."
@@ -85,7 +123,7 @@ def _trainable(row: Row) -> bool:
     return any(label != IGNORED for label in row["labels"][1:])
 
 
-def _report_dropped(dropped: int, rows: int, name: str, args: Any) -> None:
+def _report_dropped(dropped: int, rows: int, name: str, args: SFTConfig) -> None:
     if not dropped:
         return
     text = f"{dropped} of {rows} rows of the {name} dataset have no token to learn from: they are too short, or all"
@@ -112,15 +150,22 @@ class Encode:
     """
 
     kind: str
-    tokenizer: Any
-    args: Any
+    tokenizer: PreTrainedTokenizerBase
+    args: SFTConfig
     cut: int | None
     completion_only: bool
-    formatting: Callable[..., Any] | None = None
+    formatting: Callable[[Row], str] | None = None
 
     @classmethod
     def of(
-        cls, first: Row, tokenizer: Any, args: Any, name: str, *, cut: int | None, formatting: Callable[..., Any] | None
+        cls,
+        first: Row,
+        tokenizer: PreTrainedTokenizerBase,
+        args: SFTConfig,
+        name: str,
+        *,
+        cut: int | None,
+        formatting: Callable[[Row], str] | None,
     ) -> Encode:
         """For rows like the first one."""
         kind = _kind(first, args, name, formatting)
@@ -150,13 +195,13 @@ class Encode:
         keep = slice(self.cut) if self.args.truncation_mode == "keep_start" else slice(-(self.cut or 0), None)
         return {"input_ids": list(ids[keep]), "labels": list(labels[keep])}
 
-    def _tokens(self, row: Row) -> tuple[list[int], list[Any]]:
+    def _tokens(self, row: Row) -> Encoded:
         masks = [row["completion_mask"]] if self.completion_only and "completion_mask" in row else []
         masks += [row["assistant_masks"]] if "assistant_masks" in row else []
         learnt = [all(bits) for bits in zip(*masks, strict=True)] if masks else [True] * len(row["input_ids"])
         return row["input_ids"], learnt
 
-    def _text(self, row: Row) -> tuple[list[int], list[Any]]:
+    def _text(self, row: Row) -> Encoded:
         text = self.formatting(row) if self.formatting else row[self.args.dataset_text_field]
         if not isinstance(text, str):
             source = "formatting_func(row)" if self.formatting else f"the column {self.args.dataset_text_field!r}"
@@ -164,11 +209,11 @@ class Encode:
         ids = self._ended(self._ids(text))
         return ids, [True] * len(ids)
 
-    def _messages(self, row: Row) -> tuple[list[int], list[Any]]:
+    def _messages(self, row: Row) -> Encoded:
         messages = _chat(row["messages"] if "messages" in row else row["conversations"])
         return self._templated(messages, row)
 
-    def _prompt(self, row: Row) -> tuple[list[int], list[Any]]:
+    def _prompt(self, row: Row) -> Encoded:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str):
             start, ids = self._ids(prompt), self._ended(self._ids(prompt + completion))
@@ -189,15 +234,15 @@ class Encode:
         return ids, learnt
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, verbose=False)["input_ids"])
+        return list(cast("list[int]", self.tokenizer(text, verbose=False)["input_ids"]))
 
     def _ended(self, ids: list[int]) -> list[int]:
-        end = self.tokenizer.eos_token_id
+        end = cast("int | None", self.tokenizer.eos_token_id)
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
     def _templated(
-        self, messages: list[Any], row: Row, *, add_generation_prompt: bool = False, masks: bool = True
-    ) -> tuple[list[int], list[Any]]:
+        self, messages: list[Values], row: Row, *, add_generation_prompt: bool = False, masks: bool = True
+    ) -> Encoded:
         tools = row.get("tools")
         masks = masks and self.args.assistant_only_loss
         if not self.tokenizer.chat_template:
@@ -205,12 +250,13 @@ class Encode:
                 "SFTTrainer: rows of messages need a chat template, and the tokenizer has none. Set"
                 " `tokenizer.chat_template`, or write `SFTConfig(chat_template_path='template.jinja')`."
             )
-        if masks and "{% generation" not in self.tokenizer.chat_template.replace("{%-", "{%"):
+        if masks and "{% generation" not in str(self.tokenizer.chat_template).replace("{%-", "{%"):
             raise ValueError(
                 "`SFTConfig(assistant_only_loss=True)` can't work: the chat template does not say what the assistant"
                 " wrote. Put `{% generation %}` and `{% endgeneration %}` around it in the template."
             )
-        encoded = self.tokenizer.apply_chat_template(
+        apply = cast("Callable[..., dict[str, list[int]]]", self.tokenizer.apply_chat_template)
+        encoded = apply(
             messages,
             tools=json.loads(tools) if isinstance(tools, str) else tools,
             add_generation_prompt=add_generation_prompt,
@@ -222,7 +268,7 @@ class Encode:
         return ids, list(encoded["assistant_masks"]) if masks else [True] * len(ids)
 
 
-def _kind(row: Row, args: Any, name: str, formatting: Callable[..., Any] | None) -> str:
+def _kind(row: Row, args: SFTConfig, name: str, formatting: Callable[[Row], str] | None) -> str:
     if {"image", "images"} & row.keys():
         raise ValueError(
             f"SFTTrainer: the {name} dataset has images, and SFTTrainer trains on text alone. Remove the column; for"
@@ -248,7 +294,7 @@ def _kind(row: Row, args: Any, name: str, formatting: Callable[..., Any] | None)
     )
 
 
-def _listed(value: Any) -> bool:
+def _listed(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
@@ -258,7 +304,7 @@ def _conversational(row: Row, kind: str) -> bool:
     return kind == "messages" or (kind == "prompt" and _listed(row["prompt"]))
 
 
-def _chat(messages: Sequence[Row]) -> list[dict[str, Any]]:
+def _chat(messages: Sequence[Row]) -> list[Values]:
     """Messages with ``role`` and ``content``, whatever they were called."""
     names = {"from": "role", "value": "content"}
     # A dataset's rows all have the same keys: where a message has none, it holds None.
@@ -273,7 +319,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return min(len(one), len(other))
 
 
-def _labels(ids: Sequence[int], learnt: Sequence[Any]) -> list[int]:
+def _labels(ids: Sequence[int], learnt: Sequence[int]) -> list[int]:
     if len(ids) != len(learnt):
         return list(map(int, learnt))  # of another length, which is reported
     return [token if bit else IGNORED for token, bit in zip(ids, learnt, strict=True)]

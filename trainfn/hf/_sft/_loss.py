@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 import trainfn as tfn
-from trainfn.hf._step._loss import autocast
+from trainfn.hf._sft._record import SFTLike
+from trainfn.hf._step._loss import autocast, base_of
 from trainfn.hf._step._modes import eval_mode
+from trainfn.hf._types import Batch, Datasets, Outputs
 
 IGNORED = -100
 CHUNK = 1024  # tokens whose logits are widened at once
@@ -20,7 +23,17 @@ CHUNK = 1024  # tokens whose logits are widened at once
 # --- packs ------------------------------------------------------------------------------------------------------------
 
 
-def separation(trainer: Any) -> str:
+def separate(trainer: SFTLike, dataset: Datasets | str | None) -> None:
+    """Find out how the model keeps sequences apart, if a dataset is packed and nobody knows yet."""
+    args, record = trainer.args, trainer._trainfn_sft
+    parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+    packed = [part for part in parts if "seq_lengths" in (getattr(part, "column_names", None) or [])]
+    wanted = (args.packing or args.packs_eval) and args.packing_strategy != "wrapped"
+    if record.separation is None and (packed or wanted or args.padding_free):
+        record.separation = separation(trainer)
+
+
+def separation(trainer: SFTLike) -> str:
     """How this model keeps sequences apart: by ``"positions"`` that begin anew, or by a ``"mask"``. It is tried out.
 
     Raises:
@@ -42,10 +55,10 @@ def separation(trainer: Any) -> str:
 
 
 @torch.no_grad()
-def _separates(trainer: Any, way: str) -> bool:
+def _separates(trainer: SFTLike, way: str) -> bool:
     """Whether a sequence's logits are the same after this sequence, after that one, and alone."""
     model, device = trainer.model, trainer.args.device
-    words = model.get_input_embeddings().num_embeddings
+    words = cast("nn.Embedding", cast("PreTrainedModel", model).get_input_embeddings()).num_embeddings
     one = (torch.arange(8, device=device) % words)[None]
     other = torch.cat([(one[:, :4] + 3) % words, one[:, 4:]], 1)
     segments = torch.tensor([[1] * 4 + [2] * 4], device=device)
@@ -65,11 +78,11 @@ def _separates(trainer: Any, way: str) -> bool:
     return exact and torch.allclose(first, alone, rtol=0, atol=(3e-2 if _is_half(trainer) else 1e-4) * scale)
 
 
-def _is_half(trainer: Any) -> bool:
+def _is_half(trainer: SFTLike) -> bool:
     return bool(trainer.args.bf16) or next(trainer.model.parameters()).dtype != torch.float32
 
 
-def model_inputs(model: nn.Module, inputs: dict[str, Any], way: str | None) -> dict[str, Any]:
+def model_inputs(model: nn.Module, inputs: Batch, way: str | None) -> Batch:
     """What the model is called with: ``segment_ids`` become what it understands."""
     called = {name: value for name, value in inputs.items() if name not in ("segment_ids", "seq_lengths")}
     if way == "mask" and "segment_ids" in inputs:
@@ -78,9 +91,8 @@ def model_inputs(model: nn.Module, inputs: dict[str, Any], way: str | None) -> d
     return called | ({"use_cache": False} if _takes(model, "use_cache") else {})
 
 
-def _takes(model: Any, name: str) -> bool:
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    return name in inspect.signature(inner.forward).parameters
+def _takes(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(base_of(model).forward).parameters
 
 
 def _mask(segments: Tensor, model: nn.Module) -> Tensor:
@@ -95,7 +107,7 @@ def _mask(segments: Tensor, model: nn.Module) -> Tensor:
 # --- loss -------------------------------------------------------------------------------------------------------------
 
 
-def loss(trainer: Any, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
+def loss(trainer: SFTLike, outputs: Outputs, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
     """The mean loss of the tokens that are learnt, as ``loss_type`` says; with the load-balancing loss."""
     shifted, logits = _shifted(labels), logits_of(trainer, outputs, labels)
     found = dft(logits, shifted) if trainer.args.loss_type == "dft" else tfn.losses.cross_entropy(logits, shifted)
@@ -116,7 +128,7 @@ def dft(logits: Tensor, targets: Tensor) -> tfn.Mean:
     return tfn.Mean.of(-log_p.detach().exp() * log_p, kept)
 
 
-def logits_of(trainer: Any, outputs: Any, labels: Tensor) -> Tensor:
+def logits_of(trainer: SFTLike, outputs: Outputs, labels: Tensor) -> Tensor:
     """The logits of the labels' positions.
 
     Raises:
@@ -142,7 +154,7 @@ def _shifted(labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def metrics(trainer: Any, inputs: dict[str, Any], outputs: Any) -> dict[str, tfn.Mean]:
+def metrics(trainer: SFTLike, inputs: Batch, outputs: Outputs) -> dict[str, tfn.Mean]:
     """``entropy`` and ``mean_token_accuracy`` over the tokens that are learnt, and ``num_tokens``, all of them."""
     tokens = _token_count(inputs)
     out = {"num_tokens": tfn.Mean(tokens, torch.ones_like(tokens))}
@@ -159,7 +171,7 @@ def metrics(trainer: Any, inputs: dict[str, Any], outputs: Any) -> dict[str, tfn
     return out
 
 
-def _token_count(inputs: dict[str, Any]) -> Tensor:
+def _token_count(inputs: Batch) -> Tensor:
     if "segment_ids" in inputs:
         return (inputs["segment_ids"] > 0).sum().float()
     if "attention_mask" in inputs:

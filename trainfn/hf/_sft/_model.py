@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -16,6 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from trainfn.errors import nearest
 from trainfn.hf._sft._config import SFTConfig, check
+from trainfn.hf._types import Processor, Values
+
+if TYPE_CHECKING:
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 OLD = {
     "dataset_text_field": "dataset_text_field",
@@ -27,7 +31,7 @@ OLD = {
 GONE = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite")
 
 
-def arguments(model: Any, args: Any, old: dict[str, Any]) -> SFTConfig:
+def arguments(model: str | Path | nn.Module, args: transformers.TrainingArguments | None, old: Values) -> SFTConfig:
     """An `SFTConfig`, from whatever arguments were given.
 
     Raises:
@@ -65,7 +69,7 @@ def _where(name: str) -> str:
     return f"It belongs to `SFTConfig({name}=...)`." if name in SFTConfig.__dataclass_fields__ else ""
 
 
-def _set(args: SFTConfig, given: str, value: Any, *, stated: bool) -> None:
+def _set(args: SFTConfig, given: str, value: object, *, stated: bool) -> None:
     field = OLD[given]
     held, default = getattr(args, field), SFTConfig.__dataclass_fields__[field].default
     if stated and held not in (default, value):
@@ -81,7 +85,7 @@ def _set(args: SFTConfig, given: str, value: Any, *, stated: bool) -> None:
     setattr(args, field, value)
 
 
-def _converted(args: Any) -> SFTConfig:
+def _converted(args: transformers.TrainingArguments) -> SFTConfig:
     """Other arguments with the fields that an `SFTConfig` adds; what they say stays, defaults and all."""
     if isinstance(args, SFTConfig):
         return args
@@ -91,7 +95,7 @@ def _converted(args: Any) -> SFTConfig:
             " the arguments right? It is SFTTrainer(model, args, data_collator, train_dataset)."
         )
     known = {name for name, field in SFTConfig.__dataclass_fields__.items() if field.init}
-    fields: dict[str, Any] = {name: value for name, value in args.to_dict().items() if name in known}
+    fields: Values = {name: value for name, value in args.to_dict().items() if name in known}
     fields["hub_token"] = args.hub_token  # `to_dict` hides it
     return SFTConfig(**fields)
 
@@ -99,7 +103,12 @@ def _converted(args: Any) -> SFTConfig:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def model_of(model: Any, args: SFTConfig, quantization_config: Any, peft_config: Any) -> nn.Module:
+def model_of(
+    model: str | Path | nn.Module,
+    args: SFTConfig,
+    quantization_config: QuantizationConfigMixin | None,
+    peft_config: object | None,
+) -> nn.Module:
     """The model itself, from a name or a folder; with adapters, if there are to be any.
 
     Raises:
@@ -122,7 +131,7 @@ def model_of(model: Any, args: SFTConfig, quantization_config: Any, peft_config:
     return model if peft_config is None else _adapted(model, args, peft_config)
 
 
-def _adapted(model: Any, args: SFTConfig, peft_config: Any) -> nn.Module:
+def _adapted(model: nn.Module, args: SFTConfig, peft_config: object) -> nn.Module:
     if importlib.util.find_spec("peft") is None:
         raise ImportError(
             f"SFTTrainer(peft_config={type(peft_config).__name__}): adapters are those of the package peft, which is"
@@ -140,11 +149,11 @@ def _adapted(model: Any, args: SFTConfig, peft_config: Any) -> nn.Module:
         return peft.get_peft_model(model, peft_config)
 
 
-def balance_experts(model: Any, args: SFTConfig) -> None:
+def balance_experts(model: nn.Module, args: SFTConfig) -> None:
     """A mixture of experts gives its load-balancing loss, unless its coefficient is 0."""
-    config = getattr(model, "config", None)
-    text: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
-    if getattr(text, "output_router_logits", None) is not None:
+    get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
+    text = None if get_text_config is None else get_text_config()
+    if text is not None and getattr(text, "output_router_logits", None) is not None:
         text.output_router_logits = args.router_aux_loss_coef != 0
         text.router_aux_loss_coef = args.router_aux_loss_coef
 
@@ -152,7 +161,7 @@ def balance_experts(model: Any, args: SFTConfig) -> None:
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(model: Any, args: SFTConfig, given: Any) -> Any:
+def tokenizer_of(model: nn.Module, args: SFTConfig, given: Processor | None) -> PreTrainedTokenizerBase:
     """The tokenizer, with the tokens and the template that the arguments name.
 
     Raises:
@@ -188,7 +197,7 @@ def tokenizer_of(model: Any, args: SFTConfig, given: Any) -> Any:
     return tokenizer
 
 
-def _loaded(model: Any, args: SFTConfig) -> Any:
+def _loaded(model: nn.Module, args: SFTConfig) -> PreTrainedTokenizerBase:
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     try:
         if not name:
@@ -201,7 +210,7 @@ def _loaded(model: Any, args: SFTConfig) -> Any:
         ) from error
 
 
-def _template(path: str, tokenizer: Any) -> str:
+def _template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if path.endswith((".jinja", ".j2")) and Path(path).is_file():
         return Path(path).read_text(encoding="utf-8")
     other = AutoTokenizer.from_pretrained(path)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias, TypeVar
 
+import datasets
 from torch import Tensor
 
 import trainfn as tfn
+from trainfn.hf._types import Row
 
 IGNORED = -100
-Row: TypeAlias = Mapping[str, Any]
+D = TypeVar("D", datasets.Dataset, datasets.IterableDataset)
+Columns: TypeAlias = dict[str, list[list[int]]]
 
 
-def pack_dataset(dataset: Any, seq_length: int, strategy: str = "bfd") -> Any:
+def pack_dataset(dataset: D, seq_length: int, strategy: str = "bfd") -> D:
     """Several rows in one, a thousand rows at a time.
 
     Args:
@@ -36,12 +39,12 @@ def pack_dataset(dataset: Any, seq_length: int, strategy: str = "bfd") -> Any:
     return dataset.map(function, batched=True, fn_kwargs=options, remove_columns=dataset.column_names)
 
 
-def _wrap(batch: dict[str, list[Any]], length: int) -> dict[str, list[Any]]:
+def _wrap(batch: Columns, length: int) -> Columns:
     joined = {name: [value for row in rows for value in row] for name, rows in batch.items()}
     return {name: [row[n : n + length] for n in range(0, len(row), length)] for name, row in joined.items()}
 
 
-def _best_fit(batch: dict[str, list[Any]], length: int, split: bool) -> dict[str, list[Any]]:
+def _best_fit(batch: Columns, length: int, split: bool) -> Columns:
     sizes = [len(row) for row in next(iter(batch.values()))]
     cuts = [(row, n) for row, size in enumerate(sizes) for n in range(0, size if split else min(size, 1), length)]
     pieces = {name: [rows[row][n : n + length] for row, n in cuts] for name, rows in batch.items()}
@@ -92,11 +95,11 @@ class SFTCollator:
         return tfn.data.stack([tfn.data.pack_rows(row, length, pad=pad) for row in sequences])
 
 
-def _with_labels(row: Row) -> dict[str, Any]:
+def _with_labels(row: Row) -> dict[str, list[int]]:
     return {"input_ids": row["input_ids"], "labels": row.get("labels", row["input_ids"])}
 
 
-def _sequences(row: Row) -> list[dict[str, Any]]:
+def _sequences(row: Row) -> list[dict[str, list[int]]]:
     whole, start, out = _with_labels(row), 0, []
     for size in row.get("seq_lengths", [len(row["input_ids"])]):
         out.append({name: values[start : start + size] for name, values in whole.items()})

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-import trainfn as tfn
-from trainfn.hf._sft import _loss as _sft_loss
-from trainfn.hf._sft import _model as _sft_model
+from trainfn.hf._sft import _loss, _model
 from trainfn.hf._sft._config import SFTConfig
-from trainfn.hf._sft._data import prepared
+from trainfn.hf._sft._data import Preparation
 from trainfn.hf._sft._packing import SFTCollator
+from trainfn.hf._sft._record import SFTRecord
 from trainfn.hf._trainer import Trainer
+from trainfn.hf._types import (
+    Batch,
+    Callback,
+    Collator,
+    Dataset,
+    Datasets,
+    Loader,
+    Loss,
+    LossFunction,
+    MetricsFunction,
+    Nested,
+    Optimizer,
+    Outputs,
+    Processor,
+    Row,
+    Scheduler,
+    Values,
+)
+
+if TYPE_CHECKING:
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 class SFTTrainer(Trainer):
@@ -60,39 +84,38 @@ class SFTTrainer(Trainer):
     def __init__(
         self,
         model: str | Path | nn.Module,
-        args: Any = None,
-        data_collator: Callable[[list[Any]], Any] | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        compute_loss_func: Callable[..., Any] | None = None,
-        compute_metrics: Callable[..., dict[str, Any]] | None = None,
-        callbacks: Sequence[Any] | Any | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        formatting_func: Callable[..., Any] | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Collator | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Datasets | None = None,
+        processing_class: Processor | None = None,
+        compute_loss_func: LossFunction | None = None,
+        compute_metrics: MetricsFunction | None = None,
+        callbacks: Sequence[Callback] | Callback | None = None,
+        optimizers: tuple[Optimizer | None, Scheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Callable[..., torch.optim.Optimizer], Values] | None = None,
+        preprocess_logits_for_metrics: Callable[[Nested, Nested], Nested] | None = None,
+        quantization_config: QuantizationConfigMixin | None = None,
+        peft_config: object | None = None,
+        formatting_func: Callable[[Row], str] | None = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: Processor | None = None,
         **old: Any,
     ) -> None:
-        args = _sft_model.arguments(model, args, old)
+        args = _model.arguments(model, args, old)
         _check(args, data_collator, compute_loss_func)
-        model = _sft_model.model_of(model, args, quantization_config, peft_config)
-        _sft_model.balance_experts(model, args)
+        model = _model.model_of(model, args, quantization_config, peft_config)
+        _model.balance_experts(model, args)
         named = processing_class if processing_class is not None else tokenizer
-        found = _sft_model.tokenizer_of(model, args, named)
-        self._formatting, self._tokens_of = formatting_func, found
-        self._separation: str | None = None
-        self._evaluated: dict[str, tfn.Mean] | None = None
+        found = _model.tokenizer_of(model, args, named)
+        self._trainfn_sft = SFTRecord(Preparation(found, formatting_func))
+        prepare = self._trainfn_sft.prepare
         super().__init__(
             model,
             args,
             data_collator or _collator(model, args, found),
-            self._prepared(train_dataset, args, "train"),
-            self._prepared(eval_dataset, args, "eval"),
+            prepare(train_dataset, args, "train"),
+            prepare(eval_dataset, args, "eval"),
             processing_class=found if tokenizer is None else processing_class,
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
@@ -102,106 +125,87 @@ class SFTTrainer(Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             tokenizer=tokenizer,
         )
-        self._separate(self.train_dataset)
-        self._separate(self.eval_dataset)
-
-    def _fresh(self) -> None:
-        super()._fresh()
-        self._shifts = True  # of a causal language model there is no doubt
+        self._trainfn.shifts = True  # a causal language model does
+        self._trainfn.loss_metrics = functools.partial(_loss.metrics, self)
+        _loss.separate(self, self.train_dataset)
+        _loss.separate(self, self.eval_dataset)
 
     # --- data -----------------------------------------------------------------------------------------------------
 
-    def _prepared(self, dataset: Any, args: SFTConfig, name: str) -> Any:
-        """A dataset as tokens and labels."""
-        given = args.dataset_kwargs if isinstance(args.dataset_kwargs, dict) else {}
-        if dataset is None or isinstance(dataset, str) or given.get("skip_prepare_dataset"):
-            return dataset
-        if isinstance(dataset, Mapping) and name != "train":
-            return {key: self._prepared(part, args, key) for key, part in dataset.items()}
-        packing = args.packing if name == "train" else args.packs_eval
-        return prepared(dataset, self._tokens_of, args, name=name, packing=packing, formatting=self._formatting)
-
-    def _separate(self, dataset: Any) -> Any:
-        """The same dataset; if it is packed, how the model keeps sequences apart is known from here on."""
-        args = self.args
-        parts: list[Any] = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
-        packed = [part for part in parts if "seq_lengths" in (getattr(part, "column_names", None) or [])]
-        wanted = (args.packing or args.packs_eval) and args.packing_strategy != "wrapped"
-        if self._separation is None and (packed or wanted or args.padding_free):
-            self._separation = _sft_loss.separation(self)
-        return dataset
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        self._signature_columns = list(dict.fromkeys([*columns, "seq_lengths"]))
+        if self._signature_columns is not None and "seq_lengths" not in self._signature_columns:
+            self._signature_columns.append("seq_lengths")
 
     # --- loss -----------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
-    ) -> Any:
+    ) -> Loss | tuple[Loss, Outputs]:
         """The mean loss of the tokens that are learnt, over ``num_items_in_batch``."""
-        called = _sft_loss.model_inputs(model, inputs, self._separation)
-        if self._head_loss():
-            loss, outputs = super().compute_loss(model, called, True, num_items_in_batch)
+        record = self._trainfn_sft
+        called = _loss.model_inputs(model, inputs, record.separation)
+        if self.compute_loss_func or self.label_smoother or self.args.use_liger_kernel:  # the loss is not ours
+            loss, outputs = cast("tuple[Loss, Outputs]", super().compute_loss(model, called, True, num_items_in_batch))
         else:
             labels = called.pop("labels")
             outputs = model(**called)
-            loss = _sft_loss.loss(self, outputs, labels, num_items_in_batch)
-        if self._evaluated is not None:
-            for name, mean in self._loss_metrics(inputs, outputs).items():
-                self._evaluated[name] = self._evaluated[name] + mean if name in self._evaluated else mean
+            loss = _loss.loss(self, outputs, labels, num_items_in_batch)
+        if (found := record.evaluated) is not None:
+            for name, mean in self._trainfn.loss_metrics(inputs, outputs).items():
+                found[name] = found[name] + mean if name in found else mean
         return (loss, outputs) if return_outputs else loss
-
-    def _head_loss(self) -> bool:
-        """Whether the loss is not ours."""
-        return bool(self.compute_loss_func or self.label_smoother or self.args.use_liger_kernel)
-
-    def _loss_metrics(self, inputs: dict[str, Any], outputs: Any) -> dict[str, tfn.Mean]:
-        return _sft_loss.metrics(self, inputs, outputs)
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Datasets | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """The loss and the metrics over a dataset, which is prepared as the Trainer's own are."""
-        dataset = self._separate(self._prepared(eval_dataset, self.args, "eval"))
+        dataset = self._trainfn_sft.prepare(eval_dataset, self.args, "eval")
+        _loss.separate(self, dataset)
         return super().evaluate(dataset, ignore_keys, metric_key_prefix)
 
-    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
         """The predictions over a dataset, which is prepared as the Trainer's own are."""
-        dataset = self._separate(self._prepared(test_dataset, self.args, "test"))
+        dataset = self._trainfn_sft.prepare(test_dataset, self.args, "test")
+        _loss.separate(self, dataset)
         return super().predict(dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
         self,
-        dataloader: Any,
+        dataloader: Loader,
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
-    ) -> Any:
+    ) -> EvalLoopOutput:
         """What `evaluate` and `predict` share, with the loss's own metrics."""
-        self._evaluated = {}
+        record = self._trainfn_sft
+        record.evaluated = {}
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            evaluated = {name: mean for name, mean in self._evaluated.items() if name != "num_tokens"}
-            means = self._world.means(evaluated)
+            evaluated = {name: mean for name, mean in record.evaluated.items() if name != "num_tokens"}
+            means = self._trainfn.world.means(evaluated)
         finally:
-            self._evaluated = None
+            record.evaluated = None
+        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": float(mean.value) for name, mean in means.items()})
         return output
 
 
-def _check(args: SFTConfig, collator: Any, loss: Any) -> None:
+def _check(args: SFTConfig, collator: Collator | None, loss: LossFunction | None) -> None:
     if collator is not None and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")):
         raise ValueError(
             "SFTTrainer(data_collator=...) can't work with `packing` or `padding_free`: the collator keeps sequences of"
@@ -214,7 +218,8 @@ def _check(args: SFTConfig, collator: Any, loss: Any) -> None:
         )
 
 
-def _collator(model: Any, args: SFTConfig, tokenizer: Any) -> SFTCollator:
+def _collator(model: nn.Module, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> SFTCollator:
     """Flash attention reads the ends of sequences from a single row; for others one long row costs its square."""
     flash = "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
-    return SFTCollator(tokenizer.pad_token_id, args.multiple_of, flatten=args.padding_free, flatten_packs=flash)
+    pad = cast("int", tokenizer.pad_token_id)
+    return SFTCollator(pad, args.multiple_of, flatten=args.padding_free, flatten_packs=flash)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 import trainfn as tfn
 from trainfn.hf._step._loss import exact_loss
 from trainfn.hf._step._modes import eval_mode
+from trainfn.hf._types import Batch, TrainerLike
 
 _ROWS, _TOLERANCE, _LOW_PRECISION = 4, 1e-3, 3e-2
 
@@ -19,7 +19,7 @@ class SplitDependentLossWarning(UserWarning):
     """The loss of a batch is not the sum of its rows' losses."""
 
 
-def check_additive(trainer: Any, inputs: dict[str, Any]) -> None:
+def check_additive(trainer: TrainerLike, inputs: Batch) -> None:
     """Warn if the loss of a few rows together is not the sum of their losses one by one.
 
     It is computed without gradients and without dropout; a step with one micro-batch does not need it.
@@ -48,5 +48,5 @@ def check_additive(trainer: Any, inputs: dict[str, Any]) -> None:
         )
 
 
-def _cut(inputs: dict[str, Any], first: int, last: int) -> dict[str, Any]:
+def _cut(inputs: Batch, first: int, last: int) -> Batch:
     return {k: x[first:last] if isinstance(x, Tensor) and x.dim() > 0 else x for k, x in inputs.items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from transformers.utils import logging
 
 import trainfn as tfn
+from trainfn.hf._types import Batch
 
 logger = logging.get_logger(__name__)
 
@@ -30,10 +30,10 @@ class Halving:
         step: A step over a list of micro-batches.
     """
 
-    def __init__(self, step: Callable[[Any, Any], Any]) -> None:
+    def __init__(self, step: Callable[..., tuple[tfn.TrainState, tfn.Metrics]]) -> None:
         self.step, self.pieces = step, 1
 
-    def __call__(self, state: Any, window: list[Any]) -> Any:
+    def __call__(self, state: tfn.TrainState, window: list[Batch]) -> tuple[tfn.TrainState, tfn.Metrics]:
         """Make a step, in as many pieces as it takes."""
         while True:
             try:
@@ -47,11 +47,11 @@ class Halving:
                 torch.cuda.empty_cache()
             logger.warning(f"Out of memory: every micro-batch is cut into {self.pieces}. The updates stay the same.")
 
-    def _cut(self, window: list[Any]) -> list[Any]:
+    def _cut(self, window: list[Batch]) -> list[Batch]:
         if self.pieces == 1:
             return window
         return [piece for micro in window for piece, _ in tfn.tree.split(micro, min(self.pieces, _rows(micro)))]
 
 
-def _rows(micro: Any) -> int:
+def _rows(micro: Batch) -> int:
     return tfn.tree.row_count(micro)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,17 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 import trainfn as tfn
 from trainfn.hf._step._modes import eval_mode
+from trainfn.hf._types import Batch, Loss, Outputs, TrainerLike, Values
+
+if TYPE_CHECKING:
+    from trainfn.hf._arguments._training import TrainingArguments
 
 IGNORED = -100
 
 
 def exact_loss(
-    trainer: Any, model: nn.Module, inputs: Mapping[str, Any], takes: frozenset[str] | None = None
-) -> tuple[tfn.Mean, Any]:
+    trainer: TrainerLike, model: nn.Module, inputs: Batch, takes: frozenset[str] | None = None
+) -> tuple[tfn.Mean, Outputs]:
     """The loss of a batch as an undivided mean, and the model's outputs.
 
     Args:
@@ -55,16 +59,16 @@ def exact_loss(
 
 
 def _computed(
-    trainer: Any, model: nn.Module, inputs: dict[str, Any], count: Tensor, takes: frozenset[str]
-) -> tuple[Any, Any]:
-    options: dict[str, Any] = {"num_items_in_batch": count} if "num_items_in_batch" in takes else {}
+    trainer: TrainerLike, model: nn.Module, inputs: Batch, count: Tensor, takes: frozenset[str]
+) -> tuple[Loss, Outputs]:
+    options: Values = {"num_items_in_batch": count} if "num_items_in_batch" in takes else {}
     if "return_outputs" not in takes:
-        return trainer.compute_loss(model, inputs, **options), None
+        return cast("Loss", trainer.compute_loss(model, inputs, **options)), None
     returned = trainer.compute_loss(model, inputs, return_outputs=True, **options)
     return returned if isinstance(returned, tuple) and not isinstance(returned, tfn.Mean) else (returned, None)
 
 
-def takes_of(trainer: Any) -> frozenset[str]:
+def takes_of(trainer: TrainerLike) -> frozenset[str]:
     """Which of the optional arguments this trainer's `compute_loss` takes; older overrides know fewer."""
     found = inspect.signature(trainer.compute_loss).parameters
     known = {"num_items_in_batch", "return_outputs"}
@@ -73,7 +77,7 @@ def takes_of(trainer: Any) -> frozenset[str]:
     return frozenset(known & found.keys())
 
 
-def counted(trainer: Any, inputs: Mapping[str, Any]) -> Tensor:
+def counted(trainer: TrainerLike, inputs: Batch) -> Tensor:
     """How many labels a mean over this batch counts, ``float32[]``."""
     labels = inputs.get("shift_labels")
     shifted = labels is None and shifts_labels(trainer)
@@ -89,24 +93,30 @@ def counted(trainer: Any, inputs: Mapping[str, Any]) -> Tensor:
     return counts.sum().float()
 
 
-def shifts_labels(trainer: Any) -> bool:
+def shifts_labels(trainer: TrainerLike) -> bool:
     """Whether the model's own loss compares position t with label t + 1, so that the first label counts for nothing.
 
     The model's ``loss_type`` says it, where it has one. Where it has not, `find_shift` has tried it out.
     """
     known = _known_shift(trainer.model)
-    return bool(trainer._shifts) if known is None else known
+    return bool(trainer._trainfn.shifts) if known is None else known
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model itself, under adapters of peft."""
+    base: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    return base() if base is not None and hasattr(model, "peft_config") else model
 
 
 def _known_shift(model: nn.Module) -> bool | None:
-    inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    inner = base_of(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         return False
     kind = getattr(inner, "loss_type", None)
     return LOSS_MAPPING[kind] is ForCausalLMLoss if kind in LOSS_MAPPING else None
 
 
-def find_shift(trainer: Any, inputs: Mapping[str, Any]) -> None:
+def find_shift(trainer: TrainerLike, inputs: Batch) -> None:
     """Find out whether the model shifts labels: does its loss change without the first ones? Once per trainer."""
     if not may_shift(trainer, inputs):
         return
@@ -119,37 +129,37 @@ def find_shift(trainer: Any, inputs: Mapping[str, Any]) -> None:
     without = labels.clone()
     without[:, 0] = IGNORED
     one, two = (_tried(trainer.model, {**inputs, "labels": x}) for x in (labels, without))
-    trainer._shifts = bool(torch.allclose(one, two, rtol=1e-5))
+    trainer._trainfn.shifts = bool(torch.allclose(one, two, rtol=1e-5))
 
 
-def may_shift(trainer: Any, inputs: Mapping[str, Any]) -> bool:
+def may_shift(trainer: TrainerLike, inputs: Batch) -> bool:
     """Whether it is not known yet if the model shifts labels, and could be found out of such a batch."""
     labels = inputs.get("labels")
-    if trainer._shifts is not None or _known_shift(trainer.model) is not None:
+    if trainer._trainfn.shifts is not None or _known_shift(trainer.model) is not None:
         return False
     if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
         return False
     return _returns_loss_for_labels(trainer.model)
 
 
-def _tried(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+def _tried(model: nn.Module, inputs: Batch) -> Tensor:
     """The head's loss in eval mode: it leaves running statistics alone."""
     with eval_mode(model), torch.no_grad(), tfn.keyed(tfn.random.key(0)):
         return _head_loss(model(**inputs), inputs)
 
 
 def _returns_loss_for_labels(model: nn.Module) -> bool:
-    inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    inner = base_of(model)
     return "labels" in inspect.signature(inner.forward).parameters and hasattr(inner, "config")
 
 
 def compute_loss(
-    trainer: Any,
+    trainer: TrainerLike,
     model: nn.Module,
-    inputs: dict[str, Any],
+    inputs: Batch,
     return_outputs: bool = False,
     num_items_in_batch: Tensor | None = None,
-) -> Any:
+) -> Loss | tuple[Loss, Outputs]:
     """What `Trainer.compute_loss` does unless it is overridden: label smoothing, ``compute_loss_func``, or the head.
 
     Raises:
@@ -157,20 +167,21 @@ def compute_loss(
     """
     own = trainer.compute_loss_func is not None or trainer.label_smoother is not None
     labels = inputs.pop("labels") if own and "labels" in inputs else None
-    if labels is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        inputs.setdefault("decoder_input_ids", model.prepare_decoder_input_ids_from_labels(labels=labels))  # type: ignore[operator]
+    shifted: Callable[..., Tensor] | None = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if labels is not None and shifted is not None:
+        inputs.setdefault("decoder_input_ids", shifted(labels=labels))
     outputs = model(**inputs)
     if trainer.compute_loss_func is not None:
         loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
     elif labels is not None:
-        smoother: Any = trainer.label_smoother
-        loss = smoother(outputs, labels, shift_labels=shifts_labels(trainer))
+        assert trainer.label_smoother is not None
+        loss = trainer.label_smoother(outputs, labels, shift_labels=shifts_labels(trainer))
     else:
         loss = _head_loss(outputs, inputs)
     return (loss, outputs) if return_outputs else loss
 
 
-def _head_loss(outputs: Any, inputs: Mapping[str, Any]) -> Any:
+def _head_loss(outputs: Outputs, inputs: Batch) -> Tensor:
     if isinstance(outputs, Mapping) and "loss" not in outputs:
         raise ValueError(
             f"the model returned no loss; it has {list(outputs)}, for the inputs {list(inputs)}. Give it labels (is the"
@@ -179,19 +190,20 @@ def _head_loss(outputs: Any, inputs: Mapping[str, Any]) -> Any:
     return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
 
 
-def training_loss(trainer: Any) -> Callable[[nn.Module, dict[str, Any]], tuple[tfn.Mean, dict[str, tfn.Mean]]]:
+def training_loss(trainer: TrainerLike) -> Callable[[nn.Module, Batch], tuple[tfn.Mean, dict[str, tfn.Mean]]]:
     """The trainer's loss and the metrics that come with it, as `trainfn.train_step` takes them."""
     takes = takes_of(trainer)  # once: a signature can't be looked at inside a compiled step
+    metrics = trainer._trainfn.loss_metrics
 
-    def loss(model: nn.Module, batch: dict[str, Any]) -> tuple[tfn.Mean, dict[str, tfn.Mean]]:
+    def loss(model: nn.Module, batch: Batch) -> tuple[tfn.Mean, dict[str, tfn.Mean]]:
         mean, outputs = exact_loss(trainer, model, batch, takes)
-        return mean, trainer._loss_metrics(batch, outputs)
+        return mean, metrics(batch, outputs)
 
     return loss
 
 
 @contextlib.contextmanager
-def autocast(args: Any, device: torch.device) -> Generator[None]:
+def autocast(args: TrainingArguments, device: torch.device) -> Generator[None]:
     """bf16 (or fp16) for matrix products, if the arguments say so."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     if dtype is None:

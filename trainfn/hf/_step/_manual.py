@@ -6,7 +6,6 @@ Such a step runs Python between its parts, so it is not compiled; the update is 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +14,17 @@ from torch.distributed.tensor import DTensor, Partial
 import trainfn as tfn
 from trainfn.hf._parallel._parameters import whole
 from trainfn.hf._step._loss import counted, exact_loss
+from trainfn.hf._types import Batch, TrainerLike
 
 
-def overrides(trainer: Any) -> list[str]:
+def overrides(trainer: TrainerLike) -> list[str]:
     """The overridden methods that keep a step from being one function."""
     return [] if getattr(type(trainer).training_step, "not_overridden", False) else ["training_step"]
 
 
-def training_step(trainer: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+def training_step(
+    trainer: TrainerLike, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None
+) -> Tensor:
     """One micro-batch: its loss, and the gradients of it, a mean, added to ``.grad``.
 
     An override's own backward pass beside this one, or what it does to ``.grad``, is in the same units then.
@@ -30,21 +32,22 @@ def training_step(trainer: Any, model: nn.Module, inputs: dict[str, Any], num_it
     mean, _ = exact_loss(trainer, model, inputs)
     weight = mean.weight.detach()
     (mean.total / torch.where(weight > 0, weight, 1.0)).backward()
-    trainer._manual_mean = tfn.Mean(mean.total.detach(), weight)
-    return trainer._manual_mean.value
+    mean = trainer._trainfn.manual_mean = tfn.Mean(mean.total.detach(), weight)
+    return mean.value
 
 
-def step(trainer: Any, made: tfn.TrainStep) -> tfn.TrainStep:
+def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
     """The same step, with its gradients from `Trainer.training_step`.
 
     On ranks each brings the parameters together for every micro-batch, for the method sees the model's own.
     """
-    plan = trainer._world.plan
+    record = trainer._trainfn
+    plan = record.world.plan
     _check_axes(trainer, plan)
 
-    def gradients(state: tfn.TrainState, batch: Any, first_row: Tensor | int = 0, /) -> tfn.Gradients:
+    def gradients(state: tfn.TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> tfn.Gradients:
         key = tfn.random.fold_in(state.key, state.step)
-        model, trainer._manual_mean = trainer.model, None
+        model, record.manual_mean = trainer.model, None
         if tfn.data.is_empty(batch):
             zero = torch.zeros((), device=state.step.device)
             return tfn.Gradients(
@@ -55,7 +58,7 @@ def step(trainer: Any, made: tfn.TrainStep) -> tfn.TrainStep:
         try:
             with torch.enable_grad(), tfn.keyed(key, rows=tfn.tree.row_count(batch), first_row=first_row):
                 loss = trainer.training_step(model, dict(batch), count)
-            mean = trainer._manual_mean
+            mean = record.manual_mean
             if mean is None:  # a backward pass of its own, of a mean over what is counted
                 mean = tfn.Mean(loss.detach().float() * count, count)
             held = dict(model.named_parameters(remove_duplicate=True))
@@ -71,22 +74,22 @@ def step(trainer: Any, made: tfn.TrainStep) -> tfn.TrainStep:
         return dataclasses.replace(made, gradients=gradients)
     of_this_rank = plan.gradients(gradients)
 
-    def on_whole(state: tfn.TrainState, batch: Any, first_row: Tensor | int | None = None, /) -> tfn.Gradients:
+    def on_whole(state: tfn.TrainState, batch: Batch, /, *first_row: Tensor | int) -> tfn.Gradients:
         with whole(trainer):
-            return of_this_rank(state, batch, first_row)
+            return of_this_rank(state, batch, *first_row)
 
     return dataclasses.replace(made, gradients=on_whole)
 
 
-def _summand(param: Any, grad: Tensor | None) -> Tensor:
+def _summand(param: Tensor, grad: Tensor | None) -> Tensor:
     """A gradient of this rank's rows, or zeros; on ranks, as one summand of the sum."""
-    if not tfn.tree.is_distributed(param):
+    if not isinstance(param, DTensor):
         return torch.zeros_like(param) if grad is None else grad
     grad = torch.zeros(param.shape, dtype=param.dtype, device=param.device) if grad is None else grad
     return DTensor.from_local(grad.contiguous(), param.device_mesh, [Partial()], run_check=False)
 
 
-def _check_axes(trainer: Any, plan: tfn.Plan | None) -> None:
+def _check_axes(trainer: TrainerLike, plan: tfn.Plan | None) -> None:
     sizes = {} if plan is None else {axis: n for axis, n in plan.shape(plan.world).items() if n > 1}
     if len(sizes) > 1 or "tensor" in sizes:
         raise ValueError(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 import trainfn as tfn
 from trainfn.hf._parallel._parameters import whole
+from trainfn.hf._types import Optimizer, TrainerLike
 
 
 @contextmanager
-def as_found(trainer: Any) -> Generator[None]:
+def as_found(trainer: TrainerLike) -> Generator[None]:
     """Evaluation mode for what is inside; modes, dtypes and generators are put back after it, also after an error."""
     args = trainer.args
     dtype = torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None
@@ -48,17 +48,19 @@ def same_modes(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def _averaged_weights(optimizer: Any) -> Generator[None]:
+def _averaged_weights(optimizer: Optimizer | None) -> Generator[None]:
     """Schedule-free optimizers hold two sets of weights, and `eval()` swaps in the one to evaluate."""
     groups = getattr(optimizer, "param_groups", [])
-    if not callable(getattr(optimizer, "eval", None)) or not any(group.get("train_mode") for group in groups):
+    swap: Callable[[], None] | None = getattr(optimizer, "eval", None)
+    back: Callable[[], None] | None = getattr(optimizer, "train", None)
+    if swap is None or back is None or not any(group.get("train_mode") for group in groups):
         yield
         return
     try:
-        optimizer.eval()
+        swap()
         yield
     finally:
-        optimizer.train()
+        back()
 
 
 @contextmanager

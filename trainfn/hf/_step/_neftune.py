@@ -6,11 +6,12 @@ Source: https://arxiv.org/abs/2310.05914.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor, nn
+
+from trainfn.hf._step._loss import base_of
 
 
 @contextlib.contextmanager
@@ -26,14 +27,14 @@ def neftune(model: nn.Module, alpha: float) -> Generator[None]:
     if alpha <= 0:
         raise ValueError(f"TrainingArguments(neftune_noise_alpha={alpha}): give a positive number such as 5, or None.")
 
-    def add_noise(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    def add_noise(module: nn.Module, _: object, output: Tensor) -> Tensor:
         if not module.training:
             return output
         bound = alpha / (output.shape[-2] * output.shape[-1]) ** 0.5
         return output + (2 * torch.rand_like(output) - 1) * bound
 
-    inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    handle = inner.get_input_embeddings().register_forward_hook(add_noise)
+    embeddings: Callable[[], nn.Module] = base_of(model).get_input_embeddings  # type: ignore[assignment]
+    handle = embeddings().register_forward_hook(add_noise)
     try:
         yield
     finally:

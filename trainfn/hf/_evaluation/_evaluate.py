@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,18 +28,20 @@ from transformers.trainer_utils import (
 import trainfn as tfn
 from trainfn.hf._evaluation._concatenate import PADDING, check_tensors, merged
 from trainfn.hf._evaluation._gather import all_batches, one_batch
-from trainfn.hf._evaluation._prediction import Nested, mean_of
+from trainfn.hf._evaluation._prediction import mean_of
 from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._parallel._world import World
 from trainfn.hf._run._data import together
 from trainfn.hf._step._modes import as_found
+from trainfn.hf._types import Batch, Dataset, Datasets, Loader, Metrics, Nested, TrainerLike
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def evaluate(
-    trainer: Any,
-    eval_dataset: Any = None,
+    trainer: TrainerLike,
+    eval_dataset: Datasets | str | None = None,
     ignore_keys: list[str] | None = None,
     metric_key_prefix: str = "eval",
 ) -> dict[str, float]:
@@ -59,7 +61,7 @@ def evaluate(
     dataset = eval_dataset if given else trainer.eval_dataset
     if isinstance(dataset, dict):
         metrics: dict[str, float] = {}
-        for name, part in cast("dict[str, Any]", dataset).items():
+        for name, part in cast("dict[str, Dataset]", dataset).items():
             prefix = f"{metric_key_prefix}_{name}"
             metrics |= trainer.evaluate(part if given else name, ignore_keys=ignore_keys, metric_key_prefix=prefix)
         return metrics
@@ -70,10 +72,9 @@ def evaluate(
     # Without metrics to compute, predictions would be kept for nobody.
     loss_only = True if trainer.compute_metrics is None else None
     output = trainer.evaluation_loop(loader, "Evaluation", loss_only, ignore_keys, metric_key_prefix)
-    metrics = output.metrics
-    metrics.update(_speed(trainer, metric_key_prefix, start, output.num_samples))
+    metrics = _with_speed(trainer, output, metric_key_prefix, start)
     # The same on all ranks, times and all: what is decided by them is decided alike.
-    metrics = trainer._world.ranks.first(lambda: metrics)
+    metrics = trainer._trainfn.world.ranks.first(lambda: metrics)
     trainer.log(metrics)
     if trainer.state.epoch is not None:  # `log` adds it; an override of `log` may not
         metrics.setdefault("epoch", trainer.state.epoch)
@@ -84,7 +85,7 @@ def evaluate(
 
 
 def predict(
-    trainer: Any, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    trainer: TrainerLike, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
 ) -> PredictionOutput:
     """The predictions, labels and metrics of a dataset; nothing is logged.
 
@@ -101,16 +102,16 @@ def predict(
     loader = trainer.get_test_dataloader(test_dataset)
     start = time.time()
     output = trainer.evaluation_loop(loader, "Prediction", ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
-    output.metrics.update(_speed(trainer, metric_key_prefix, start, output.num_samples))
-    output = output._replace(metrics=trainer._world.ranks.first(lambda: output.metrics))
-    shown = trainer.args, trainer.state, trainer.control, dict(output.metrics)
+    metrics = _with_speed(trainer, output, metric_key_prefix, start)
+    metrics = trainer._trainfn.world.ranks.first(lambda: metrics)
+    shown = trainer.args, trainer.state, trainer.control, dict(metrics)
     trainer.control = trainer.callback_handler.on_predict(*shown)
-    return PredictionOutput(output.predictions, output.label_ids, output.metrics)
+    return PredictionOutput(output.predictions, output.label_ids, metrics)
 
 
 def evaluation_loop(
-    trainer: Any,
-    dataloader: Iterable[Any],
+    trainer: TrainerLike,
+    dataloader: Loader,
     description: str,
     prediction_loss_only: bool | None = None,
     ignore_keys: list[str] | None = None,
@@ -133,15 +134,14 @@ def evaluation_loop(
     args = trainer.args
     loss_only = args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
     logger.info("***** Running %s, batch size %s *****", description, args.eval_batch_size)
-    world = trainer._world
+    world = trainer._trainfn.world
     dataloader = dealt(world, dataloader)
     trainer.callback_handler.eval_dataloader = dataloader
     kept, totals, metrics = _Kept.empty(), _Totals(), None
     places: list[int] = []  # the batches of which this rank has rows
     with as_found(trainer):
-        model = trainer._eval_model(trainer.model)
         for step, (inputs, is_last) in enumerate(_with_last(dataloader)):
-            batch = None if _has_none(world, inputs) else _batch(trainer, model, inputs, loss_only, ignore_keys)
+            batch = None if _has_none(world, inputs) else _batch(trainer, inputs, loss_only, ignore_keys)
             totals = totals.plus(batch)
             trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
             if args.batch_eval_metrics:
@@ -183,8 +183,8 @@ class _Batch(NamedTuple):
     losses: Nested = None
 
 
-def _batch(trainer: Any, model: Any, inputs: Any, loss_only: bool, ignore_keys: list[str] | None) -> _Batch:
-    loss, predictions, labels = trainer.prediction_step(model, inputs, loss_only, ignore_keys=ignore_keys)
+def _batch(trainer: TrainerLike, inputs: Batch, loss_only: bool, ignore_keys: list[str] | None) -> _Batch:
+    loss, predictions, labels = trainer.prediction_step(trainer.model, inputs, loss_only, ignore_keys=ignore_keys)
     mean = None if loss is None else mean_of(trainer, loss, inputs)
     rows = find_batch_size(inputs) or 0
     wanted = trainer.args.include_for_metrics
@@ -196,18 +196,18 @@ def _batch(trainer: Any, model: Any, inputs: Any, loss_only: bool, ignore_keys: 
     return _Batch(mean, rows, predictions, labels, main, losses)
 
 
-def _has_none(world: World, inputs: Any) -> bool:
+def _has_none(world: World, inputs: Batch) -> bool:
     """Whether other ranks have all the rows of a batch."""
     return world.plan is not None and tfn.data.is_empty(inputs)
 
 
-def _each_row(loss: Any, rows: int) -> Tensor:
+def _each_row(loss: Tensor | float, rows: int) -> Tensor:
     """The mean loss of a batch, once for each of its rows: what single rows lost is not known in general."""
     loss = torch.as_tensor(loss).detach()
     return loss if loss.numel() == rows and loss.dim() else loss.mean().repeat(rows)
 
 
-def _main_input(trainer: Any, inputs: Any) -> Tensor:
+def _main_input(trainer: TrainerLike, inputs: Batch) -> Tensor:
     name = getattr(trainer.model, "main_input_name", "input_ids")
     if name not in inputs:
         raise ValueError(
@@ -217,9 +217,9 @@ def _main_input(trainer: Any, inputs: Any) -> Tensor:
     return trainer._prepare_inputs({name: inputs[name]})[name]
 
 
-def _with_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+def _with_last(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
     """Each batch and whether it is the last, which `compute_metrics(..., compute_result=)` is told."""
-    ahead: list[Any] = []
+    ahead: list[T] = []
     for batch in batches:
         if ahead:
             yield ahead.pop(), False
@@ -278,10 +278,10 @@ class _Totals(NamedTuple):
 class _Kept(NamedTuple):
     """The outputs of all batches: on the device, until `to_host` moves them."""
 
-    predictions: Any
-    labels: Any
-    inputs: Any
-    losses: Any
+    predictions: Nested
+    labels: Nested
+    inputs: Nested
+    losses: Nested
 
     @staticmethod
     def empty() -> _Kept:
@@ -307,20 +307,20 @@ class _Kept(NamedTuple):
 # ---- metrics ----
 
 
-def _metrics(trainer: Any, arrays: _Kept) -> dict[str, Any] | None:
+def _metrics(trainer: TrainerLike, arrays: _Kept) -> Metrics | None:
     if trainer.compute_metrics is None or arrays.predictions is None or arrays.labels is None:
         return None
     shown = EvalPrediction(arrays.predictions, arrays.labels, inputs=arrays.inputs, losses=arrays.losses)
     return _checked(trainer.compute_metrics(shown))
 
 
-def _batch_metrics(trainer: Any, batch: _Batch | None, inputs: Any, is_last: bool) -> dict[str, Any] | None:
+def _batch_metrics(trainer: TrainerLike, batch: _Batch | None, inputs: Batch, is_last: bool) -> Metrics | None:
     """What `compute_metrics` says of one batch; at the last it is asked for the result over all."""
     if trainer.compute_metrics is None:
         return None
     given = inputs if "inputs" in trainer.args.include_for_metrics else None  # all of them, as in transformers
     mine = None if batch is None else (batch.predictions, batch.labels, given, batch.losses)
-    predictions, labels, given, losses = one_batch(trainer._world, mine) or (None,) * 4
+    predictions, labels, given, losses = one_batch(trainer._trainfn.world, mine) or (None,) * 4
     if predictions is None or labels is None:
         return None
     shown = EvalPrediction(predictions, labels, inputs=given, losses=losses)
@@ -328,36 +328,39 @@ def _batch_metrics(trainer: Any, batch: _Batch | None, inputs: Any, is_last: boo
     return _checked(metrics) if is_last else None
 
 
-def _checked(metrics: Any) -> dict[str, Any]:
+def _checked(metrics: object) -> Metrics:
     if not isinstance(metrics, Mapping):
         raise TypeError(
             f"compute_metrics(...) returned {metrics!r}, but metrics are a dict of names and numbers. "
             "Write: return {'accuracy': accuracy}"
         )
-    return cast("dict[str, Any]", denumpify_detensorize(dict(cast("Mapping[str, Any]", metrics))))
+    return cast("Metrics", denumpify_detensorize(dict(cast("Mapping[str, object]", metrics))))
 
 
-def _named(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _named(metrics: Metrics, prefix: str) -> Metrics:
     return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in metrics.items()}
 
 
-def _speed(trainer: Any, prefix: str, start: float, num_samples: int) -> dict[str, float]:
+def _with_speed(trainer: TrainerLike, output: EvalLoopOutput, prefix: str, start: float) -> Metrics:
+    """The metrics of a loop, and how fast it went; the loop's own dict has them, too."""
+    metrics, num_samples = output.metrics or {}, output.num_samples or 0
     steps = math.ceil(num_samples / together(trainer, trainer.args.eval_batch_size))
-    return speed_metrics(prefix, start, num_samples=num_samples, num_steps=steps)
+    metrics.update(speed_metrics(prefix, start, num_samples=num_samples, num_steps=steps))
+    return metrics
 
 
-def _check_rows(dataset: Any, call: str) -> None:
+def _check_rows(dataset: Datasets | str | None, call: str) -> None:
     """Before a loader can complain of it in its own words; what has no length is found out by trying."""
     if not isinstance(dataset, str) and has_length(dataset) and len(dataset) == 0:
         raise ValueError(_EMPTY.format(call=call))
 
 
-def _check_name(trainer: Any, dataset: Any) -> None:
+def _check_name(trainer: TrainerLike, dataset: Datasets | str | None) -> None:
     if not isinstance(dataset, str):
         return
     named = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
     if dataset not in named:
-        known = sorted(cast("dict[str, Any]", named)) or "it is not a dict"
+        known = sorted(cast("dict[str, Dataset]", named)) or "it is not a dict"
         raise ValueError(
             f"`trainer.evaluate({dataset!r})`: a string names one of the datasets in `eval_dataset`, which has "
             f"{known}. Pass the dataset itself, or Trainer(eval_dataset={{{dataset!r}: dataset}})."

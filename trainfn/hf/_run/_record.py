@@ -1,0 +1,144 @@
+"""What a Trainer keeps to itself: one record for as long as it lives, and one for each run."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+import trainfn as tfn
+from trainfn.hf._parallel._world import ALONE, World
+from trainfn.hf._types import Batch, LossMetrics, Metrics, Optimizer, Outputs, Rate, Scheduler, TrainerLike, Trial
+
+if TYPE_CHECKING:  # the files that define these import this one
+    from trainfn.hf._checkpoints._folders import Saving
+    from trainfn.hf._reporting._logs import LossWindow
+    from trainfn.hf._run._data import Length, Windows
+
+
+class ControllerState(Protocol):
+    """The state of a `trainfn.schedules.Controller`: a named tuple of tensors."""
+
+    @property
+    def learning_rate(self) -> Tensor: ...
+
+    def _asdict(self) -> dict[str, Tensor]: ...
+
+
+class Search(NamedTuple):
+    """The trial of a hyperparameter search that is being trained.
+
+    Attributes:
+        trial: Of optuna.
+        objective: ``metrics -> number``, or several numbers.
+        name: ``trial -> name``, for the trackers.
+    """
+
+    trial: Trial
+    objective: Callable[[Metrics], float | list[float]]
+    name: Callable[[Trial], str] | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class TrainingRun:
+    """One call of `Trainer.train`.
+
+    Attributes:
+        length: The numbers of steps and epochs.
+        windows: The micro-batches of each update, and the place in the data.
+        losses: The metrics since the last log.
+        ignore_keys: Outputs that evaluations leave out.
+        step: The compiled step, once it is prepared.
+        saving: The checkpoints, once the loop has begun.
+        changes: What happens to the state before the next step.
+        controller_state: Of a learning rate that follows a metric.
+        began: When the loop began, in seconds since the epoch.
+        tokens_before: The tokens that were seen before the loop began.
+        terminated: Whether SIGTERM asked for a checkpoint and the end.
+        interrupted: Whether Ctrl-C was pressed on any rank, and all know of it.
+        held: Whether Ctrl-C was pressed on this rank, of which the others have not heard.
+        sigterm: Whether SIGTERM has arrived on this rank.
+    """
+
+    length: Length
+    windows: Windows
+    losses: LossWindow
+    ignore_keys: list[str] | None = None
+    step: Callable[..., tuple[tfn.TrainState, tfn.Metrics]] = dataclasses.field(init=False, repr=False)
+    saving: Saving = dataclasses.field(init=False, repr=False)
+    changes: list[Callable[[tfn.TrainState], tfn.TrainState]] = dataclasses.field(default_factory=list)
+    controller_state: ControllerState | None = None
+    began: float = dataclasses.field(default_factory=time.time)
+    tokens_before: int = 0
+    terminated: bool = False
+    interrupted: bool = False
+    held: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
+    sigterm: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
+
+
+def no_metrics(inputs: Batch, outputs: Outputs) -> dict[str, tfn.Mean]:
+    """A loss that comes without metrics of its own."""
+    return {}
+
+
+@dataclasses.dataclass(eq=False)
+class Record:
+    """What is private on a Trainer, all under the one name ``_trainfn``: a subclass may have any other.
+
+    Attributes:
+        world: The processes that train together.
+        given: The optimizer and the schedule that the user passed.
+        run: The newest run; it stays after its end, for those who look at its step.
+        search: The trial that is being trained, if there is one.
+        rates: The learning rate of each parameter group.
+        latest: The step of the newest evaluation, and its metrics.
+        shifts: Whether the model's loss shifts labels; None as long as nobody knows.
+        parameter_count: The model's parameters without embeddings; None until it is asked for.
+        released: Whether parameters are split over ranks, and not in the model.
+        manual_mean: The loss of the newest `training_step`, undivided.
+        loss_metrics: What is logged with the loss. It is part of the step, so nothing in it may wait for the device.
+    """
+
+    # A step is captured with what it reads. The rest, such as the run and its logs, changes while it trains.
+    _steps_read: ClassVar[frozenset[str]] = frozenset(("world",))
+
+    world: World = ALONE
+    given: tuple[Optimizer | None, Scheduler | None] = (None, None)
+    run: TrainingRun | None = None
+    search: Search | None = None
+    rates: list[Rate] = dataclasses.field(default_factory=list)
+    latest: tuple[int, Metrics] = (-1, {})
+    shifts: bool | None = None
+    parameter_count: int | None = None
+    released: bool = False
+    manual_mean: tfn.Mean | None = None
+    loss_metrics: LossMetrics = no_metrics
+
+
+def current_run(trainer: TrainerLike) -> TrainingRun:
+    """The run that the Trainer is in.
+
+    Raises:
+        RuntimeError: If it is in none.
+    """
+    run = trainer._trainfn.run
+    if run is None or not trainer.is_in_train:
+        raise RuntimeError(
+            f"{type(trainer).__name__}: this method needs a run, and none is under way. Call it from a callback or an"
+            " override while `trainer.train()` runs; `trainer.save_model(folder)` saves the model at any time."
+        )
+    return run
+
+
+def newest_state(trainer: TrainerLike) -> tfn.TrainState:
+    """The state after the newest step.
+
+    Raises:
+        RuntimeError: If there has been no run.
+    """
+    if trainer.train_state is None:
+        raise RuntimeError(f"{type(trainer).__name__}: there is no state before a run. Call `trainer.train()` first.")
+    return trainer.train_state

@@ -1,0 +1,194 @@
+"""The types of this package: what goes through a Trainer, and what its helpers may ask of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+import trainfn as tfn
+
+if TYPE_CHECKING:  # the files that define these import this one
+    from torch.utils.data import IterableDataset
+    from transformers.trainer_utils import EvalLoopOutput
+
+    from trainfn.hf._arguments._training import TrainingArguments
+    from trainfn.hf._callbacks._events import CallbackHandler
+    from trainfn.hf._optim._schedules import Scheduled
+    from trainfn.hf._reporting._hub import Pushes
+    from trainfn.hf._run._record import Record
+
+Values: TypeAlias = dict[str, Any]
+"""Values of any kind by name: options of a call, the content of a JSON file, a row."""
+Batch: TypeAlias = dict[str, Any]
+"""What a collator makes of rows, and what a model is called with: tensors, and what else it takes, by name."""
+Row: TypeAlias = Mapping[str, Any]
+"""One row of a dataset."""
+Outputs: TypeAlias = Any
+"""What a model returns: a `transformers.utils.ModelOutput`, a dict or a tuple."""
+OptState: TypeAlias = Any
+"""The state of an optimizer: named tuples of tensors, and of dicts of them by parameter."""
+Loss: TypeAlias = Tensor | tfn.Mean
+Nested: TypeAlias = Any
+"""A tensor or an array; or tuples, lists and dicts of them."""
+Metrics: TypeAlias = dict[str, Any]
+"""Metrics by name, as they are logged: numbers most of all."""
+Rate: TypeAlias = tfn.Schedule | float
+"""A learning rate: a function of the number of completed updates, or a number that a controller changes."""
+Optimizer: TypeAlias = torch.optim.Optimizer | tfn.Transform
+Scheduler: TypeAlias = "LRScheduler | Scheduled | list[Scheduled] | tfn.Schedule"
+Callback: TypeAlias = TrainerCallback | type[TrainerCallback]
+Collator: TypeAlias = Callable[[Any], Batch]  # of a list of rows
+LossFunction: TypeAlias = Callable[..., Loss]
+MetricsFunction: TypeAlias = Callable[..., Metrics]
+LossMetrics: TypeAlias = Callable[[Batch, Outputs], dict[str, tfn.Mean]]
+Processor: TypeAlias = (
+    transformers.PreTrainedTokenizerBase
+    | transformers.BaseImageProcessor
+    | transformers.FeatureExtractionMixin
+    | transformers.ProcessorMixin
+)
+
+
+class SizedDataset(Protocol):
+    """Rows by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+Dataset: TypeAlias = "SizedDataset | IterableDataset[Any]"
+Datasets: TypeAlias = "Dataset | dict[str, Dataset]"
+Loader: TypeAlias = Iterable[Any]
+"""Batches; each pass over it is an epoch. Most have a length."""
+
+
+class Trial(Protocol):
+    """A trial of optuna."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def params(self) -> Values: ...
+
+    def report(self, value: float, step: int) -> None: ...
+
+    def should_prune(self) -> bool: ...
+
+
+class TrainerLike(Protocol):
+    """A Trainer, to the functions that do its work.
+
+    The methods are those that a subclass may override, so they are called on the Trainer and not as functions. All that
+    is private is in `_trainfn`, but for the names that transformers' Trainer has and that its subclasses override.
+    """
+
+    _trainfn: Record
+    _signature_columns: list[str] | None
+    model: nn.Module
+    model_init: Callable[..., nn.Module] | None
+    data_collator: Collator
+    processing_class: Processor | None
+    train_dataset: Dataset | None
+    eval_dataset: Datasets | None
+    compute_loss_func: LossFunction | None
+    compute_metrics: MetricsFunction | None
+    preprocess_logits_for_metrics: Callable[[Nested, Nested], Nested] | None
+    optimizer: Optimizer | None
+    optimizer_cls_and_kwargs: tuple[Callable[..., torch.optim.Optimizer], Values] | None
+    lr_scheduler: Scheduler | None
+    label_names: list[str]
+    label_smoother: Callable[..., Tensor] | None
+    can_return_loss: bool
+    callback_handler: CallbackHandler
+    state: TrainerState
+    control: TrainerControl
+    train_state: tfn.TrainState | None
+    is_in_train: bool
+    hub_model_id: str | None
+    push_in_progress: Pushes | None
+
+    @property
+    def args(self) -> TrainingArguments: ...
+
+    # --- data -----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Loader: ...
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> Loader: ...
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> Loader: ...
+
+    def num_examples(self, dataloader: Loader) -> int | None: ...
+
+    def floating_point_ops(self, inputs: Batch) -> int: ...
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch: ...
+
+    def _set_signature_columns_if_needed(self) -> None: ...
+
+    # --- loss and step --------------------------------------------------------------------------------------------
+
+    @property
+    def compute_loss(self) -> Callable[..., Loss | tuple[Loss, Outputs]]: ...
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor: ...
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None: ...
+
+    def create_optimizer(self) -> Optimizer | None: ...
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Scheduler | None: ...
+
+    def get_learning_rates(self) -> list[float]: ...
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Datasets | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]: ...
+
+    def evaluation_loop(
+        self,
+        dataloader: Loader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput: ...
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Nested, Nested]: ...
+
+    def _evaluate(self, ignore_keys: list[str] | None) -> Metrics: ...
+
+    # --- reports and files ----------------------------------------------------------------------------------------
+
+    def summary(self) -> str: ...
+
+    def log(self, logs: Metrics, start_time: float | None = None) -> None: ...
+
+    def end(self) -> None: ...
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
+
+    def create_model_card(self, **options: Any) -> None: ...
+
+    def is_world_process_zero(self) -> bool: ...
+
+    def is_local_process_zero(self) -> bool: ...
+
+    def _save(self, output_dir: str) -> None: ...
+
+    def _save_checkpoint(self, model: nn.Module, trial: Trial | None = None) -> None: ...
