@@ -76,7 +76,7 @@ def frozen_by(transform: Transform) -> Names | None:
 
 
 def around(transform: Transform, *inner: Transform) -> Transform:
-    """Return the transform, which freezes what its inner transforms freeze, both in what it gets and in what it returns."""
+    """Return the transform, which freezes what its inner transforms freeze, before and after its own rule."""
     found = [names for names in map(frozen_by, inner) if names is not None]
     if not found:
         return transform
