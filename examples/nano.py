@@ -1,7 +1,7 @@
 """Train a small GPT on the source code of Python's standard library, and let it write some.
 
     python examples/nano.py            # about 3 minutes on 2 cores, compilation included
-    python examples/nano.py            # again: goes on from the checkpoint; Ctrl-C stops and saves
+    python examples/nano.py            # again: resumes from the checkpoint; Ctrl-C stops and saves
     python examples/nano.py --help
 
 The whole loop is here: text → batches → model → loss → optimizer → step → fit → evaluate → sample.
@@ -105,9 +105,9 @@ def main() -> None:
     schedule = tfn.schedules.cosine(args.lr, args.steps, warmup_steps=args.steps // 30)
     optimizer = tfn.optim.chain(tfn.optim.clip_by_global_norm(1.0), tfn.optim.adamw(schedule, weight_decay=0.1))
     state = tfn.init(model, optimizer, seed=args.seed)
-    checkpoints = tfn.Checkpoints(args.out, every=500, keep=2)  # `fit` goes on from the newest one
+    checkpoints = tfn.Checkpoints(args.out, every=500, keep=2)  # `fit` resumes from the newest one
 
-    def batch(n: int) -> dict[str, Tensor]:  # a function of the step number: so a restored run goes on exactly
+    def batch(n: int) -> dict[str, Tensor]:  # a function of the step number, so that a run resumes exactly
         key = tfn.random.fold_in(state.key, n)
         return windows(train, tfn.random.randint(key, 0, len(train) - args.length, (args.rows,)), args.length)
 

@@ -1,11 +1,13 @@
-"""One script, any number of processes: what is printed is the same, but for the order of additions.
+"""One script for any number of processes prints the same numbers, up to the order of additions.
+
+Start it in one of three ways::
 
     python examples/ranks.py                                         # one process
-    torchrun --nproc_per_node 2 examples/ranks.py --zero 3           # two, each with half of the state
-    accelerate launch examples/ranks.py                              # as `accelerate config` was answered
+    torchrun --nproc_per_node 2 examples/ranks.py --zero 3           # two processes, each with half of the state
+    accelerate launch examples/ranks.py                              # the processes of `accelerate config`
 
-A small transformer learns to sort digits. The plan says how the state is laid out; nothing else knows of ranks. With
-`--save FOLDER`, each rank writes its part of every checkpoint, and any number of processes goes on from it.
+A small transformer learns to sort digits. The plan says how the state is sharded; no other line depends on ranks. With
+`--save FOLDER`, each rank writes its part of every checkpoint, and any number of processes can resume from it.
 """
 
 import argparse
@@ -46,9 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="split so much, whatever the launcher says")
     parser.add_argument("--steps", type=int, default=200, help="optimizer updates (default: %(default)s)")
-    parser.add_argument(
-        "--save", metavar="FOLDER", help="checkpoints go there, and the run goes on from the newest one"
-    )
+    parser.add_argument("--save", metavar="FOLDER", help="save checkpoints there, and resume from the newest one")
     parser.add_argument("--compile", action="store_true", help="compile the step, communication included")
     args = parser.parse_args()
 

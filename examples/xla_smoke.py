@@ -1,10 +1,12 @@
-"""The same step on an XLA device as on the CPU, dropout included: an optional check, not part of the tests.
+"""Check that a step computes the same on an XLA device as on the CPU, dropout included.
+
+The check is optional, and not part of the tests::
 
     python3 -m venv xla && xla/bin/pip install torch==2.9.0 torch_xla==2.9.0 numpy optree safetensors tqdm accelerate
     xla/bin/pip install --no-deps . && PJRT_DEVICE=CPU xla/bin/python examples/xla_smoke.py
 
-The last torch_xla is for torch 2.9, older than what trainfn asks for, hence `--no-deps`: eager steps work, `jit` does
-not. `PJRT_DEVICE=TPU` is the same check on a TPU; none was at hand.
+The last torch_xla is for torch 2.9, which is older than trainfn requires, hence `--no-deps`. Eager steps work, `jit`
+does not. `PJRT_DEVICE=TPU` is the same check on a TPU, which has not been run yet.
 """
 
 import copy

@@ -4,7 +4,7 @@
     python examples/xla_spawn.py --num_cores 2 --cpu script.py ...
 
 The script needs a function `_mp_fn(index)`, as those in `pytorch/` have it. TPU cores need torch_xla, whose last
-release is for torch 2.9: see `xla_smoke.py`. What is tested is the processes of the CPU; no TPU was at hand.
+release is for torch 2.9: see `xla_smoke.py`. It has been tested on processes of the CPU, and not on a TPU.
 """
 
 import argparse

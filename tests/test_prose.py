@@ -17,16 +17,12 @@ FILES = {
 }
 # Folders whose prose is still to be corrected. A path that begins with one of these is not read.
 NOT_YET = (
-    *("README.md", "CHANGELOG.md", "examples/"),
     *("trainfn/hf/_run/", "trainfn/hf/_step/", "trainfn/hf/_optim/", "trainfn/hf/_arguments/"),
     *("trainfn/hf/_trainer.py", "trainfn/hf/_seq2seq.py", "trainfn/hf/_installed.py", "trainfn/hf/_types.py"),
-    *("trainfn/hf/_evaluation/", "trainfn/hf/_checkpoints/", "trainfn/hf/_callbacks/", "trainfn/hf/_reporting/"),
-    *("trainfn/hf/_parallel/", "trainfn/hf/_sft/", "trainfn/hf/__init__.py"),
-    *("trainfn/_ranks/", "trainfn/_plan/", "trainfn/launch/", "trainfn/deepspeed/"),
 )
 READ = pytest.mark.parametrize("name", [name for name in FILES if not name.startswith(NOT_YET)])
 # In the whole package. These numbers only go down.
-MOST_LONG = 17
+MOST_LONG = 4
 
 # What these words mean here is known to those who wrote them. To the right, what a stranger understands.
 AVOIDED = {

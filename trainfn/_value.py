@@ -135,7 +135,7 @@ def digest(state: Tree) -> Digest:
     """Return fingerprints of a state, or of any tree of tensors: BLAKE2b of each leaf's dtype, shape and bytes.
 
     Two states with equal totals are the same to the bit. A fingerprint does not depend on the machine, the device or
-    the layout over ranks: sharded leaves are gathered, one at a time, and then every rank calls this.
+    the layout over ranks. Every rank calls this for a sharded state, whose leaves are gathered one at a time.
 
     >>> import torch, trainfn as tfn
     >>> one, other = {"a": torch.ones(2), "b": torch.zeros(1)}, {"b": torch.zeros(1), "a": torch.ones(2)}

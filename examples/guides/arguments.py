@@ -36,7 +36,7 @@ def default(field: dataclasses.Field[Any]) -> str:
 
 
 def here(name: str) -> str:
-    """What becomes of an argument."""
+    """Return what the Trainer does with an argument."""
     said = [f"Some values are refused: {rule.why}. {rule.write}." for rule in REFUSED if rule.field == name]
     if name in IGNORED:
         said.insert(0, f"Changes nothing: {IGNORED[name]}.")

@@ -1,4 +1,4 @@
-"""What mkdocs builds beside the pages that are written: reference, arguments, messages, and the places of tests."""
+"""Pages that mkdocs generates from the code: reference, arguments, messages, and the promises with their tests."""
 
 from pathlib import Path
 from typing import Any

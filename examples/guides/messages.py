@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from calls import Callers, Function, functions
 
-HOLE = "…"  # stands where a message has a value
-PARTS = ("_Damage", "Uncuttable")  # inner errors, whose texts end up in messages of others
-LEAST = 12  # letters of fixed text that a message must have to be found by it
+HOLE = "…"  # It stands for a value in a message.
+PARTS = ("_Damage", "Uncuttable")  # Internal errors; their texts end up in messages of other errors.
+LEAST = 12  # A message is found by its fixed text if that has so many letters.
 
 HEAD = """---
 hide: [toc]
@@ -48,7 +48,7 @@ class Message(NamedTuple):
 
 
 def texts(node: ast.expr | None, scope: Function, depth: int = 4) -> list[str]:
-    """The texts that an expression can be; none where only running it would tell."""
+    """Return the texts that an expression can be; an empty list if only a run would show them."""
     again = functools.partial(texts, scope=scope, depth=depth - 1)
     match node:
         case _ if depth == 0:

@@ -1,4 +1,4 @@
-"""What the example scripts share: their command line, their data files, where a run goes on, what it leaves behind."""
+"""Functions of all example scripts: the command line, the data files, the checkpoint to resume from, the results."""
 
 import dataclasses
 import importlib
@@ -22,15 +22,15 @@ def option(default: Any, text: str, **more: Any) -> Any:
 
 @dataclasses.dataclass
 class ModelArguments:
-    """Which model to fine-tune."""
+    """The model to fine-tune."""
 
     model_name_or_path: str = field(metadata={"help": "A folder, or a name on the Hub."})
-    config_name: str | None = option(None, "Of the configuration, if it is another one than the model's.")
-    tokenizer_name: str | None = option(None, "Of the tokenizer, if it is another one than the model's.")
-    cache_dir: str | None = option(None, "Where downloads and prepared data are kept.")
+    config_name: str | None = option(None, "The name of the configuration, if it is not the model's.")
+    tokenizer_name: str | None = option(None, "The name of the tokenizer, if it is not the model's.")
+    cache_dir: str | None = option(None, "The folder for downloads and prepared data.")
     use_fast_tokenizer: bool = option(True, "Use the tokenizers library.")
     model_revision: str = option("main", "Branch, tag or commit of the model.")
-    token: str | None = option(None, "For private repositories; by default that of `hf auth login`.")
+    token: str | None = option(None, "A token for private repositories; by default that of `hf auth login`.")
     trust_remote_code: bool = option(False, "Run code that the model's repository holds.")
 
     def loading(self) -> dict[str, Any]:
@@ -41,10 +41,10 @@ class ModelArguments:
 
 @dataclasses.dataclass
 class DataArguments:
-    """Which data, and how many rows of it."""
+    """The data, and the number of its rows."""
 
     dataset_name: str | None = option(None, "A dataset: a folder, or a name on the Hub.")
-    dataset_config_name: str | None = option(None, "Which configuration of the dataset.")
+    dataset_config_name: str | None = option(None, "The configuration of the dataset.")
     train_file: str | None = option(None, "In place of a dataset: a .csv, .json or .jsonl file to train on.")
     validation_file: str | None = option(None, "The same, to evaluate on.")
     test_file: str | None = option(None, "The same, to predict.")
@@ -127,7 +127,7 @@ def resume_point(args: Any) -> str | bool | None:
         return True
     if any(folder.iterdir()):
         raise ValueError(
-            f"`--output_dir {folder}`: there are files in it, and no checkpoint to go on from. Write"
+            f"`--output_dir {folder}`: there are files in it, and no checkpoint to resume from. Write"
             " `--overwrite_output_dir` to train into it all the same, or name another folder."
         )
     return None

@@ -208,7 +208,7 @@ def test_stop_stops_and_says_why(caplog):
 
 
 def test_an_unknown_decision_is_an_error_with_the_right_name():
-    with pytest.raises(ValueError, match="'should_stop' is nothing a callback decides") as caught:
+    with pytest.raises(ValueError, match="'should_stop' is not a decision") as caught:
         Trainer([after(1, {"should_stop": True})]).train()
     message = str(caught.value)
     assert "`Answering.on_step_end` returned {'should_stop': True}" in message
@@ -222,8 +222,8 @@ def test_a_slip_of_the_pen_is_corrected():
 
 
 @pytest.mark.parametrize("answer", [True, "stop", 3, ["should_save"]])
-def test_anything_else_is_no_decision(answer):
-    with pytest.raises(TypeError, match=r"`Answering\.on_step_end` returned .* is no decision\. Return None"):
+def test_anything_else_is_not_a_decision(answer):
+    with pytest.raises(TypeError, match=r"`Answering\.on_step_end` returned .* is not a decision\. Return None"):
         Trainer([after(1, answer)]).train()
 
 
@@ -246,7 +246,7 @@ def test_the_state_can_not_be_assigned_to():
             state.global_step = 1000
 
     trainer = Trainer([Cheat])
-    with pytest.raises(AttributeError, match=r"`state\.global_step = 1000` can't work: .* what it decides it returns"):
+    with pytest.raises(AttributeError, match=r"`state\.global_step = 1000` can't work: .* returns its decisions"):
         trainer.train()
     assert trainer.state.global_step == 1
 
@@ -539,5 +539,5 @@ def test_states_without_a_callback_are_told(caplog):
     states = {"EarlyStoppingCallback": transformers.EarlyStoppingCallback().state(), "TrainerControl": {"args": {}}}
     with caplog.at_level(logging.WARNING, "trainfn"):
         trainer.callback_handler.load_states(states)
-    assert "the state of 1 EarlyStoppingCallback, and this Trainer has 0: the rest is not restored" in caplog.text
+    assert "the state of 1 EarlyStoppingCallback, and this Trainer has 0, so the rest is not restored" in caplog.text
     assert "TrainerControl" not in caplog.text

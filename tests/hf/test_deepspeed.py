@@ -135,7 +135,7 @@ DIFFERENT = [  # changes of the configuration, arguments, what is said
     ({"optimizer": params(ADAM, betas=[0.9, 0.95])}, {}, r"betas=\[0.9, 0.95\], .*0.999\]: write `adam_beta1=..."),
     ({"optimizer": params(ADAM, eps=1e-6)}, {}, "write `adam_epsilon=1e-06`"),
     ({"optimizer": params(ADAM, weight_decay=0.1)}, {}, "write `weight_decay=0.1`"),
-    ({"optimizer": params(ADAM, amsgrad=True)}, {}, "amsgrad=True, which AdamW here doesn't have: leave it out"),
+    ({"optimizer": params(ADAM, amsgrad=True)}, {}, "amsgrad=True, which AdamW of trainfn does not have: leave it out"),
     ({"optimizer": {"type": "Lamb"}}, {}, 'optimizer.type=\'Lamb\', which is not Adam: write "AdamW" there'),
     ({"optimizer": "Lamb"}, {}, "optimizer.type='Lamb', which is not Adam"),
     ({}, {"optim": "sgd"}, "optimizer.type='AdamW', optim='sgd': write `optim='adamw_torch'`"),
@@ -143,22 +143,22 @@ DIFFERENT = [  # changes of the configuration, arguments, what is said
     ({"scheduler": {"type": "WarmupLR"}}, {}, "lr_scheduler_type='linear': write `lr_scheduler_type='constant_with_w"),
     ({}, {"lr_scheduler_type": "cosine"}, "lr_scheduler_type='cosine': write `lr_scheduler_type='linear'`"),
     ({}, {"lr_scheduler_kwargs": {"a": 1}}, r"lr_scheduler_kwargs=\{'a': 1\}: leave the latter out"),
-    ({"scheduler": params(DECAY, warmup_min_lr=1e-6)}, {}, "and a schedule starts from 0 here: write 0 there"),
+    ({"scheduler": params(DECAY, warmup_min_lr=1e-6)}, {}, "but a schedule of trainfn starts from 0: write 0 there"),
     ({"scheduler": params(DECAY, warmup_max_lr=1e-3)}, {}, "warmup_max_lr=0.001, .*: write `learning_rate=0.001`"),
     ({"scheduler": params(DECAY, warmup_num_steps=9)}, {}, "warmup_steps=0: write `warmup_steps=9`"),
     ({"scheduler": params(DECAY, total_num_steps=9)}, {}, "max_steps=-1: write `max_steps=9`"),
-    ({"scheduler": params(DECAY, warmup_type="log")}, {"warmup_steps": 2}, 'a warm-up is linear here: write "linear"'),
-    ({"scheduler": params(DECAY, decay=1)}, {}, "scheduler.params.decay=1, which is not known here: leave it out"),
+    ({"scheduler": params(DECAY, warmup_type="log")}, {"warmup_steps": 2}, 'trainfn is linear: write "linear" there'),
+    ({"scheduler": params(DECAY, decay=1)}, {}, "scheduler.params.decay=1, which trainfn does not know: leave it out"),
     ({"scheduler": {"type": "WarmupCosineLR"}}, {"lr_scheduler_type": "cosine"}, 'write `"cos_min_ratio": 0'),
     ({"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_min_ratio": 0, "cos_min_ratio": 0.1}}},
-     {"lr_scheduler_type": "cosine"}, "a cosine ends at 0 here: write 0 there"),
+     {"lr_scheduler_type": "cosine"}, "a cosine of trainfn ends at 0: write 0 there"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "options", "match"), DIFFERENT)
 def test_what_differs_is_an_error_with_the_argument_to_write(changes, options, match):
     call = r"`TrainingArguments\(deepspeed=\{...\}\)` can't work: the configuration and the training arguments differ. "
-    with pytest.raises(ValueError, match=f'{call}.*{match}.*that says "auto" takes the argument'):
+    with pytest.raises(ValueError, match=f'{call}.*{match}.*that says "auto" takes the value of the argument'):
         configuration(arguments(deepspeed={**AUTO, **changes}, **options))
 
 
@@ -203,7 +203,7 @@ def test_one_process_trains_the_same_and_is_told_once(tmp_path, capsys):
     for one, other in zip(plain.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(one, other)
     said = capsys.readouterr().out
-    assert "runs natively, as a plan of the same ZeRO stage. DeepSpeed's own engine is `tfn.deepspeed.init(mo" in said
+    assert "this run is native, with a plan of the same ZeRO stage. DeepSpeed's own engine is `tfn.deepspeed" in said
     assert "from the training arguments: train_batch_size=8, " in said
     assert "the warm-up is linear; DeepSpeed's, without" in said and "biases and norms don't decay" in said
     assert "zero_optimization.stage               3      mapped      Plan.zero(3)" in said
@@ -243,7 +243,7 @@ def test_a_launchers_yaml_and_the_arguments_that_it_says(monkeypatch, capsys):
     trainer = Trainer(gpt2(), args)
     assert (args.max_grad_norm, args.gradient_accumulation_steps, args.bf16) == (0.7, 1, True)
     said = capsys.readouterr().out
-    assert "the DeepSpeed configuration of `accelerate launch`: runs natively" in said
+    assert "the DeepSpeed configuration of `accelerate launch`: this run is native" in said
     assert "max_grad_norm=0.7, from the configuration of `accelerate launch`" in said
     assert "clipping   global norm 0.7" in trainer_summary(trainer)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")

@@ -377,12 +377,12 @@ def test_no_mean_of_nothing(tmp_path):
 
 def test_metrics_must_be_a_dict(tmp_path):
     trainer = ours(SINGLE, tmp_path, compute_metrics=lambda prediction: 0.5)
-    with pytest.raises(TypeError, match=r"compute_metrics\(...\) returned 0.5, but metrics are a dict .* return \{"):
+    with pytest.raises(TypeError, match=r"compute_metrics\(...\) returned 0.5, but metrics are a dict .* `return \{"):
         trainer.evaluate(SINGLE.rows(2))
 
 
 class OddCache:
-    """Grows with each token, as a cache of keys and values does, and is no tensor."""
+    """Grows with each token, as a cache of keys and values does, and is not a tensor."""
 
     def __init__(self, keys):
         self.keys = keys
@@ -446,7 +446,7 @@ def test_what_is_left_out_is_told_once(tmp_path, caplog):
         trainer.predict(SINGLE.rows(3))
         trainer.predict(SINGLE.rows(3))
     (record,) = caplog.records
-    assert "output 'strange_cache' holds a OddCache, which is no tensor: it is left out" in record.getMessage()
+    assert "output 'strange_cache' holds a OddCache, which is not a tensor, so it is left out" in record.getMessage()
 
 
 def test_a_cache_of_tensors_is_known_by_its_name(tmp_path):

@@ -346,7 +346,7 @@ def test_a_checkpoint_that_is_gone_is_not_tried_again(trainer, hub, caplog):
     hub.broken = False
     with caplog.at_level(logging.WARNING, "trainfn"):
         _hub.finish(made)
-    assert f"{folder} is gone and will not be pushed" in caplog.text
+    assert f"{folder} does not exist any more, so it is not pushed" in caplog.text
 
 
 def test_a_push_that_can_not_be_started_is_told_too(trainer, hub, monkeypatch, caplog):

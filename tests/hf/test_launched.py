@@ -124,10 +124,10 @@ def test_parallel_mode(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"fsdp": True, "fsdp_config": {"xla": True}}, r"fsdp_config=\{'xla': True\}.*no XLA.*Leave `xla` out"),
+        ({"fsdp": True, "fsdp_config": {"xla": True}}, r"fsdp_config=\{'xla': True\}.*not run on XLA.*Leave `xla` out"),
         (
             {"parallelism_config": ParallelismConfig(cp_size=2)},
-            r"cp_size=2.*sequence is not split.*Give those ranks to `dp_shard_size`",
+            r"cp_size=2.*not split a sequence.*Write `dp_shard_size`",
         ),
     ],
 )
@@ -142,7 +142,7 @@ def test_layouts_that_cannot_be(options, match):
         ({"auto_find_batch_size": True}, r"auto_find_batch_size=True.*2 processes.*Write `gradient_accumulation"),
         (
             {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 3},
-            r"per_device_train_batch_size=3.*not split into 2 equal parts. Write a multiple of 2",
+            r"per_device_train_batch_size=3.*do not divide into 2 equal parts. Write a multiple of 2",
         ),
     ],
 )
@@ -287,7 +287,7 @@ def test_callbacks_that_take_a_model_without_values_are_told(caplog):
         for _ in range(2):
             _parameters.warn_of_callbacks(trainer)
     (record,) = caplog.records
-    match = r"callbacks=\[Counts\]\): on_step_end, on_save take `model`.*NaN there.*`with trainer.whole_model\(\) as"
+    match = r"callbacks=\[Counts\]\): on_step_end, on_save take `model`.*NaN in.*`with trainer.whole_model\(\) as"
     assert re.search(match, record.message)
 
 

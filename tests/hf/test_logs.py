@@ -243,7 +243,7 @@ def test_without_the_filter_the_loss_is_what_it_is():
     window = LossWindow(nan_inf_filter=False)
     for metrics in means([(1.0, 2), (math.inf, 2)]):
         window.add(metrics)
-    with pytest.warns(tfn.errors.NonFiniteWarning, match="make the logged loss what it is"):
+    with pytest.warns(tfn.errors.NonFiniteWarning, match="make the logged loss NaN or infinite"):
         assert window.take() == {"loss": math.inf, "nonfinite_steps": 1}
     assert window.loss == math.inf
 

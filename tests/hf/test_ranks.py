@@ -74,7 +74,8 @@ def test_only_rank_0_tells(results):
 @pytest.mark.slow
 def test_a_deepspeed_configuration_is_told_of_once(results):
     _, _, printed, _ = results
-    assert printed.count("runs natively, as a plan of the same ZeRO stage") == 3  # two of arguments, one of a launcher
+    # Two are of arguments, one is of a launcher.
+    assert printed.count("this run is native, with a plan of the same ZeRO stage") == 3
     assert printed.count("Launch(rank 0 of 2") == 3 and "Launch(rank 1" not in printed
 
 

@@ -405,8 +405,8 @@ def test_a_step_with_packs_compiles(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"loss_type": "chunked_nll"}, "loss_type='chunked_nll'.*Write 'nll'"),
-        ({"loss_type": "mse"}, "loss_type='mse'.*none of 'nll', 'dft'"),
+        ({"loss_type": "chunked_nll"}, "loss_type='chunked_nll'.*Write `loss_type='nll'`"),
+        ({"loss_type": "mse"}, "loss_type='mse'.*not one of 'nll', 'dft'"),
         ({"packing_strategy": "ffd"}, "packing_strategy='ffd'.*Write `packing_strategy='bfd'`"),
         ({"truncation_mode": "middle"}, "truncation_mode='middle'"),
         ({"packing": True, "max_length": None}, "packing=True.*packs have no length.*Write `max_length=1024`"),
@@ -414,7 +414,7 @@ def test_a_step_with_packs_compiles(tmp_path):
         ({"max_length": "auto"}, "max_length='auto'"),
         ({"pad_to_multiple_of": -8}, "pad_to_multiple_of=-8"),
         ({"activation_offloading": True}, "activation_offloading=True.*'offload': True"),
-        ({"dataset_kwargs": {"add_special_tokens": False}}, "nothing knows 'add_special_tokens'"),
+        ({"dataset_kwargs": {"add_special_tokens": False}}, "'add_special_tokens' is unknown"),
         ({"loss_type": "dft", "label_smoothing_factor": 0.1}, "loss_type='dft'.*label_smoothing_factor"),
     ],
 )
@@ -450,7 +450,7 @@ def test_templates_that_are_missing_or_say_too_little(tmp_path):
     with pytest.raises(ValueError, match="need a chat template"):
         trainer(tmp_path, [{"messages": SAID}], words=tokenizer())
     plain = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    with pytest.raises(ValueError, match="does not say what the assistant wrote"):
+    with pytest.raises(ValueError, match="does not mark the assistant's messages"):
         trainer(tmp_path, [{"messages": SAID}], words=tokenizer(plain), assistant_only_loss=True)
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     made = trainer(tmp_path, [{"messages": SAID}], words=tokenizer(), chat_template_path=str(tmp_path / "t.jinja"))
@@ -475,9 +475,9 @@ def test_impossible_constructors(folder, tmp_path, monkeypatch):
         make(config(tmp_path), max_length=3)
     with pytest.raises(TypeError, match="Did you mean `train_dataset`"):
         SFTTrainer(model(), config(tmp_path), train_datasets=rows())
-    with pytest.raises(ValueError, match="say different things"):
+    with pytest.raises(ValueError, match="have different values"):
         make(config(tmp_path, max_length=5), max_seq_length=3)
-    with pytest.raises(TypeError, match="Is the order of the arguments right"):
+    with pytest.raises(TypeError, match="Check the order of the arguments"):
         make(rows())
     with pytest.raises(ValueError, match="is loaded already"):
         make(config(tmp_path, model_init_kwargs={"dtype": "float32"}), processing_class=tokenizer())
@@ -485,7 +485,7 @@ def test_impossible_constructors(folder, tmp_path, monkeypatch):
         make(config(tmp_path), processing_class=object())
     with pytest.raises(ValueError, match="`data_collator` out"):
         make(config(tmp_path, packing=True), data_collator=lambda rows: {})
-    with pytest.raises(ValueError, match="that are two losses"):
+    with pytest.raises(ValueError, match="these are two losses"):
         make(config(tmp_path, loss_type="dft"), compute_loss_func=lambda *a, **k: 0)
     if __import__("importlib").util.find_spec("peft") is None:
         with pytest.raises(ImportError, match="pip install peft"):

@@ -26,8 +26,8 @@ def save(path: str | os.PathLike[str], state: TrainState, *, max_shard_size: int
     ``path/model.safetensors`` holds the module's tensors under its own names; where the module has a transformers
     config, that is written too, and ``from_pretrained(path)`` reads the folder.
 
-    A sharded state is saved by all ranks, which call this together: each writes its part into a file of its own, at
-    the same time. `restore` reads it in any other layout, or in one process. If parameters are split, there is no
+    All ranks call this together for a sharded state. Each writes its part into a file of its own, at the same time.
+    `restore` reads it in any other layout, or in one process. If parameters are split, there is no
     ``model.safetensors``, unless ``full=True``.
 
     Args:

@@ -155,8 +155,8 @@ def _rename(old: Path, new: Path) -> None:
 class Lock:
     """A lock on a folder, so that one run at a time saves there: two would remove each other's checkpoints.
 
-    It is a lock of the operating system (flock) and not a file that exists, because the system releases it when the
-    process ends, however it ends. A killed run leaves no lock behind.
+    It is a lock of the operating system (flock) and not a file that exists. The system releases it whenever the
+    process ends, so a killed run leaves no lock behind.
     """
 
     _number: int | None = None

@@ -1,8 +1,8 @@
 """The bytes of the files: the safetensors layout, and the manifest.
 
-A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and place of
-each tensor) and the tensors' bytes. It is written here because the library can neither hash a file as it writes
-nor flush it. A header is never parsed: a reader makes it again from the manifest and compares.
+A safetensors file is the length of its header (8 bytes, little-endian), the header, and the tensors' bytes. The header
+is JSON with the dtype, shape and place of each tensor. Such files are written here because the library can neither hash
+a file as it writes nor flush it. A header is never parsed: a reader makes it again from the manifest and compares.
 """
 
 from __future__ import annotations

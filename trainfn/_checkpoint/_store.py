@@ -25,7 +25,7 @@ class Checkpoints:
     """The checkpoints of one run, ``folder/checkpoint-<step>``, each as `save` writes it.
 
     A ``with`` block waits at its end for the last write, and raises its error. The folder is locked from the first
-    save, or the start of the ``with`` block, to the end, so that two runs can't remove each other's checkpoints.
+    save, or the start of the ``with`` block, to the end. So two runs can't remove each other's checkpoints.
 
     In a job of several processes all of them make a `Checkpoints` of the same folder and call its methods together.
     Each writes and reads its part of a sharded state; rank 0 locks the folder and removes old checkpoints.

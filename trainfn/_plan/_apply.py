@@ -123,7 +123,7 @@ def _summed(plan: Layout, state: TrainState, grads: dict[str, Tensor]) -> dict[s
     bucket: list[str] = []
 
     def flush() -> None:
-        # An all-reduce of up to 25 MB, once an update for each bucket: a collective for each parameter would spend
+        # An all-reduce of up to 25 MB, once an update for each bucket. A collective for each parameter would spend
         # more time on starting than on sending.
         flat = _sum(plan, state, torch.cat([grads[name].reshape(-1) for name in bucket]))
         parts = flat.split([grads[name].numel() for name in bucket])
@@ -194,8 +194,8 @@ def reduce_means(plan: Layout, state: TrainState, means: Metrics) -> Metrics:
     done: dict[tuple[str, int], Tensor] = {}
     for dtype in dict.fromkeys(x.dtype for x in leaves.values()):
         keys = [key for key, x in leaves.items() if x.dtype == dtype]
-        # 8 bytes a metric in float32, one all-reduce a step and dtype: the gradients are divided by the weight of the
-        # rows of all ranks, and metrics are means over them.
+        # 8 bytes a metric in float32, one all-reduce a step and dtype. The gradients are divided by the weight of the
+        # rows of all ranks, and metrics are means over these rows.
         flat = _sum(plan, state, torch.cat([leaves[key].reshape(-1) for key in keys]))
         sizes = [leaves[key].numel() for key in keys]
         done.update({key: x.reshape(leaves[key].shape) for key, x in zip(keys, flat.split(sizes), strict=True)})
@@ -211,8 +211,8 @@ def _mean_buffers(plan: Layout, state: TrainState, mine: Gradients, total: Gradi
         return buffers
     even, weight = 1.0 / plan.data_size, total.loss.weight
     share = torch.where(weight > 0, mine.loss.weight / torch.where(weight > 0, weight, 1.0), even).float()
-    # The bytes of all floating-point buffers in float32, one all-reduce a step: without it each rank would go on with
-    # the statistics of its own rows. A model without such buffers does not pay it.
+    # The bytes of all floating-point buffers in float32, one all-reduce a step. Without it each rank would keep the
+    # statistics of its own rows. A model without such buffers does not pay it.
     flat = _sum(plan, state, share * torch.cat([buffers[name].float().reshape(-1) for name in names]))
     parts = flat.split([buffers[name].numel() for name in names])
     shaped = {
@@ -230,8 +230,8 @@ def first_rows(plan: Layout, state: TrainState, batch: Batch) -> tuple[Tensor, T
     counts = torch.full((1,), rows, dtype=torch.int64, device=state.step.device)
     mesh = mesh_of(state)
     for axis in reversed(_data_axes(plan)):
-        # 8 bytes a rank, once a batch: dropout is drawn by a row's number in the batch of all ranks, and ranks may have
-        # unequally many rows.
+        # 8 bytes a rank, once a batch. Dropout is drawn by a row's number in the batch of all ranks, and the ranks may
+        # have different numbers of rows.
         counts = collectives.wait_tensor(_all_gather(counts, 0, mesh[axis]))
     return counts[: plan.data_rank].sum(), counts.sum()
 

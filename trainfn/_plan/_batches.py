@@ -1,4 +1,4 @@
-"""What ranks report to each other between steps: whether they have rows, of which kind, and that they run the same.
+"""Ranks report to each other between steps whether they have rows, the kind of their rows, and what they run.
 
 Without it, a rank that runs out of rows, or runs something else, would leave the others waiting in a collective.
 """
@@ -51,8 +51,8 @@ def aligned(batches: Iterator[Batch], call: str, *, equal: bool = False, parts: 
     """This rank's batches, until no rank has any more; `Idle` ones where only other ranks have rows.
 
     Args:
-        batches: Of this rank.
-        call: The call that they were given to, for errors.
+        batches: The batches of this rank.
+        call: The call that received them, for errors.
         equal: Whether ranks are known to have equally many batches, so that only the first is compared.
         parts: The number of parts of the rows: a warning if the rows of all ranks are the same.
 
@@ -106,7 +106,7 @@ def _kind(batch: Batch) -> str:
 
 
 def _digest(batch: Batch) -> str:
-    """Of the beginning of every leaf."""
+    """Return a digest of the beginning of every leaf."""
     leaves = [x.reshape(-1)[:1024].tolist() if isinstance(x, Tensor) else x for x in tree.leaves(batch)]
     return hashlib.sha256(repr(leaves).encode()).hexdigest()
 

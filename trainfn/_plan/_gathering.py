@@ -37,9 +37,9 @@ class Usage(NamedTuple):
     """Placements of a parameter and of its gradient, on each axis of the mesh.
 
     Attributes:
-        used: Of the value that a function computes with.
-        local: Of the gradient that the function's backward pass gives this rank.
-        kept: Of the gradient that is kept until the update.
+        used: The placements of the value that a function computes with.
+        local: The placements of the gradient that the function's backward pass returns on this rank.
+        kept: The placements of the gradient that is kept until the update.
     """
 
     used: tuple[Any, ...]
@@ -77,8 +77,8 @@ class Use(torch.autograd.Function):
         mesh, dtype, shape, stride = ctx.spec
         grad = grads[0].to(ctx.plan.precision.reduce or dtype)
         sums = DTensor.from_local(grad, mesh, ctx.how.local, run_check=False, shape=shape, stride=stride)
-        # Stages 2 and 3: a reduce-scatter of the gradient's bytes over ``shard``, in each backward pass, so that a rank
-        # never holds more than one full gradient. Stages 0 and 1: none, the sum is kept as a summand until the update.
+        # Stages 2 and 3: a reduce-scatter of the gradient's bytes over ``shard``, in each backward pass. So a rank
+        # never holds more than one full gradient. Stages 0 and 1: none; the gradient stays a summand until the update.
         kept = sums.redistribute(placements=ctx.how.kept)
         if kept.dtype != dtype:
             part = kept.to_local().to(dtype)
@@ -89,8 +89,8 @@ class Use(torch.autograd.Function):
 def gathered(param: DTensor, plan: Layout, how: Usage) -> Tensor:
     """The value that this rank computes with.
 
-    Stage 3: an all-gather of the parameter's bytes in the dtype of the computation, for each use in the forward pass,
-    and with ``reshard`` once more in the backward pass. Stages 0 to 2: no communication, the parameter is full.
+    Stage 3: an all-gather of the parameter's bytes in the dtype of the computation, for each use in the forward pass.
+    With ``reshard``, the backward pass gathers it once more. Stages 0 to 2: no communication, the parameter is full.
     """
     compute = plan.precision.compute
     if compute is not None and param.is_floating_point():

@@ -34,10 +34,10 @@ class Precision:
     """The dtypes of a run; None stands for the dtype of the parameters.
 
     Attributes:
-        param: Of the parameters in the state.
-        compute: Of the forward and backward pass: parameters are cast before they are gathered, and the rest runs
-            under `torch.autocast`.
-        reduce: Of the sum of gradients over ranks.
+        param: The dtype of the parameters in the state.
+        compute: The dtype of the forward and backward pass. Parameters are cast before they are gathered, and the rest
+            runs under `torch.autocast`.
+        reduce: The dtype of the sum of gradients over ranks.
 
     >>> Precision(compute=torch.bfloat16).compute
     torch.bfloat16
@@ -50,7 +50,7 @@ class Precision:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What `Plan` adds steps to; see there."""
+    """The fields of `Plan`, which adds steps to them; see `Plan`."""
 
     replicate: int = 1
     shard: int = 1

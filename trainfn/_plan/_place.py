@@ -204,8 +204,8 @@ def _distributed(leaf: Tensor, mesh: DeviceMesh, where: tuple[Placement, ...]) -
 
     if leaf.is_meta:
         leaf = torch.empty_like(leaf, device=mesh.device_type)
-    # A scatter of the leaf's bytes from rank 0 over each axis that splits it, and a broadcast over the others, once a
-    # run: the ranks may have been initialized differently.
+    # A scatter of the leaf's bytes from rank 0 over each axis that splits it, and a broadcast over the others. Once a
+    # run, because the ranks may have been initialized differently.
     return distribute_tensor(leaf.detach(), mesh, where)
 
 

@@ -1,7 +1,7 @@
 """Linear layers that several ranks compute together: each has some columns, or some rows, of the weight.
 
-Between a layer split by columns and the next one split by rows, a rank holds its part of the activations only, and
-nothing is communicated. Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3.
+Between a layer split by columns and the next one split by rows, a rank holds only its part of the activations. Nothing
+is communicated there. Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3.
 """
 
 from __future__ import annotations

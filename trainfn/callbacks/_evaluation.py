@@ -21,8 +21,8 @@ Mode = Literal["min", "max"]
 class evaluation(Callback):
     """Evaluate after every ``every`` steps and at the end, and call further callbacks with the metrics.
 
-    One batch is evaluated before the first step, so that a misspelt metric or a failing evaluation is found at once and
-    not after an hour.
+    One batch is evaluated before the first step. So a misspelt metric or a failing evaluation raises its error at once,
+    and not after an hour.
 
     Args:
         eval_step: From `trainfn.eval_step`, compiled or not.

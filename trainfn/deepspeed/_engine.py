@@ -81,8 +81,8 @@ class EngineState:
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(
-            "a state of tfn.deepspeed is a handle on an engine that works in place: it can't be copied, pickled,"
-            " replaced or saved as other states are. Keep one with `tfn.deepspeed.save(path, state)`; go back to it"
+            "a state of tfn.deepspeed is a handle on an engine that works in place. It can't be copied, pickled,"
+            " replaced or saved as other states are. Keep one with `tfn.deepspeed.save(path, state)`, and go back to it"
             " with `state = tfn.deepspeed.restore(path, state)`."
         )
 

@@ -1,10 +1,10 @@
 """The step around the engine: exact sums in, one update out.
 
-DeepSpeed averages gradients over ranks and micro-batches, each for as much as any other. So each micro-batch's loss is
-handed to it as ``total * ranks / estimate``, with no division by the number of micro-batches: what the engine has in
-the end is the gradient of all totals, divided by the estimate. With one micro-batch, the estimate is the weight over
-all ranks. With several it is the first one's, times how many there are; the rest is divided out when all weights are
-known. That happens where the engine undoes its loss scale, before it clips.
+DeepSpeed averages gradients over ranks and micro-batches, with the same weight for each. So the step passes the loss of
+a micro-batch as ``total * ranks / estimate``, without a division by the number of micro-batches. The engine then has
+the gradient of all totals, divided by the estimate. With one micro-batch, the estimate is the weight over all ranks.
+With several, it is the weight of the first one times their number; the exact weight divides the gradient once all
+weights are known. That happens where the engine undoes its loss scale, before it clips.
 """
 
 from __future__ import annotations

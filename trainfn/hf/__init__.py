@@ -5,9 +5,9 @@
     from trainfn import Trainer, TrainingArguments      # instead of: from transformers import ...
 
 A `Trainer` is a facade: its methods have transformers' names and signatures, and delegate to functions in the folders
-beside it. Reading order: `_trainer.py` (the methods), `_types.py` (what the functions may ask of a Trainer),
-`_run/_record.py` (what a Trainer keeps to itself), `_run/_loop.py` (the loop around `trainfn.steps`), `_step/_loss.py`
-(why the loss is exact), `_run/_data.py`, `_checkpoints/`, `_evaluation/`; then by need.
+beside it. Begin with `_trainer.py` (the methods), `_types.py` (the part of a Trainer that functions use) and
+`_run/_record.py` (its private record). Then read `_run/_loop.py` (the loop around `trainfn.steps`), `_step/_loss.py`
+(the exact loss), `_run/_data.py`, `_checkpoints/` and `_evaluation/`.
 """
 
 import importlib.util as _util

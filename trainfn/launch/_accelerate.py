@@ -89,7 +89,7 @@ class Reading:
         self.plan = {**kept, **arguments}
 
     def note(self, variable: str, fate: Fate, detail: str) -> None:
-        """Record what became of a variable."""
+        """Record the fate of a variable."""
         self.seen.add(variable)
         self.fields.append(Field(shown(variable), self.env[variable], fate, detail))
 

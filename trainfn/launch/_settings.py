@@ -85,7 +85,7 @@ def settings(
             stage; the fate of each field is printed. For the engine itself, `trainfn.deepspeed`, call `join` instead.
         rules: The rules of the plan, such as those of `tensor_rules`.
         timeout: See `join`.
-        quiet: Whether to print nothing and warn of nothing; ``print(launch)`` tells the same.
+        quiet: Whether to print nothing and warn of nothing; ``print(launch)`` shows the same.
 
     Raises:
         ValueError: If the configuration asks for what can't be honoured, or for sizes that are not the number of

@@ -7,7 +7,7 @@
 
     ... --train_file train.jsonl --validation_file validation.jsonl --text_column text --summary_column summary
 
-Run it with -h for all options. Without --overwrite_output_dir it goes on from the last checkpoint in --output_dir.
+Run it with -h for all options. Without --overwrite_output_dir it resumes from the last checkpoint in --output_dir.
 """
 
 import sys
@@ -43,14 +43,14 @@ class RunArguments(Seq2SeqTrainingArguments):
 
 @dataclass
 class ModelArguments(shared.ModelArguments):
-    """Which model to fine-tune."""
+    """The model to fine-tune."""
 
     resize_position_embeddings: bool | None = option(None, "Make room for --max_source_length in a model without it.")
 
 
 @dataclass
 class DataArguments(shared.DataArguments):
-    """Which data."""
+    """The data."""
 
     lang: str | None = option(None, "The language, for a tokenizer of many: ro_RO, say.")
     text_column: str | None = option(None, "The column with the texts.")
@@ -61,8 +61,8 @@ class DataArguments(shared.DataArguments):
     pad_to_max_length: bool = option(False, "Pad all rows to these lengths; if not, to the longest of their batch.")
     num_beams: int | None = option(1, "Beams to generate with, where --generation_num_beams does not say it.")
     ignore_pad_token_for_loss: bool = option(True, "Padding in the summaries does not count.")
-    source_prefix: str = option("", "Put before each text: T5 wants to be told what to do, `summarize: `.")
-    forced_bos_token: str | None = option(None, "What a summary begins with: the language, for mBART.")
+    source_prefix: str = option("", "A text before each row, such as `summarize: `, which names the task for T5.")
+    forced_bos_token: str | None = option(None, "The first token of a summary: the language, for mBART.")
 
     def __post_init__(self) -> None:
         if self.val_max_target_length is None:
@@ -81,7 +81,7 @@ def load_model(args: ModelArguments, data: DataArguments) -> tuple[Any, Any]:
     if data.lang is not None:
         _speak(model, tokenizer, data)
     if model.config.model_type == "t5" and not data.source_prefix:
-        warnings.warn("T5 wants to be told what to do: write `--source_prefix 'summarize: '`.", stacklevel=2)
+        warnings.warn("T5 needs its task before each text: write `--source_prefix 'summarize: '`.", stacklevel=2)
     if model.config.decoder_start_token_id is None and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
         raise ValueError(f"{source}: its configuration has no `decoder_start_token_id`, with which summaries begin.")
     room = getattr(model.config, "max_position_embeddings", None)
@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def _mp_fn(index: int) -> None:
-    """What xla_spawn calls in each process."""
+    """Run the script; `xla_spawn.py` calls this in each process."""
     main()
 
 

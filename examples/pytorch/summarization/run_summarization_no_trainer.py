@@ -6,8 +6,8 @@
         --output_dir ~/tmp/tst-summarization
 
 `accelerate launch` and `torchrun` start it on several processes, too. With --checkpointing_steps, the same command
-again goes on from the newest checkpoint. Everything that happens is in `main`: texts → batches → loss → optimizer →
-step → fit → evaluate → ROUGE.
+again resumes from the newest checkpoint. Everything happens in `main`: texts → batches → loss → optimizer → step →
+fit → evaluate → ROUGE.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--summary_column", help="the column with the summaries")
     add("--max_train_samples", type=int, help="train on the first so many rows only")
     add("--max_eval_samples", type=int, help="evaluate on the first so many rows only")
-    add("--source_prefix", default="", help="put before each text: T5 wants to be told what to do, `summarize: `")
+    add("--source_prefix", default="", help="a text before each row, such as `summarize: `, for T5")
     add("--max_source_length", type=int, default=1024, help="tokens after which a text is cut off")
     add("--max_target_length", type=int, default=128, help="tokens after which a summary is cut off")
     add("--val_max_target_length", type=int, help="the same in evaluation and generation")
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument_group("output").add_argument
     add("--output_dir", type=Path, required=True, help="where the model and the checkpoints go")
     add("--checkpointing_steps", metavar="N|epoch", help="save the state every N updates, or after each epoch")
-    add("--resume_from_checkpoint", type=Path, help="go on from this one (and not from the newest in --output_dir)")
+    add("--resume_from_checkpoint", type=Path, help="resume from this one (and not from the newest in --output_dir)")
     add("--with_tracking", action="store_true", help="log to the trackers of Accelerate")
     add("--report_to", default="all", help="which: tensorboard, wandb, ... (%(default)s that are installed)")
     add("--push_to_hub", action="store_true", help="upload the model")
@@ -140,7 +140,7 @@ def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tfn.Mean:
 
 
 def generate(model: Any, launch: Any, batches: Any, rows: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """What the model writes for each row, and the labels; all as long as the longest. Ranks take turns by batches."""
+    """Return the model's text for each row, and the labels, padded to the longest; ranks take turns by batches."""
     mine = []
     for n in range(launch.rank, batches.steps, launch.world):
         batch = batches(n)
@@ -218,7 +218,7 @@ def main() -> None:
     checkpoints = None
     if args.checkpointing_steps is not None:
         every = updates if args.checkpointing_steps == "epoch" else int(args.checkpointing_steps)
-        checkpoints = tfn.Checkpoints(args.output_dir, every=every)  # `fit` goes on from the newest one
+        checkpoints = tfn.Checkpoints(args.output_dir, every=every)  # `fit` resumes from the newest one
     evaluate = tfn.eval_step(loss, plan=launch.plan)
     evaluation = tfn.callbacks.evaluation(evaluate, checks, every=updates, then=[tfn.callbacks.log(1)])
     callbacks = [tfn.callbacks.progress(), evaluation]

@@ -1,4 +1,4 @@
-"""What both summarization scripts need: texts and summaries as tokens, and ROUGE."""
+"""Functions of both summarization scripts: texts and summaries as tokens, and ROUGE."""
 
 import re
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def tokenized(rows: Dataset, tokenizer: Any, args: Any, target_length: int, desc
 
     Args:
         rows: The texts and summaries.
-        tokenizer: Of the model.
+        tokenizer: The tokenizer of the model.
         args: The command line's arguments about the data.
         target_length: Tokens after which a summary is cut off.
         desc: What the progress bar says.

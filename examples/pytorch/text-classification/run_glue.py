@@ -6,7 +6,7 @@
 
     ... --train_file train.csv --validation_file validation.csv     # your own: a column `label`, and one or two of text
 
-Run it with -h for all options. Without --overwrite_output_dir it goes on from the last checkpoint in --output_dir.
+Run it with -h for all options. Without --overwrite_output_dir it resumes from the last checkpoint in --output_dir.
 """
 
 import functools
@@ -57,14 +57,14 @@ class RunArguments(TrainingArguments):
 
 @dataclass
 class ModelArguments(shared.ModelArguments):
-    """Which model to fine-tune."""
+    """The model to fine-tune."""
 
     ignore_mismatched_sizes: bool = option(False, "Take a model with another number of labels; its head begins anew.")
 
 
 @dataclass
 class DataArguments(shared.DataArguments):
-    """Which data."""
+    """The data."""
 
     task_name: str | None = option(None, f"A task of GLUE: {', '.join(TEXTS)}.")
     max_seq_length: int = option(128, "Tokens after which a row is cut off.")
@@ -261,7 +261,7 @@ def main() -> None:
 
 
 def _mp_fn(index: int) -> None:
-    """What xla_spawn calls in each process."""
+    """Run the script; `xla_spawn.py` calls this in each process."""
     main()
 
 

@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: the 16 events of `transformers.TrainerCallback`, decisions returned, views shown.
+"""Callbacks of the Trainer: the 16 events of `transformers.TrainerCallback`, each of which may return a decision.
 
 ``None`` or ``{}``                       no change
 ``{"should_training_stop": True}``       any of the five fields of `transformers.TrainerControl`
@@ -42,21 +42,24 @@ _logger = logging.getLogger(__name__)
 def gather(
     callbacks: Sequence[Callback] | Callback | None = None, callback: Sequence[Callback] | Callback | None = None
 ) -> list[Callback]:
-    """The callbacks that a Trainer was given, under either name, one or several, as a list.
+    """Return a Trainer's callbacks as a list: one or several, under either name.
 
     Args:
         callbacks: A callback, a list of them, or None.
-        callback: The same, under the name that the documentation of the Trainer also uses.
+        callback: The same, under the other name in the documentation of the Trainer.
 
     Raises:
-        TypeError: If both are given, or one is no callback.
+        TypeError: If both are given, or one is not a callback.
 
     >>> import transformers
     >>> gather(callback=transformers.PrinterCallback)
     [<class 'transformers.trainer_callback.PrinterCallback'>]
     """
     if callbacks is not None and callback is not None:
-        raise TypeError("`Trainer(callbacks=..., callback=...)` names the same thing twice. Write `callbacks=[a, b]`.")
+        raise TypeError(
+            "`Trainer(callbacks=..., callback=...)` can't work: it names the same thing twice. Write"
+            " `callbacks=[a, b]`."
+        )
     given = callback if callbacks is None else callbacks
     listed = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
     for each in listed:
@@ -67,10 +70,10 @@ def gather(
 def with_defaults(
     callbacks: Sequence[Callback], args: TrainingArguments, trackers: Sequence[Callback] = ()
 ) -> list[Callback]:
-    """The user's callbacks between those that decide and report and the one that shows progress.
+    """Return the user's callbacks between those that decide and report and the one that shows progress.
 
     Args:
-        callbacks: The user's.
+        callbacks: The user's callbacks.
         args: The `TrainingArguments`; `disable_tqdm` chooses between a bar and printed lines.
         trackers: From `trainfn.hf._reporting._trackers.tracker_callbacks`.
 
@@ -82,24 +85,24 @@ def with_defaults(
 
 
 def event(trainer: TrainerLike, name: str) -> None:
-    """Call an event of all callbacks; what they decide is the Trainer's `control`."""
+    """Call an event of all callbacks; their decisions become the Trainer's `control`."""
     call = getattr(trainer.callback_handler, name)
     trainer.control = call(trainer.args, trainer.state, trainer.control)
 
 
 class CallbackHandler(_Handler):
-    """Calls the callbacks in their order, and makes what they return the Trainer's `control`.
+    """Calls the callbacks in their order, and turns their decisions into the Trainer's `control`.
 
-    Each callback gets its own copy of `metrics` and `logs`, and a view of `state`: what it does to them is its own
-    affair. An error in a callback gets a note which says whose it was.
+    Each callback gets its own copy of `metrics` and `logs`, and a view of `state`, so it can't change those of others.
+    An error in a callback gets a note with the name of the callback.
 
     Args:
         callbacks: Callbacks, as classes or instances, in the order in which they are called.
-        trainer: Where the callbacks' `model`, `processing_class`, `optimizer` and `lr_scheduler` are looked up, at
-            each event.
+        trainer: The Trainer. Its `model`, `processing_class`, `optimizer` and `lr_scheduler` are looked up at each
+            event.
 
     Raises:
-        TypeError: If one is no callback.
+        TypeError: If one is not a callback.
 
     >>> import transformers, types
     >>> class AfterTen(transformers.TrainerCallback):
@@ -115,7 +118,7 @@ class CallbackHandler(_Handler):
     """
 
     def __init__(self, callbacks: Sequence[Callback], trainer: TrainerLike) -> None:
-        # Not the base class's: it would hold on to the model and the optimizer of this moment.
+        # The base class's `__init__` is not called: it would keep the present model and optimizer, which may change.
         self.trainer = trainer
         self.callbacks: list[TrainerCallback] = []
         self.train_dataloader: Loader | None = None
@@ -125,8 +128,8 @@ class CallbackHandler(_Handler):
             self.add_callback(callback)
         if not any(isinstance(callback, DefaultFlowCallback) for callback in self.callbacks):
             warnings.warn(
-                "This Trainer has no DefaultFlowCallback, so nothing decides when to log, evaluate, save and stop:"
-                " it never ends by itself. Write `trainer.add_callback(DefaultFlowCallback)`.",
+                "This Trainer has no DefaultFlowCallback, so nothing decides when to log, evaluate, save and stop, and"
+                " training never ends by itself. Write `trainer.add_callback(DefaultFlowCallback)`.",
                 stacklevel=2,
             )
 
@@ -139,14 +142,14 @@ class CallbackHandler(_Handler):
         """Add a callback after the others; a class is called without arguments.
 
         Raises:
-            TypeError: If it is no callback.
+            TypeError: If it is not a callback.
         """
         _check_is_callback(callback)
         made = callback() if isinstance(callback, type) else callback
         if type(made) in [type(other) for other in self.callbacks]:
             warnings.warn(
                 f"`add_callback({type(made).__name__})`: there is one of this class already, and both will be called."
-                f" To replace it, write `trainer.remove_callback({type(made).__name__})` first.",
+                f" To replace the first, write `trainer.remove_callback({type(made).__name__})` before.",
                 stacklevel=2,
             )
         _warn_of_misspelt_events(type(made))
@@ -155,16 +158,16 @@ class CallbackHandler(_Handler):
     def call_event(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> TrainerControl:
-        """Call one event of all callbacks; return the `control` that they leave.
+        """Call one event of all callbacks; return the `control` after their decisions.
 
         Raises:
-            ValueError: If a callback decides on something that there is not.
-            TypeError: If a callback returns something else.
+            ValueError: If a callback returns a dict with an unknown decision.
+            TypeError: If a callback returns a value of another type.
         """
         view = StateView(state)
         for callback in self.callbacks:
             method = getattr(callback, event, None)
-            if method is None:  # an object with some of the events
+            if method is None:  # a callback need not derive from TrainerCallback, nor have all events
                 continue
             own = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
             try:
@@ -186,7 +189,7 @@ class CallbackHandler(_Handler):
         }
 
     def _decide(self, control: TrainerControl, answer: object, call: str) -> TrainerControl:
-        """``control`` after a callback's answer."""
+        """Return ``control`` after a callback's answer."""
         if answer is None:
             return control
         if isinstance(answer, TrainerControl):
@@ -197,34 +200,34 @@ class CallbackHandler(_Handler):
             return control
         if not isinstance(answer, Mapping):
             raise TypeError(
-                f"`{call}` returned {answer!r}, which is no decision. Return None for no change, `control`, a dict"
+                f"`{call}` returned {answer!r}, which is not a decision. Return None for no change, `control`, a dict"
                 ' such as `{"should_training_stop": True}`, or `tfn.Stop("why")`.'
             )
         decisions = cast("Mapping[str, object]", answer)
         for name in decisions:
             if name not in DECISIONS:
                 raise ValueError(
-                    f"`{call}` returned {dict(decisions)!r}, but {name!r} is nothing a callback decides. It decides"
+                    f"`{call}` returned {dict(decisions)!r}, but {name!r} is not a decision. The decisions are"
                     f" {', '.join(DECISIONS)}: write `return {{{_meant(name)!r}: True}}`."
                 )
         for name, value in decisions.items():
             setattr(control, name, bool(value))
         return control
 
-    # --- what checkpoints keep --------------------------------------------------------------------------------
+    # --- states in checkpoints --------------------------------------------------------------------------------
 
     def states(self, control: TrainerControl) -> Values:
-        """The state of every callback that has one, by class, as `TrainerState.stateful_callbacks` holds it."""
+        """Return the state of every callback that has one, by class, as `TrainerState.stateful_callbacks` holds it."""
         exportable = [each for each in [*self.callbacks, control] if isinstance(each, ExportableState)]
         return cast(
             "Values", TrainerState(stateful_callbacks=cast("list[TrainerCallback]", exportable)).stateful_callbacks
         )
 
     def load_states(self, states: Values) -> None:
-        """Give the callbacks their states back.
+        """Restore the states of the callbacks.
 
-        Each stays the object that it is, at its place, with the arguments that this program gave it: a patience that
-        was changed since is the new one, the count of bad evaluations the old one.
+        Each callback stays the same object, at its place, with the arguments of this program. For example, a new
+        patience stays the new one, while the count of bad evaluations is the one in the checkpoint.
 
         Args:
             states: From `states`, or a `trainer_state.json` of transformers.
@@ -237,7 +240,7 @@ class CallbackHandler(_Handler):
             places = [i for i in places if isinstance(self.callbacks[i], ExportableState)]
             if len(places) < len(saved):
                 _logger.warning(
-                    "The checkpoint has the state of %d %s, and this Trainer has %d: the rest is not restored.",
+                    "The checkpoint has the state of %d %s, and this Trainer has %d, so the rest is not restored.",
                     *(len(saved), name, len(places)),
                 )
             for i, state in zip(places, saved, strict=False):
@@ -245,7 +248,7 @@ class CallbackHandler(_Handler):
 
 
 def _restored(callback: TrainerCallback, state: Values) -> TrainerCallback:
-    """The callback with a saved state; the same object unless its class says how to make a new one."""
+    """Return the callback with a saved state; the same object unless its class overrides `from_state`."""
     kind = cast("type[ExportableState]", type(callback))
     if kind.from_state.__func__ is not ExportableState.from_state.__func__:  # type: ignore[attr-defined]
         return cast("TrainerCallback", kind.from_state(state))
@@ -270,22 +273,22 @@ def _check_is_callback(callback: Callback) -> None:
     raise TypeError(
         f"`Trainer(callbacks=[{name}])`: that has none of the events of a TrainerCallback; functions of a"
         " `tfn.StepInfo` are for `tfn.fit`. Write `class Mine(TrainerCallback): def on_step_end(self, args, state,"
-        " control, **kwargs): ...` and `callbacks=[Mine()]`."
+        " control, **kwargs): ...`, and pass `callbacks=[Mine()]`."
     )
 
 
 def _warn_of_misspelt_events(kind: type) -> None:
-    """A method like ``on_step_ends`` would never be called."""
+    """Warn of a method like ``on_step_ends``, which would never be called."""
     for name in dir(kind):
         if name in EVENTS or not name.startswith("on") or not callable(getattr(kind, name, None)):
             continue
-        # Below 0.85, short names are alike by chance: `on_load` and `on_log`.
+        # Below 0.85, short names such as `on_load` and `on_log` are alike by chance.
         if write := nearest(name, EVENTS, "Write `def {}(self, args, state, control, **kwargs)`.", likeness=0.85):
             warnings.warn(f"`{kind.__name__}.{name}` is never called: there is no such event. {write}", stacklevel=3)
 
 
 def _meant(name: str) -> str:
-    """``should_stop`` has all its words from ``should_training_stop``; a slip of the pen has few letters wrong."""
+    """Return the decision that was meant: one with all words of the name (``should_stop``), or else the nearest."""
     words = set(name.split("_"))
     return next(
         (each for each in DECISIONS if words <= set(each.split("_"))), nearest(name, DECISIONS, "{}", likeness=0)

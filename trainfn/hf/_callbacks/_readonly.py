@@ -1,7 +1,7 @@
-"""What a callback sees: the Trainer's state, to be read and not written.
+"""A read-only view of the Trainer's state, for callbacks.
 
-Assigning to it raises, and so does changing the log history. `copy.copy`, `dict(...)` and `list(...)` give what
-may be changed.
+An assignment to the view raises an error, and so does a change of the log history. `copy.copy`, `dict(...)` and
+`list(...)` return copies that may be changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FIELDS = frozenset(field.name for field in dataclasses.fields(TrainerState))
 
 
 class StateView(TrainerState):
-    """A `TrainerState` that always shows another one's present values and can't be assigned to.
+    """A `TrainerState` that shows another one's present values and can't be assigned to.
 
     >>> import transformers
     >>> state = transformers.TrainerState(global_step=3)
@@ -34,18 +34,18 @@ class StateView(TrainerState):
             return freeze(getattr(object.__getattribute__(self, "_source"), name))
         return object.__getattribute__(self, name)
 
-    def __getattr__(self, name: str) -> object:  # what a Trainer's subclass keeps in its state
+    def __getattr__(self, name: str) -> object:  # attributes that a subclass of the Trainer adds to its state
         return freeze(getattr(object.__getattribute__(self, "_source"), name))
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(
-            f"`state.{name} = {value!r}` can't work: a callback sees the Trainer's state, and what it decides it"
-            ' returns. Write `return {"should_training_stop": True}`, or keep the value on the callback:'
+            f"`state.{name} = {value!r}` can't work: a callback reads the Trainer's state, and returns its decisions."
+            ' Write `return {"should_training_stop": True}`, or keep the value on the callback:'
             f" `self.{name} = {value!r}`."
         )
 
     def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"`del state.{name}` can't work: a callback sees the Trainer's state. Write nothing.")
+        raise AttributeError(f"`del state.{name}` can't work: a callback only reads the Trainer's state. Leave it out.")
 
     def __reduce__(self) -> tuple[object, ...]:
         source = object.__getattribute__(self, "_source")
@@ -53,7 +53,7 @@ class StateView(TrainerState):
 
 
 def freeze(value: object) -> object:
-    """A list or dict as one that refuses to change; anything else as it is.
+    """Return a list or dict as one that can't be changed; any other value as it is.
 
     >>> freeze([{"loss": 0.5}])[-1]["loss"]
     0.5
@@ -66,19 +66,19 @@ def freeze(value: object) -> object:
 def _refuse(self: object, *_: object, **__: object) -> NoReturn:
     raise TypeError(
         "`state.log_history`, and all else in a callback's `state`, can't be changed there: the other callbacks and"
-        ' trainer_state.json show it too. Write `trainer.log({"my_metric": 1.0})` outside of callbacks, or change a'
-        " copy: `list(state.log_history)`."
+        ' trainer_state.json show it too. Write `trainer.log({"my_metric": 1.0})` outside of callbacks, or change the'
+        " copy `list(state.log_history)`."
     )
 
 
 class FrozenList(list[object]):
-    """A list that can be read and copied; its items are frozen as they are read, so that making one costs little."""
+    """A list that can be read and copied; its items are frozen when they are read, so to make one costs little."""
 
     append = extend = insert = pop = remove = clear = sort = reverse = _refuse  # type: ignore[assignment]
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse  # type: ignore[assignment]
 
     def __getitem__(self, index: SupportsIndex | slice) -> object:  # type: ignore[override]
-        """The item, or the slice, frozen."""
+        """Return the item, or the slice, frozen."""
         return freeze(list.__getitem__(self, index))
 
     def __iter__(self) -> Iterator[object]:
@@ -88,7 +88,7 @@ class FrozenList(list[object]):
         return map(freeze, list.__reversed__(self))
 
     def copy(self) -> list[object]:
-        """A list like any other; its items stay frozen."""
+        """Return an ordinary list; its items stay frozen."""
         return list(self)
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""A Trainer's checkpoints: ``checkpoint-N`` with what trainfn needs and what transformers reads, sealed together."""
+"""A Trainer's checkpoints: one folder ``checkpoint-N`` that trainfn resumes from and transformers can read."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ TRAINER_STATE, ARGUMENTS = "trainer_state.json", "training_args.json"
 
 
 def output_dir(trainer: TrainerLike) -> Path:
-    """Where a Trainer saves: ``args.output_dir``, and in it a folder of its own for each trial of a search."""
+    """Return the folder of a Trainer: ``args.output_dir``, or one in it for each trial of a search."""
     folder, search = Path(trainer.args.output_dir or "trainer_output"), trainer._trainfn.search
     return folder if search is None else folder / f"run-{search.trial.number}"
 
 
 class Saving:
-    """The saves of one run, as a context: leaving it waits for the last one.
+    """The saves of one run, as a context; its end waits for the last save.
 
     Args:
-        trainer: Whose state is saved.
+        trainer: The Trainer with the state to save.
         run: The run.
     """
 
@@ -55,7 +55,7 @@ class Saving:
         self.trainer, self.run = trainer, run
         best = metric_name(args) if args.load_best_model_at_end else None
         mode = "max" if args.greater_is_better else "min"
-        # With sharded files each rank writes its part, and there is no model.safetensors.
+        # With sharded files each rank writes its part, and no rank writes a model.safetensors.
         full = not trainer._trainfn.world.sharded_files
         self.store = tfn.Checkpoints(output_dir(trainer), keep=args.save_total_limit, best=best, mode=mode, full=full)
 
@@ -76,15 +76,15 @@ class Saving:
         self.store.wait()
 
     def save(self) -> Path:
-        """Save the state as it is, in the background; return its folder."""
+        """Save the present state in the background; return its folder. Every rank calls this."""
         trainer, run = self.trainer, self.run
         folder = output_dir(trainer) / f"checkpoint-{trainer.state.global_step}"
         if trainer.push_in_progress is not None and trainer.args.save_total_limit:
-            trainer.push_in_progress.wait_until_done()  # what is being uploaded must not be rotated away
+            trainer.push_in_progress.wait_until_done()  # the rotation must not remove a folder during its upload
         ranks = trainer._trainfn.world.ranks
         if trainer.args.save_only_model:
             trainer._save(str(folder))
-            ranks.first(lambda: _rotate(trainer, folder))
+            ranks.first(lambda: _rotate(trainer, folder))  # one rank removes; the others wait, so none reads half
             return folder
         at, metrics = trainer._trainfn.latest
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
@@ -104,7 +104,7 @@ class Saving:
 
 
 def _rotate(trainer: TrainerLike, written: Path) -> None:
-    """Remove the oldest folders above ``save_total_limit``; what is written and the best stay, and count."""
+    """Remove the oldest folders above ``save_total_limit``; the new folder and the best one stay, and count."""
     limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
     if not limit:
         return
@@ -114,17 +114,17 @@ def _rotate(trainer: TrainerLike, written: Path) -> None:
         try:
             shutil.rmtree(path)
         except OSError as error:
-            logger.warning(f"{path} could not be removed, and is kept: {error}.")
+            logger.warning(f"{path} could not be removed and stays: {error}.")
 
 
 def _numbered(folder: str | Path) -> dict[int, Path]:
-    """The folders of checkpoints by their step, whoever wrote them."""
+    """Return the folders of checkpoints by their step, also those that transformers wrote."""
     found = {p: _FOLDER.fullmatch(p.name) for p in Path(folder).glob("checkpoint-*")}
     return {int(match[1]): path for path, match in found.items() if match}
 
 
 def files(trainer: TrainerLike) -> dict[str, str | bytes]:
-    """What stands beside the state: for people, and for transformers."""
+    """Return the files beside the state, for people and for transformers, as contents by name."""
     found: dict[str, str | bytes] = {
         TRAINER_STATE: json.dumps(state_dict(trainer), indent=2, sort_keys=True) + "\n",
         ARGUMENTS: trainer.args.to_json_string() + "\n",
@@ -139,7 +139,7 @@ def files(trainer: TrainerLike) -> dict[str, str | bytes]:
 
 @contextlib.contextmanager
 def _quietly() -> Generator[None]:
-    """Without log lines about a folder that nobody knows."""
+    """Silence transformers in this block: it would log the name of a temporary folder."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -148,14 +148,14 @@ def _quietly() -> Generator[None]:
         logging.set_verbosity(before)
 
 
-# --- where a run goes on ------------------------------------------------------------------------------------------
+# --- resuming -----------------------------------------------------------------------------------------------------
 
 
 def to_resume(trainer: TrainerLike, asked: str | bool | None) -> str | None:
-    """The folder to go on from, or None for a new run.
+    """Return the folder to resume from, or None for a new run; every rank calls this.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If no such folder exists.
     """
     if asked is None or asked is False:
         return None
@@ -163,17 +163,23 @@ def to_resume(trainer: TrainerLike, asked: str | bool | None) -> str | None:
         folder = last_checkpoint(str(output_dir(trainer)), trainer._trainfn.world.ranks)
         if folder is None:
             raise ValueError(
-                f"train(resume_from_checkpoint=True): no valid checkpoint found in output directory"
-                f" ({output_dir(trainer)}). Leave it out to begin a run, or give a checkpoint's path."
+                f"`trainer.train(resume_from_checkpoint=True)`: no valid checkpoint found in output directory"
+                f" ({output_dir(trainer)}). Write `trainer.train()` to begin a run, or pass the path of a checkpoint."
             )
         return folder
     if not trainer._trainfn.world.ranks.first(Path(asked).is_dir):
-        raise ValueError(f"train(resume_from_checkpoint={str(asked)!r}): there is no such folder.")
+        raise ValueError(
+            f"`trainer.train(resume_from_checkpoint={str(asked)!r})`: there is no such folder. Pass the path of a"
+            " checkpoint, or `True` for the newest one in `output_dir`."
+        )
     return str(asked)
 
 
 def last_checkpoint(folder: str, ranks: Ranks = ALONE.ranks) -> str | None:
-    """The newest complete checkpoint in a folder: ours by its seal, or one of transformers with its state file."""
+    """Return the newest complete checkpoint in a folder; None if there is not one.
+
+    A checkpoint of trainfn is complete with a valid manifest, and one of transformers with its ``trainer_state.json``.
+    """
     newest = tfn.Checkpoints(folder).newest()
     foreign = ranks.first(lambda: [p for p in _numbered(folder).values() if _is_foreign(p)])
     candidates = [*([newest] if newest else []), *foreign]
@@ -186,10 +192,10 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def resume(trainer: TrainerLike, run: TrainingRun, folder: str) -> None:
-    """Put the trainer's state, its model and its data where the checkpoint stood.
+    """Set the trainer's state, its model and the position in its data to those of a checkpoint.
 
     Raises:
-        trainfn.errors.CheckpointError: If it is damaged or does not fit.
+        trainfn.errors.CheckpointError: If the checkpoint is damaged or does not fit.
     """
     if _is_foreign(Path(folder)):
         with plain(trainer):
@@ -203,19 +209,20 @@ def resume(trainer: TrainerLike, run: TrainingRun, folder: str) -> None:
         if "controller" in extra:
             control_again(trainer, run, extra["controller"])
     fresh = trainer.state
-    known = {field.name for field in dataclasses.fields(TrainerState)}  # another version's may have more
+    # A checkpoint of another version of transformers may have fields that this one's TrainerState lacks.
+    known = {field.name for field in dataclasses.fields(TrainerState)}
     trainer.state = TrainerState(**{name: value for name, value in state.items() if name in known})
     for name in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size"):
         setattr(trainer.state, name, getattr(fresh, name))  # from the arguments, never from the checkpoint
     trainer.state.is_local_process_zero = fresh.is_local_process_zero
     trainer.state.is_world_process_zero = fresh.is_world_process_zero
-    # Without their states, early stopping would start anew.
+    # Without its state, early stopping would begin to count from 0.
     trainer.callback_handler.load_states(cast("Values", trainer.state.stateful_callbacks))
     go_to(run.windows, where, skip=not trainer.args.ignore_data_skip)
 
 
 def place(trainer: TrainerLike, saved: tfn.TrainState) -> None:
-    """Take a restored state; its parameters and buffers go into the model's own memory."""
+    """Take a restored state; its parameters and buffers are copied into the model's own memory."""
     mine = newest_state(trainer)
     if trainer._trainfn.world.plan is not None:
         trainer.train_state = saved
@@ -228,9 +235,9 @@ def place(trainer: TrainerLike, saved: tfn.TrainState) -> None:
 
 
 def set_aside(trainer: TrainerLike) -> None:
-    """Move checkpoints of later steps out of the way: they belong to a run that is not gone on with.
+    """Move checkpoints of later steps to another folder: this run does not resume from them.
 
-    They are not removed, for they may be all there is of a long run that was started again by mistake.
+    They are not removed, because they may be all that is left of a long run that was started again by mistake.
     """
     trainer._trainfn.world.ranks.first(lambda: _set_aside(trainer))
 
@@ -248,25 +255,28 @@ def _set_aside(trainer: TrainerLike) -> None:
     aside.mkdir()
     for path in later:
         path.rename(aside / path.name)
-    logger.warning(f"{folder} had checkpoints of later steps than {step}; this run does not go on from them: {aside}")
+    logger.warning(
+        f"{folder} had checkpoints of later steps than {step}, from which this run does not resume. They were moved to"
+        f" {aside}."
+    )
 
 
 # --- the best ------------------------------------------------------------------------------------------------------
 
 
 def note_best(trainer: TrainerLike, metrics: Metrics) -> bool:
-    """Whether these metrics are the best so far; the trainer's state remembers.
+    """Whether these metrics are the best so far; if so, they are noted in the trainer's state.
 
     Raises:
-        KeyError: If the metric is not among them.
+        KeyError: If the metrics lack ``metric_for_best_model``.
     """
     name = metric_name(trainer.args)
     if name is None:
         return False
     if name not in metrics:
         raise KeyError(
-            f"TrainingArguments(metric_for_best_model={trainer.args.metric_for_best_model!r}): {name!r} is not among"
-            f" the evaluation's metrics {sorted(metrics)}."
+            f"`TrainingArguments(metric_for_best_model={trainer.args.metric_for_best_model!r})`: {name!r} is not among"
+            f" the evaluation's metrics {sorted(metrics)}. Write `metric_for_best_model=` one of these."
         )
     state, value = trainer.state, float(metrics[name])
     better = operator.gt if trainer.args.greater_is_better else operator.lt
@@ -279,15 +289,15 @@ def note_best(trainer: TrainerLike, metrics: Metrics) -> bool:
 
 
 def load_best(trainer: TrainerLike) -> None:
-    """The best checkpoint's weights into the model, if the arguments ask for them."""
+    """Load the best checkpoint's weights into the model, if ``load_best_model_at_end`` asks for them."""
     best = trainer.state.best_model_checkpoint
     if not trainer.args.load_best_model_at_end or best is None:
         return
     if not Path(best).is_dir():
         logger.warning(f"load_best_model_at_end: {best} does not exist; the model keeps its last weights.")
         return
-    logger.info(f"Loading the best model, of {best} ({trainer.state.best_metric}).")
-    if not (Path(best) / "manifest.json").exists():  # weights alone, or transformers' own
+    logger.info(f"Loading the best model from {best} ({trainer.state.best_metric}).")
+    if not (Path(best) / "manifest.json").exists():  # `save_only_model=True`, or a checkpoint of transformers
         with plain(trainer):
             load_weights(trainer.model, best)
         return
@@ -300,15 +310,15 @@ def load_best(trainer: TrainerLike) -> None:
 
 
 def save_model(trainer: TrainerLike, folder: str) -> None:
-    """The model, its tokenizer and the arguments, without what only a resume needs; no pickle.
+    """Save the model, its tokenizer and the arguments, without pickles and without the state that only a resume needs.
 
-    The main process writes. While parameters are split over ranks, all of them must call this.
+    The main process writes. Every rank must call this while parameters are sharded, because they are gathered here.
     """
     with whole(trainer):
         if trainer.args.should_save:
             _save_model(trainer, folder)
     if trainer.is_in_train:
-        trainer._trainfn.world.ranks.wait()
+        trainer._trainfn.world.ranks.wait()  # a barrier: no rank reads the folder, or ends, before it is written
 
 
 def _save_model(trainer: TrainerLike, folder: str) -> None:
@@ -324,7 +334,7 @@ def _save_model(trainer: TrainerLike, folder: str) -> None:
 
 
 def _save_module(model: nn.Module, target: Path) -> None:
-    """A model that can't save itself, by the names of its own tensors."""
+    """Save a model without `save_pretrained`, under the names of its own tensors."""
     tfn.save(target / "model", tfn.init(model, tfn.optim.identity(), storage="adopt"))
     (target / "model" / "model.safetensors").rename(target / "model.safetensors")
     for file in (target / "model").iterdir():
@@ -333,7 +343,7 @@ def _save_module(model: nn.Module, target: Path) -> None:
 
 
 def state_dict(trainer: TrainerLike) -> Values:
-    """The trainer's state as transformers writes it."""
-    states = trainer.callback_handler.states(trainer.control)  # as it is in the file
+    """Return the trainer's state as transformers writes it."""
+    states = trainer.callback_handler.states(trainer.control)  # states in place of callbacks, as in the file
     trainer.state.stateful_callbacks = cast("list[TrainerCallback]", states)
     return dataclasses.asdict(trainer.state)

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint that transformers wrote."""
+"""Resume from a checkpoint that transformers wrote."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ logger = logging.get_logger(__name__)
 
 
 def from_transformers(trainer: TrainerLike, length: Length, folder: str) -> tuple[Values, dict[str, int]]:
-    """Weights and trainer state of a checkpoint that transformers wrote; nothing of it is unpickled."""
+    """Load the weights of a checkpoint that transformers wrote; return its trainer state and the position in the data.
+
+    No code in a pickle is run.
+    """
     state = json.loads((Path(folder) / "trainer_state.json").read_text())
     load_weights(trainer.model, folder)
     n, updates = state["global_step"], max(1, length.updates_per_epoch)
@@ -35,24 +38,26 @@ def from_transformers(trainer: TrainerLike, length: Length, folder: str) -> tupl
     )
     if moments is None or filled is None:
         logger.warning(
-            f"{folder} was written by transformers: the weights, the step, the schedule and the data position are taken"
-            " from it, but its optimizer.pt is not one of Adam for this model: the optimizer's state starts anew."
+            f"{folder} was written by transformers. This run resumes its weights, step, schedule and data position. Its"
+            " optimizer.pt is not one of Adam for this model, so the optimizer's state starts anew."
         )
     return state, {"epoch": n // updates, "micro": n % updates * length.accumulate}
 
 
 def load_weights(model: nn.Module, folder: str) -> None:
-    """The safetensors files of a folder, one or several, into a model.
+    """Load the safetensors files of a folder, one or several, into a model.
 
     Raises:
-        trainfn.errors.CheckpointError: If they are not there, or do not fit.
+        trainfn.errors.CheckpointError: If the files are missing, or do not fit.
     """
     index = Path(folder) / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    # An index from elsewhere must not name files outside of the folder.
     if any("/" in name or ".." in name for name in names) or not all((Path(folder) / n).is_file() for n in names):
         raise tfn.errors.CheckpointError(
-            f"load({folder!r}): it has no manifest.json, and not the safetensors files of a"
-            " checkpoint of transformers either. Files with pickles (pytorch_model.bin) are not read."
+            f"load({folder!r}): the folder has no manifest.json, and it lacks the safetensors files of a"
+            " checkpoint of transformers. Files with pickles (pytorch_model.bin) are not read: save the model again"
+            " with `model.save_pretrained(folder)`."
         )
     weights = {key: value for name in names for key, value in load_file(Path(folder) / name).items()}
     found = model.load_state_dict(weights, strict=False)
@@ -66,14 +71,14 @@ def load_weights(model: nn.Module, folder: str) -> None:
 
 
 def counted(opt_state: OptState, n: int) -> OptState:
-    """The optimizer's state with its step counters at ``n``, so that schedules stand where they should."""
+    """Return the optimizer's state with its step counters at ``n``, so that schedules resume from step ``n``."""
     return tfn.tree.map(lambda x: torch.full_like(x, n) if x.dtype == torch.int64 and x.dim() == 0 else x, opt_state)
 
 
 def adam_moments(model: nn.Module, file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-    """The moments in an ``optimizer.pt`` of transformers, by parameter name; None if there are none.
+    """Return the moments in an ``optimizer.pt`` of transformers by parameter name; None if it has no such moments.
 
-    It is read with ``weights_only=True``: tensors, numbers and plain containers, and no code.
+    The file is read with ``weights_only=True``, which allows tensors, numbers and plain containers, and no code.
     """
     if not file.is_file():
         return None
@@ -82,7 +87,8 @@ def adam_moments(model: nn.Module, file: Path) -> tuple[dict[str, Tensor], dict[
     except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError):
         return None
     trained, decayed = [n for n, p in model.named_parameters() if p.requires_grad], decay_names(model)
-    names = [*(n for n in trained if n in decayed), *(n for n in trained if n not in decayed)]  # their two groups
+    # transformers numbers the parameters group by group: first those with weight decay, then the others.
+    names = [*(n for n in trained if n in decayed), *(n for n in trained if n not in decayed)]
     shapes = {n: p.shape for n, p in model.named_parameters()}
     if len(saved) != len(names) or not all({"exp_avg", "exp_avg_sq"} <= set(entry) for entry in saved.values()):
         return None
@@ -91,7 +97,7 @@ def adam_moments(model: nn.Module, file: Path) -> tuple[dict[str, Tensor], dict[
 
 
 def with_moments(opt_state: OptState, mu: dict[str, Tensor], nu: dict[str, Tensor]) -> OptState | None:
-    """An optimizer's state with Adam's moments put in; None if it keeps none of these parameters."""
+    """Return an optimizer's state with Adam's moments in it; None if it has no moments of these parameters."""
     if isinstance(opt_state, tuple) and {"mu", "nu"} <= set(getattr(opt_state, "_fields", ())):
         state: OptState = opt_state
         if state.mu.keys() != mu.keys():

@@ -1,4 +1,4 @@
-"""The outputs of many batches as one: padded where ragged, concatenated once."""
+"""Concatenate the outputs of many batches, padded where their shapes differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PADDING = -100  # what fills ragged outputs, as in transformers
 
 
 def merged(batches: Sequence[Nested]) -> Nested:
-    """Batches of arrays as one tree of arrays, `PADDING` where rows are shorter than the longest."""
+    """Return one tree of arrays with the rows of all batches; rows shorter than the longest end in `PADDING`."""
     first = batches[0]
     if first is None:
         return None
@@ -32,18 +32,18 @@ def _concatenated(arrays: Sequence[Array]) -> Array:
     widths = [array.shape[1:] for array in arrays]
     if len(set(widths)) == 1:
         return np.concatenate(arrays)
-    # One allocation for all: concatenating batch by batch copies everything at each.
+    # One allocation for all: to concatenate batch by batch would copy all rows so far at each batch.
     shape = (sum(len(array) for array in arrays), *np.max(widths, axis=0))
-    whole = np.full(shape, PADDING, dtype=np.result_type(*arrays))
+    full = np.full(shape, PADDING, dtype=np.result_type(*arrays))
     start = 0
     for array in arrays:
-        whole[(slice(start, start + len(array)), *map(slice, array.shape[1:]))] = array
+        full[(slice(start, start + len(array)), *map(slice, array.shape[1:]))] = array
         start += len(array)
-    return whole
+    return full
 
 
 def no_tensor(tree: Nested) -> object | None:
-    """The first thing in a tree that is neither a tensor nor None; None if there is no such thing."""
+    """Return the first value in a tree that is neither a tensor nor None; None if there is no such value."""
     if isinstance(tree, Mapping):
         tree = tuple(cast("Mapping[str, Nested]", tree).values())
     if isinstance(tree, tuple | list):
@@ -53,15 +53,15 @@ def no_tensor(tree: Nested) -> object | None:
 
 
 def check_tensors(tree: Nested) -> None:
-    """Refuse outputs that can't be kept.
+    """Refuse outputs that can't be concatenated.
 
     Raises:
-        TypeError: If something in the tree is no tensor.
+        TypeError: If a value in the tree is not a tensor.
     """
     odd = no_tensor(tree)
     if odd is not None:
         raise TypeError(
-            f"`trainer.evaluation_loop(...)` can keep tensors, and tuples, lists and dicts of them, but was given "
-            f"a {type(odd).__name__}, which can't be concatenated. Return `torch.as_tensor(...)` of it, or leave it "
-            "out, in the `forward`, `prediction_step` or `preprocess_logits_for_metrics` that made it."
+            f"`trainer.evaluation_loop(...)` keeps tensors, and tuples, lists and dicts of tensors, but was given "
+            f"a {type(odd).__name__}, which can't be concatenated. Return `torch.as_tensor(value)` in its place, or "
+            "leave it out, in the `forward`, `prediction_step` or `preprocess_logits_for_metrics` that made it."
         )

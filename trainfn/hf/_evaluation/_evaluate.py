@@ -1,7 +1,7 @@
 """`Trainer.evaluate` and `Trainer.predict`: the metrics of many batches, the same however the rows are cut.
 
-The loss is one sum over all counted labels divided once, so it does not depend on the batch size. The model's
-modes, its dtypes and the global generators are left as they were found, also after an error.
+The loss is one sum over all counted labels, divided once, so it does not depend on the batch size. An evaluation
+restores the model's modes, its dtypes and the global generators, also after an error.
 """
 
 from __future__ import annotations
@@ -45,17 +45,18 @@ def evaluate(
     ignore_keys: list[str] | None = None,
     metric_key_prefix: str = "eval",
 ) -> dict[str, float]:
-    """The metrics of a dataset: `eval_loss`, those of `compute_metrics`, how fast it went, and the epoch.
+    """Return the metrics of a dataset: `eval_loss`, those of `compute_metrics`, the speed, and the epoch.
 
     Args:
         trainer: The trainer.
-        eval_dataset: What to evaluate instead of `trainer.eval_dataset`. A dict is evaluated one by one, with the
-            names in the keys: `eval_{name}_loss`. A string names one of the datasets of `trainer.eval_dataset`.
+        eval_dataset: The dataset to evaluate instead of `trainer.eval_dataset`. The datasets of a dict are evaluated
+            one by one, with their names in the keys: `eval_{name}_loss`. A string names one of the datasets of
+            `trainer.eval_dataset`.
         ignore_keys: Names of model outputs to leave out of the predictions.
-        metric_key_prefix: What the keys begin with.
+        metric_key_prefix: The prefix of the keys.
 
     Raises:
-        ValueError: If the dataset is empty, or there is none of that name.
+        ValueError: If the dataset is empty, or no dataset has that name.
     """
     given = eval_dataset is not None
     dataset = eval_dataset if given else trainer.eval_dataset
@@ -69,16 +70,17 @@ def evaluate(
     _check_rows(dataset, "evaluate")
     loader = trainer.get_eval_dataloader(dataset)
     start = time.time()
-    # Without metrics to compute, predictions would be kept for nobody.
+    # Only `compute_metrics` reads the predictions here; without it they would take memory for nothing.
     loss_only = True if trainer.compute_metrics is None else None
     output = trainer.evaluation_loop(loader, "Evaluation", loss_only, ignore_keys, metric_key_prefix)
     metrics = _with_speed(trainer, output, metric_key_prefix, start)
-    # The same on all ranks, times and all: what is decided by them is decided alike.
+    # A broadcast from rank 0, once an evaluation. The measured times differ between ranks, and every rank must take
+    # the same decisions (early stopping, the best checkpoint) from the same numbers.
     metrics = trainer._trainfn.world.ranks.first(lambda: metrics)
     trainer.log(metrics)
     if trainer.state.epoch is not None:  # `log` adds it; an override of `log` may not
         metrics.setdefault("epoch", trainer.state.epoch)
-    # A copy, for the notebook's progress bar pops keys from what it is shown.
+    # A copy: transformers' progress bar for notebooks pops keys from the metrics that it receives.
     shown = trainer.args, trainer.state, trainer.control, dict(metrics)
     trainer.control = trainer.callback_handler.on_evaluate(*shown)
     return metrics
@@ -87,13 +89,13 @@ def evaluate(
 def predict(
     trainer: TrainerLike, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
 ) -> PredictionOutput:
-    """The predictions, labels and metrics of a dataset; nothing is logged.
+    """Return the predictions, labels and metrics of a dataset; nothing is logged.
 
     Args:
         trainer: The trainer.
-        test_dataset: What to predict.
+        test_dataset: The dataset to predict.
         ignore_keys: Names of model outputs to leave out of the predictions.
-        metric_key_prefix: What the keys of the metrics begin with.
+        metric_key_prefix: The prefix of the keys of the metrics.
 
     Raises:
         ValueError: If the dataset is empty.
@@ -117,19 +119,19 @@ def evaluation_loop(
     ignore_keys: list[str] | None = None,
     metric_key_prefix: str = "eval",
 ) -> EvalLoopOutput:
-    """The loop that `evaluate` and `predict` share.
+    """Run the loop that `evaluate` and `predict` share.
 
     Args:
         trainer: The trainer.
         dataloader: The batches; its length may be unknown.
         description: "Evaluation" or "Prediction".
-        prediction_loss_only: Keep no predictions; `None` asks `args.prediction_loss_only`.
+        prediction_loss_only: Whether to keep no predictions; `None` stands for `args.prediction_loss_only`.
         ignore_keys: Names of model outputs to leave out of the predictions.
-        metric_key_prefix: What the keys of the metrics begin with.
+        metric_key_prefix: The prefix of the keys of the metrics.
 
     Raises:
         ValueError: If there is no batch.
-        TypeError: If `compute_metrics` returns no dict.
+        TypeError: If `compute_metrics` does not return a dict.
     """
     args = trainer.args
     loss_only = args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
@@ -138,7 +140,7 @@ def evaluation_loop(
     dataloader = dealt(world, dataloader)
     trainer.callback_handler.eval_dataloader = dataloader
     kept, totals, metrics = _Kept.empty(), _Totals(), None
-    places: list[int] = []  # the batches of which this rank has rows
+    places: list[int] = []  # the numbers of the batches of which this rank has rows
     with as_found(trainer):
         for step, (inputs, is_last) in enumerate(_with_last(dataloader)):
             batch = None if _has_none(world, inputs) else _batch(trainer, inputs, loss_only, ignore_keys)
@@ -157,7 +159,8 @@ def evaluation_loop(
         arrays = kept.arrays(world, places, concat=args.eval_do_concat_batches)
         if not args.batch_eval_metrics:
             metrics = _metrics(trainer, arrays)
-    # The rows that were seen, for a length may be unknown; batches of a shape that nobody can count go by the dataset.
+    # The rows that were counted, because the dataset's length may be unknown. If the rows of a batch can't be counted,
+    # the length of the dataset stands in.
     num_samples = totals.rows or trainer.num_examples(dataloader) or 0
     named = {**totals.finish(metric_key_prefix), **_named(metrics or {}, metric_key_prefix)}
     return EvalLoopOutput(arrays.predictions, arrays.labels, named, num_samples)
@@ -173,7 +176,7 @@ _EMPTY = (
 
 
 class _Batch(NamedTuple):
-    """What is kept of a batch."""
+    """The values of a batch that are kept."""
 
     loss: tfn.Mean | None
     rows: int
@@ -197,12 +200,12 @@ def _batch(trainer: TrainerLike, inputs: Batch, loss_only: bool, ignore_keys: li
 
 
 def _has_none(world: World, inputs: Batch) -> bool:
-    """Whether other ranks have all the rows of a batch."""
+    """Whether this rank has no rows of a batch, of which other ranks have some."""
     return world.plan is not None and tfn.data.is_empty(inputs)
 
 
 def _each_row(loss: Tensor | float, rows: int) -> Tensor:
-    """The mean loss of a batch, once for each of its rows: what single rows lost is not known in general."""
+    """Return the mean loss of a batch, once for each row: the losses of single rows are not known in general."""
     loss = torch.as_tensor(loss).detach()
     return loss if loss.numel() == rows and loss.dim() else loss.mean().repeat(rows)
 
@@ -211,14 +214,14 @@ def _main_input(trainer: TrainerLike, inputs: Batch) -> Tensor:
     name = getattr(trainer.model, "main_input_name", "input_ids")
     if name not in inputs:
         raise ValueError(
-            f"TrainingArguments(include_for_metrics=['inputs']): the model's main input is {name!r}, but the batch has "
-            f"only {sorted(inputs)}. Leave 'inputs' out, or set `model.main_input_name` to one of these."
+            f"`TrainingArguments(include_for_metrics=['inputs'])` can't work: the model's main input is {name!r}, but "
+            f"the batch has only {sorted(inputs)}. Leave 'inputs' out, or set `model.main_input_name` to one of these."
         )
     return trainer._prepare_inputs({name: inputs[name]})[name]
 
 
 def _with_last(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Each batch and whether it is the last, which `compute_metrics(..., compute_result=)` is told."""
+    """Yield each batch and whether it is the last, for `compute_metrics(..., compute_result=)`."""
     ahead: list[T] = []
     for batch in batches:
         if ahead:
@@ -232,7 +235,7 @@ def _with_last(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
 
 
 class _Totals(NamedTuple):
-    """What adds up. Tensors stay on the device, so that no batch waits for the one before."""
+    """The sums over batches; tensors stay on the device, so that no batch waits for the one before."""
 
     loss: tfn.Mean | None = None  # summed in float64 where the device has it
     not_finite: Tensor | int = 0
@@ -252,7 +255,10 @@ class _Totals(NamedTuple):
         return _Totals(mean if self.loss is None else self.loss + mean, not_finite, rows, batches)
 
     def of_all(self, world: World) -> _Totals:
-        """The same on all ranks; every rank calls this."""
+        """Return the sums over all ranks; every rank calls this.
+
+        Two gathers of a few numbers on the host, once an evaluation.
+        """
         if world.plan is None:
             return self
         loss = world.means({} if self.loss is None else {"loss": self.loss}).get("loss")
@@ -260,16 +266,16 @@ class _Totals(NamedTuple):
         return _Totals(loss, sum(not_finite), sum(rows), max(batches))
 
     def finish(self, prefix: str) -> dict[str, float]:
-        """The loss by its key, where there is one."""
+        """Return the loss by its key; an empty dict without a loss."""
         if self.loss is None:
             return {}
         weight, not_finite = float(self.loss.weight), int(self.not_finite)
         loss = float(self.loss.total) / weight if weight else math.nan
         if not math.isfinite(loss):
             reason = (
-                f"the loss of {not_finite} of {self.batches} batches was NaN or infinite, and is not left out of it"
+                f"the loss of {not_finite} of {self.batches} batches was NaN or infinite, and the mean includes it"
                 if not_finite
-                else f"no label of {self.batches} batches counts (all are -100), and there is no mean of nothing"
+                else f"no label of {self.batches} batches counts (all are -100), so there is nothing to take a mean of"
             )
             warnings.warn(f"`{prefix}_loss` is {loss}: {reason}.", tfn.errors.NonFiniteWarning, stacklevel=4)
         return {f"{prefix}_loss": loss}
@@ -285,7 +291,7 @@ class _Kept(NamedTuple):
 
     @staticmethod
     def empty() -> _Kept:
-        # Lists of batches, to be concatenated once: `do_nested_concat=True` copies all that is kept at each batch.
+        # Lists of batches, concatenated once: `do_nested_concat=True` would copy all rows so far at each batch.
         return _Kept(*(EvalLoopContainer(do_nested_concat=False, padding_index=PADDING) for _ in _Kept._fields))
 
     def add(self, batch: _Batch) -> None:
@@ -299,7 +305,10 @@ class _Kept(NamedTuple):
             container.to_cpu_and_numpy()
 
     def arrays(self, world: World, places: list[int], *, concat: bool) -> _Kept:
-        """NumPy arrays, or `None` where there was nothing: of all rows of all ranks, or a list of one a batch."""
+        """Return NumPy arrays of the rows of all ranks, or a list with one for each batch; `None` where none was kept.
+
+        Every rank calls this. It gathers the bytes of all that is kept, once an evaluation.
+        """
         each = all_batches(world, places, [container.get_arrays() for container in self])
         return _Kept(*(None if arrays is None else merged(arrays) if concat else arrays for arrays in each))
 
@@ -315,10 +324,10 @@ def _metrics(trainer: TrainerLike, arrays: _Kept) -> Metrics | None:
 
 
 def _batch_metrics(trainer: TrainerLike, batch: _Batch | None, inputs: Batch, is_last: bool) -> Metrics | None:
-    """What `compute_metrics` says of one batch; at the last it is asked for the result over all."""
+    """Pass one batch to `compute_metrics`; return its result over all batches at the last one, else None."""
     if trainer.compute_metrics is None:
         return None
-    given = inputs if "inputs" in trainer.args.include_for_metrics else None  # all of them, as in transformers
+    given = inputs if "inputs" in trainer.args.include_for_metrics else None  # all inputs, as in transformers
     mine = None if batch is None else (batch.predictions, batch.labels, given, batch.losses)
     predictions, labels, given, losses = one_batch(trainer._trainfn.world, mine) or (None,) * 4
     if predictions is None or labels is None:
@@ -332,7 +341,7 @@ def _checked(metrics: object) -> Metrics:
     if not isinstance(metrics, Mapping):
         raise TypeError(
             f"compute_metrics(...) returned {metrics!r}, but metrics are a dict of names and numbers. "
-            "Write: return {'accuracy': accuracy}"
+            "Write `return {'accuracy': accuracy}`."
         )
     return cast("Metrics", denumpify_detensorize(dict(cast("Mapping[str, object]", metrics))))
 
@@ -342,7 +351,7 @@ def _named(metrics: Metrics, prefix: str) -> Metrics:
 
 
 def _with_speed(trainer: TrainerLike, output: EvalLoopOutput, prefix: str, start: float) -> Metrics:
-    """The metrics of a loop, and how fast it went; the loop's own dict has them, too."""
+    """Add the speed to the metrics of a loop, in place; return them."""
     metrics, num_samples = output.metrics or {}, output.num_samples or 0
     steps = math.ceil(num_samples / together(trainer, trainer.args.eval_batch_size))
     metrics.update(speed_metrics(prefix, start, num_samples=num_samples, num_steps=steps))
@@ -350,7 +359,10 @@ def _with_speed(trainer: TrainerLike, output: EvalLoopOutput, prefix: str, start
 
 
 def _check_rows(dataset: Datasets | str | None, call: str) -> None:
-    """Before a loader can complain of it in its own words; what has no length is found out by trying."""
+    """Raise if a dataset is known to be empty, before a loader raises a less helpful error.
+
+    The loop itself finds out whether a dataset without a length is empty.
+    """
     if not isinstance(dataset, str) and has_length(dataset) and len(dataset) == 0:
         raise ValueError(_EMPTY.format(call=call))
 
@@ -360,8 +372,8 @@ def _check_name(trainer: TrainerLike, dataset: Datasets | str | None) -> None:
         return
     named = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
     if dataset not in named:
-        known = sorted(cast("dict[str, Dataset]", named)) or "it is not a dict"
+        known = sorted(cast("dict[str, Dataset]", named)) or "no names, because it is not a dict"
         raise ValueError(
             f"`trainer.evaluate({dataset!r})`: a string names one of the datasets in `eval_dataset`, which has "
-            f"{known}. Pass the dataset itself, or Trainer(eval_dataset={{{dataset!r}: dataset}})."
+            f"{known}. Pass the dataset itself, or write `Trainer(eval_dataset={{{dataset!r}: dataset}})`."
         )

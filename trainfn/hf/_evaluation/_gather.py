@@ -1,4 +1,4 @@
-"""The outputs of an evaluation on several ranks, in the order of the rows, each row once."""
+"""Gather the outputs of an evaluation from several ranks, in the order of the rows, each row once."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from trainfn.hf._types import Nested
 
 
 def all_batches(world: World, places: list[int], fields: list[list[Nested] | None]) -> list[list[Nested] | None]:
-    """For each field one tree of arrays a batch, with the rows of all ranks.
+    """Return, for each field, one tree of arrays a batch with the rows of all ranks; every rank calls this.
+
+    One gather on the host, once an evaluation, of the bytes of all that is kept. Each rank computes the metrics from
+    all rows, so that all ranks have the same metrics.
 
     Args:
-        world: All of its ranks call this.
+        world: The processes of the run.
         places: The numbers of the batches of which this rank has rows.
-        fields: What it has of them; None where nothing is kept.
+        fields: The trees of this rank for these batches; None for a field that is not kept.
     """
     if world.plan is None:
         return fields
@@ -38,7 +41,10 @@ def all_batches(world: World, places: list[int], fields: list[list[Nested] | Non
 
 
 def one_batch(world: World, mine: Nested | None) -> Nested | None:
-    """The rows of all ranks, as tensors, of a batch of which this rank has ``mine``."""
+    """Return one batch with the rows of all ranks, as tensors; every rank calls this, once a batch.
+
+    One gather on the host of the batch's bytes: `compute_metrics` must see the same rows as in one process.
+    """
     if world.plan is None:
         return mine
     pieces = [piece for piece in world.of_parts(_arrays(mine)) if piece is not None]

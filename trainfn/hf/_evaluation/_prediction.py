@@ -1,4 +1,4 @@
-"""One batch under evaluation: its loss, its predictions and its labels."""
+"""The loss, the predictions and the labels of one batch in an evaluation."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ def prediction_step(
     prediction_loss_only: bool,
     ignore_keys: list[str] | None = None,
 ) -> StepOutput:
-    """The loss, the predictions and the labels of one batch, each `None` where there is none.
+    """Return the loss, the predictions and the labels of one batch; `None` for each that is missing.
 
-    The loss is the batch's mean, as in transformers. It also remembers its undivided `trainfn.Mean`
-    (`mean_of`), which is what the evaluation loop adds up; so an override that calls this one and hands
-    on its loss keeps the evaluation exact.
+    The loss is the batch's mean, as in transformers. It also holds its undivided `trainfn.Mean` (see `mean_of`), and
+    the evaluation loop adds these up. So an override that calls this one and returns its loss keeps the evaluation
+    exact.
 
     Args:
         trainer: The trainer.
         model: The model to call.
         inputs: One batch.
-        prediction_loss_only: Return the loss alone.
-        ignore_keys: Names of model outputs to leave out of the predictions. What is no tensor is left out as well.
+        prediction_loss_only: Whether to return the loss alone.
+        ignore_keys: Names of model outputs to leave out of the predictions. An output that is not a tensor is left out
+            as well.
     """
     labelled = gives_loss(trainer, inputs)
     inputs = trainer._prepare_inputs(inputs)
@@ -60,7 +61,7 @@ def prediction_step(
 
 
 def forward(trainer: TrainerLike, model: nn.Module, inputs: Batch) -> Outputs:
-    """The model's outputs for a batch without labels."""
+    """Return the model's outputs for a batch without labels."""
     with autocast(trainer.args, torch.device(trainer.args.device)):
         return model(**inputs)
 
@@ -69,29 +70,30 @@ def forward(trainer: TrainerLike, model: nn.Module, inputs: Batch) -> Outputs:
 
 
 def loss_of(mean: tfn.Mean) -> Tensor:
-    """The scalar loss, which remembers the mean it was divided from."""
+    """Return the scalar loss, with the undivided mean as an attribute of the tensor."""
     loss = mean.value.detach()
-    if not loss.is_inference():  # such tensors do not count the changes made in place
+    if not loss.is_inference():  # tensors of inference mode have no `_version`, which shows a change in place
         kept = tfn.Mean(mean.total.detach(), mean.weight.detach())
         loss.undivided = kept, loss._version  # type: ignore[attr-defined]
     return loss
 
 
 def mean_of(trainer: TrainerLike, loss: Tensor | float, inputs: Batch) -> tfn.Mean:
-    """The undivided mean behind the loss of a batch, whoever computed it.
+    """Return the undivided mean behind the loss of a batch, also if an override computed it.
 
-    What an override has divided by is not known. The number of counted labels is exact for a mean over them, the
-    number of rows for a mean over rows; a mean weighted in another way, as by classes, stays a mean of means.
+    The divisor of an override is not known. The number of counted labels is exact for a mean over labels, and the
+    number of rows for a mean over rows. With other weights, such as those of classes, the result is a mean of means.
     """
     exact, version = getattr(loss, "undivided", (None, None))
     if isinstance(exact, tfn.Mean) and isinstance(loss, Tensor) and loss._version == version:
-        return exact  # not after `loss += penalty`
+        return exact  # not after a change in place such as `loss += penalty`, which leaves the attribute on the tensor
     loss = torch.as_tensor(loss).detach().float()
     if loss.dim() == 1 and len(loss) == find_batch_size(inputs):  # one loss a row
         return tfn.Mean.of(loss)
     loss = loss.mean()
     weight = _count(trainer, inputs).to(loss.device)
-    return tfn.Mean(torch.where(weight > 0, loss * weight, 0.0), weight)  # 0/0 is the mean of nothing: it adds nothing
+    # A batch without a counted label has the loss 0/0 = NaN, and adds nothing to the sum.
+    return tfn.Mean(torch.where(weight > 0, loss * weight, 0.0), weight)
 
 
 def _count(trainer: TrainerLike, inputs: Batch) -> Tensor:
@@ -108,7 +110,7 @@ def _has_labels(trainer: TrainerLike, inputs: Batch) -> bool:
 
 
 def gives_loss(trainer: TrainerLike, inputs: Batch) -> bool:
-    """Whether there is a loss to compute: all labels are there, or the model makes its own, as CLIP does."""
+    """Whether a batch has a loss: it has all labels, or the model makes its own labels, as CLIP does."""
     asked = inputs.get("return_loss")
     makes_own = not trainer.label_names and bool(trainer.can_return_loss if asked is None else asked)
     return _has_labels(trainer, inputs) or makes_own
@@ -119,7 +121,8 @@ def _labels(trainer: TrainerLike, inputs: Batch) -> Nested:
     return labels[0] if len(labels) == 1 else labels
 
 
-_CACHES = ["past_key_values", "cache"]  # a cache of tensors is known by its name: the old one, and that of today
+# A cache of plain tensors looks like a prediction: only its name, the old one or the present one, shows it.
+_CACHES = ["past_key_values", "cache"]
 
 
 def _ignored(trainer: TrainerLike) -> list[str]:
@@ -128,7 +131,7 @@ def _ignored(trainer: TrainerLike) -> list[str]:
 
 
 def _predictions(trainer: TrainerLike, outputs: Outputs, ignored: list[str]) -> Nested:
-    """The outputs but those ignored: one tensor if one is left, else a tuple."""
+    """Return the outputs without those ignored: one tensor if one is left, else a tuple."""
     if outputs is None:  # a `compute_loss` without `return_outputs`
         return None
     if isinstance(outputs, Mapping):
@@ -139,23 +142,25 @@ def _predictions(trainer: TrainerLike, outputs: Outputs, ignored: list[str]) -> 
     else:
         kept = outputs
     kept = nested_detach(kept)
-    if trainer.args.bf16 or trainer.args.fp16:  # what autocast left in 16 bits
+    if trainer.args.bf16 or trainer.args.fp16:  # NumPy has no bfloat16, and metrics want float32
         kept = convert_to_fp32(kept)
     return kept[0] if isinstance(kept, tuple | list) and len(kept) == 1 else kept
 
 
 def _tensors(outputs: Iterable[tuple[str | int, Nested]]) -> tuple[Nested, ...]:
-    """Those outputs that are tensors: a cache is none, under whatever name the model returns it."""
+    """Return the outputs that are tensors, without caches of any name."""
     kept: list[Nested] = []
     for name, value in outputs:
         odd = no_tensor(value)
         if odd is None:
             kept.append(value)
         elif not isinstance(odd, transformers.Cache):
-            _say_left_out(name, type(odd).__name__)
+            _warn_left_out(name, type(odd).__name__)
     return tuple(kept)
 
 
-@functools.cache  # once each, not at every batch
-def _say_left_out(name: str | int, kind: str) -> None:
-    logger.warning("The model's output %r holds a %s, which is no tensor: it is left out of predictions.", name, kind)
+@functools.cache  # once for each output, not once a batch
+def _warn_left_out(name: str | int, kind: str) -> None:
+    logger.warning(
+        "The model's output %r holds a %s, which is not a tensor, so it is left out of the predictions.", name, kind
+    )

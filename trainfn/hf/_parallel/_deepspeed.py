@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration beside the training arguments: filled in and checked, before the rest becomes a plan."""
+"""A DeepSpeed configuration is completed from the training arguments and checked against them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Config = dict[str, Any]
 _SECTIONS = ("optimizer", "scheduler")
 _NUMBERS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
 _ADAM = ("adamw_torch", "adamw_torch_fused")
-_ADAM_PARAMS = {"torch_adam": None, "adam_w_mode": True, "bias_correction": True, "amsgrad": False}  # None: any
+# The values of Adam's other parameters that AdamW of trainfn can honour; None allows any.
+_ADAM_PARAMS = {"torch_adam": None, "adam_w_mode": True, "bias_correction": True, "amsgrad": False}
 _SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _RATES = ("warmup_min_lr", "warmup_max_lr")
 _SCHEDULE_PARAMS = {
@@ -54,12 +55,12 @@ class Configured(NamedTuple):
 
 
 def configuration(args: Any) -> Configured | None:
-    """The configuration of ``deepspeed=`` and of the launcher; None without one.
+    """Return the configuration of ``deepspeed=`` and of the launcher; None without one.
 
-    Every ``"auto"`` that the arguments have a value for takes it, as in transformers. A number must be equal.
+    An ``"auto"`` takes the value of the argument, as in transformers. A number must equal it.
 
     Raises:
-        ValueError: If the configuration and the arguments differ, or it asks for another optimizer or schedule.
+        ValueError: If the configuration and the arguments differ, or name different optimizers or schedules.
     """
     own = None if not args.deepspeed else DeepSpeedJson.read(args.deepspeed, f"{_source(args)} can't work")
     theirs = launchers.deepspeed_config()
@@ -79,7 +80,7 @@ def configuration(args: Any) -> Configured | None:
     if wrong:
         raise ValueError(
             f"{_source(args)} can't work: the configuration and the training arguments differ."
-            f' {"; ".join(wrong)}. An entry that says "auto" takes the argument\'s value.'
+            f' {"; ".join(wrong)}. An entry that says "auto" takes the value of the argument.'
         )
     return Configured(_rest(config, filled), filled, notes + _differences(args, config))
 
@@ -87,7 +88,7 @@ def configuration(args: Any) -> Configured | None:
 def report(found: Configured, args: Any) -> None:
     """Print how the configuration is used; `trainfn.launch.settings` prints the table of its fields."""
     print(
-        f"{_source(args)}: runs natively, as a plan of the same ZeRO stage. DeepSpeed's own engine is"
+        f"{_source(args)}: this run is native, with a plan of the same ZeRO stage. DeepSpeed's own engine is"
         " `tfn.deepspeed.init(model)`: see the guide `deepspeed.md`."
     )
     filled = ", ".join(f"{name}={value}" for name, value in found.filled.items())
@@ -106,7 +107,7 @@ def _source(args: Any) -> str:
 
 
 def _merged(own: DeepSpeedJson, theirs: DeepSpeedJson) -> DeepSpeedJson:
-    """Both configurations in one; wherever both have a value, it must be the same.
+    """Merge both configurations; an entry in both must have the same value.
 
     Raises:
         ValueError: If two values differ.
@@ -117,14 +118,15 @@ def _merged(own: DeepSpeedJson, theirs: DeepSpeedJson) -> DeepSpeedJson:
             own.put(name, value)
         elif value not in ("auto", {}) and not _same(mine[name], value):
             raise ValueError(
-                f"`deepspeed=` says {name}={mine[name]!r}, and the DeepSpeed configuration of `accelerate launch` says"
-                f" {value!r}. Leave `deepspeed` out of the training arguments, or start the script by torchrun."
+                f"`deepspeed=` can't work: it has {name}={mine[name]!r}, and the DeepSpeed configuration of `accelerate"
+                f" launch` says {value!r}. Leave `deepspeed` out of the training arguments, or start the script by"
+                " torchrun."
             )
     return own
 
 
 def _rest(config: DeepSpeedJson, filled: Mapping[str, Any]) -> Config:
-    """The sections that the arguments don't replace."""
+    """Return the sections that the arguments don't replace."""
     content = config.content.items()
     rest = DeepSpeedJson({name: value for name, value in content if name not in (*_SECTIONS, *_NUMBERS)})
     for name in ("fp16.enabled", "bf16.enabled"):
@@ -137,7 +139,7 @@ def _rest(config: DeepSpeedJson, filled: Mapping[str, Any]) -> Config:
 
 
 def _take(args: Any) -> list[str]:
-    """Numbers of Accelerate's yaml, where the argument has its default."""
+    """Take the numbers of Accelerate's yaml for arguments at their default; return the lines to print."""
     fields: dict[str, Any] = type(args).__dataclass_fields__
     notes: list[str] = []
     for variable, name, kind in (
@@ -153,12 +155,13 @@ def _take(args: Any) -> list[str]:
 
 def _wanted(args: Any) -> dict[str, Wanted]:
     rows, steps, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    split = world if getattr(args.accelerator_config, "split_batches", False) else 1  # then a batch is of all ranks
+    # With `split_batches`, the batch size of the arguments is that of all ranks together.
+    split = world if getattr(args.accelerator_config, "split_batches", False) else 1
     together = rows * steps * world // split
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     betas = [args.adam_beta1, args.adam_beta2]
     total = args.max_steps if args.max_steps > 0 else None
-    share = total is None and 0 < args.warmup_steps < 1  # of a number that is not known yet
+    share = total is None and 0 < args.warmup_steps < 1  # a share of the number of steps, which is not known yet
     warmup = None if share else args.get_warmup_steps(args.max_steps)
 
     def by(name: str, value: Any = None) -> Wanted:
@@ -171,7 +174,7 @@ def _wanted(args: Any) -> dict[str, Wanted]:
         return Wanted(on, f"{name}={getattr(args, name)}", f"`{name}={{}}`")
 
     each = f"and {world} process{'es' if world > 1 else ''} x {rows // split} rows"
-    zero = Wanted(0, "and a schedule starts from 0 here", "0 there")
+    zero = Wanted(0, "but a schedule of trainfn starts from 0", "0 there")
     return {
         "train_micro_batch_size_per_gpu": Wanted(
             rows // split,
@@ -188,7 +191,7 @@ def _wanted(args: Any) -> dict[str, Wanted]:
         "scheduler.params.warmup_max_lr": by("learning_rate"),
         "scheduler.params.warmup_min_lr": zero,
         "scheduler.params.warmup_min_ratio": zero,
-        "scheduler.params.cos_min_ratio": zero._replace(arguments="and a cosine ends at 0 here"),
+        "scheduler.params.cos_min_ratio": zero._replace(arguments="but a cosine of trainfn ends at 0"),
         "scheduler.params.total_num_steps": Wanted(total, f"max_steps={args.max_steps}", "`max_steps={}`"),
         "scheduler.params.warmup_num_steps": Wanted(warmup, f"warmup_steps={args.warmup_steps}", "`warmup_steps={}`"),
         "fp16.enabled": half("fp16"),
@@ -201,7 +204,7 @@ def _same(given: Any, value: Any) -> bool:
         return len(given) == len(value) and all(map(_same, given, value))
     one: Any = given
     try:
-        return float(one) == float(value)  # True is 1, and "3e-5" a number that json took for text
+        return float(one) == float(value)  # True equals 1, and JSON reads a number such as 3e-5 in quotes as text
     except (TypeError, ValueError):
         return given == value
 
@@ -210,7 +213,7 @@ def _same(given: Any, value: Any) -> bool:
 
 
 def _types(args: Any, config: DeepSpeedJson) -> list[str]:
-    """The contradictions between the arguments and the optimizer and scheduler of the configuration."""
+    """Return the contradictions between the arguments and the optimizer and scheduler of the configuration."""
     wrong: list[str] = []
     optimizer, scheduler = (config.section(name) for name in _SECTIONS)
     if optimizer:
@@ -233,7 +236,7 @@ def _optimizer(optim: str, section: Config) -> list[str]:
     for name, value in params.items():
         known = name in ("lr", "betas", "eps", "weight_decay")
         if not known and (name not in _ADAM_PARAMS or _ADAM_PARAMS[name] not in (None, value)):
-            wrong.append(f"optimizer.params.{name}={value!r}, which AdamW here doesn't have: leave it out")
+            wrong.append(f"optimizer.params.{name}={value!r}, which AdamW of trainfn does not have: leave it out")
     return wrong
 
 
@@ -254,26 +257,26 @@ def _scheduler(args: Any, section: Config) -> list[str]:
         if param == "warmup_type":
             if value != "linear" and args.warmup_steps:
                 wrong.append(
-                    f'scheduler.params.warmup_type={value!r}, and a warm-up is linear here: write "linear" there'
+                    f'scheduler.params.warmup_type={value!r}, but a warm-up of trainfn is linear: write "linear" there'
                 )
         elif param not in _SCHEDULE_PARAMS[kind]:
-            wrong.append(f"scheduler.params.{param}={value!r}, which is not known here: leave it out")
-    for param in ("warmup_min_ratio", "cos_min_ratio"):  # their defaults are others
+            wrong.append(f"scheduler.params.{param}={value!r}, which trainfn does not know: leave it out")
+    for param in ("warmup_min_ratio", "cos_min_ratio"):  # DeepSpeed's defaults are above 0
         if kind == "WarmupCosineLR" and param not in params:
             wrong.append(
-                f'scheduler.params without {param}, which DeepSpeed takes for more than 0: write `"{param}": 0`'
+                f'scheduler.params without {param}, which is above 0 by default in DeepSpeed: write `"{param}": 0`'
             )
     return wrong
 
 
 def _differences(args: Any, config: DeepSpeedJson) -> list[str]:
-    """The numbers that are the Trainer's, where DeepSpeed would have others."""
+    """Return the lines to print about numbers of the Trainer that differ from DeepSpeed's."""
     notes: list[str] = []
     params = config.section("scheduler").get("params") or {}
     if config.get("scheduler") and args.warmup_steps and "warmup_type" not in params:
         notes.append('the warm-up is linear; DeepSpeed\'s, without `"warmup_type": "linear"`, is logarithmic')
     if config.get("optimizer") and args.weight_decay:
-        notes.append("biases and norms don't decay; all that DeepSpeed's optimizer is given does")
+        notes.append("biases and norms don't decay; DeepSpeed's optimizer lets all parameters decay")
     if args.deepspeed and config.get("gradient_clipping") is None and args.max_grad_norm:
         notes.append(f"gradients are clipped at max_grad_norm={args.max_grad_norm}: there is no gradient_clipping")
     return notes

@@ -1,4 +1,4 @@
-"""The plan of a run, from the launcher's configuration and the training arguments; they must not contradict."""
+"""The plan of a run, from the launcher's configuration and the training arguments, which must agree."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from trainfn import launch as launchers
 from trainfn.hf._parallel import _deepspeed
 from trainfn.hf._parallel._world import ALONE, World
 
-_REPORTED: list[_deepspeed.Configured] = []  # printed already, by another Trainer of this process
+_REPORTED: list[_deepspeed.Configured] = []  # those that another Trainer of this process has printed already
 
 
 def world_of(args: Any, model: Any) -> World:
-    """Bring the processes together, and return them with their plan; one process by itself needs nothing.
+    """Bring the processes together, and return them with their plan; one process alone has no plan.
 
     Raises:
-        ValueError: If the arguments ask for what can't be, or contradict the launcher's configuration.
+        ValueError: If the arguments can't be honoured, or contradict the launcher's configuration.
         RuntimeError: If the processes don't find each other.
     """
-    deepspeed = _deepspeed.configuration(args)  # the same error on every rank, before any waits for the others
+    # Read first, so that an error is raised on every rank before any rank waits for the others.
+    deepspeed = _deepspeed.configuration(args)
     asked = bool(args.fsdp) or args.parallelism_config is not None or deepspeed is not None
     if args.world_size == 1 and not asked and "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return ALONE
@@ -34,7 +35,8 @@ def world_of(args: Any, model: Any) -> World:
     _take_precision(args, launch)
     own = _of_arguments(args, _nodes(launch.world))
     plan = launch.plan if own is None else _consistent(own, launch)
-    # `autocast` in the loss computes in 16 bits, as in one process: cast before, norms would see other weights.
+    # The loss computes in 16 bits by `autocast`, as in one process. Parameters cast by the plan would give layer norms,
+    # which autocast keeps in float32, rounded weights, and so other numbers.
     precision = dataclasses.replace(plan.precision, compute=None)
     rules = plan.rules if plan.tensor == 1 else (*plan.rules, *launchers.tensor_rules(model))
     plan = dataclasses.replace(plan, precision=precision, rules=rules)
@@ -60,7 +62,7 @@ def meet(args: Any) -> None:
     backend = args.ddp_backend
     if backend is not None and args.world_size > 1 and backend not in _backends(device):
         raise ValueError(
-            f"`{type(args).__name__}(ddp_backend={backend!r})` can't work: on {device.type}, the processes talk"
+            f"`{type(args).__name__}(ddp_backend={backend!r})` can't work: on {device.type}, the processes communicate"
             f" over {' and '.join(_backends(device))}. Leave `ddp_backend` out."
         )
     if args.world_size > 1:
@@ -70,7 +72,7 @@ def meet(args: Any) -> None:
 
 
 def joined(args: Any, deepspeed: _deepspeed.Configured | None) -> Any:
-    """The settings of the launcher, or of a DeepSpeed configuration, after its processes have found each other."""
+    """Bring the processes together; return the settings of the launcher or of a DeepSpeed configuration."""
     meet(args)
     given: dict[str, Any] = {}
     if deepspeed is not None:
@@ -84,7 +86,7 @@ def joined(args: Any, deepspeed: _deepspeed.Configured | None) -> Any:
 
 @contextlib.contextmanager
 def _on_cpu(args: Any) -> Generator[None]:
-    """Let the processes of this block meet on CPUs too, if ``use_cpu=True``."""
+    """Let processes meet on CPUs in this block, if ``use_cpu=True``: `trainfn.launch` reads Accelerate's variable."""
     name, before = "ACCELERATE_USE_CPU", os.environ.get("ACCELERATE_USE_CPU")
     if args.device.type == "cpu" and args.world_size > 1:
         os.environ[name] = "true"
@@ -105,11 +107,11 @@ def _nodes(world: int) -> int:
     return max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
 
 
-# --- what the arguments ask for -----------------------------------------------------------------------------------
+# --- the plan of the arguments ------------------------------------------------------------------------------------
 
 
 def _of_arguments(args: Any, nodes: int) -> tfn.Plan | None:
-    """The plan that ``fsdp``, ``fsdp_config`` and ``parallelism_config`` describe; None if they are not given."""
+    """Return the plan of ``fsdp``, ``fsdp_config`` and ``parallelism_config``; None without them."""
     plan = _fsdp(args, nodes) if args.fsdp else None
     parallel = args.parallelism_config
     if parallel is None:
@@ -118,7 +120,7 @@ def _of_arguments(args: Any, nodes: int) -> tfn.Plan | None:
         if (getattr(parallel, name, None) or 1) != 1:
             raise ValueError(
                 f"`{type(args).__name__}(parallelism_config=ParallelismConfig({name}={getattr(parallel, name)}))`"
-                " can't work: a sequence is not split over ranks here. Give those ranks to `dp_shard_size`."
+                " can't work: trainfn does not split a sequence over ranks. Write `dp_shard_size` in its place."
             )
     axes = {"replicate": "dp_replicate_size", "shard": "dp_shard_size", "tensor": "tp_size"}
     sizes = {axis: getattr(parallel, name) or 1 for axis, name in axes.items()}
@@ -130,7 +132,8 @@ def _fsdp(args: Any, nodes: int) -> tfn.Plan:
     config = args.fsdp_config or {}
     if config.get("xla"):
         raise ValueError(
-            f"`{type(args).__name__}(fsdp_config={{'xla': True}})` can't work: there is no XLA here. Leave `xla` out."
+            f"`{type(args).__name__}(fsdp_config={{'xla': True}})` can't work: FSDP of trainfn does not run on XLA."
+            " Leave `xla` out."
         )
     given = config.get("reshard_after_forward", True)  # a flag of FSDP 2, or a strategy of FSDP 1
     try:
@@ -146,15 +149,15 @@ def _true(value: Any) -> bool:
 
 
 def _consistent(own: tfn.Plan, launch: Any) -> tfn.Plan:
-    """The arguments' plan, unless the launcher was configured with another one."""
+    """Return the plan of the arguments; raise if the launcher was configured with another one."""
     theirs, world = launch.plan, launch.world
     switches = (f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG"))
     configured = any(_true(os.environ.get(switch)) for switch in switches)
     if configured and _layout(own, world) != _layout(theirs, world):
         raise ValueError(
             f"the training arguments ask for {_layout(own, world)}, and the configuration of `accelerate launch` for"
-            f" {_layout(theirs, world)}. Leave `fsdp`, `fsdp_config` and `parallelism_config` out of the training"
-            " arguments, or start the script by torchrun."
+            f" {_layout(theirs, world)}, but one run has one plan. Leave `fsdp`, `fsdp_config` and `parallelism_config`"
+            " out of the training arguments, or start the script by torchrun."
         )
     return dataclasses.replace(own, precision=theirs.precision, rules=theirs.rules)
 
@@ -164,14 +167,14 @@ def _layout(plan: tfn.Plan, world: int) -> dict[str, Any]:
 
 
 def _take_precision(args: Any, launch: Any) -> None:
-    """Take the launcher's mixed precision, where the arguments have none."""
+    """Take the mixed precision of the launcher, if the arguments do not name one."""
     mine = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     theirs = launch.mixed_precision
     if theirs == "no" or theirs == mine:
         return
     if mine != "no":
         raise ValueError(
-            f"`{type(args).__name__}({mine}=True)`, and `accelerate launch` was configured with mixed_precision:"
+            f"`{type(args).__name__}({mine}=True)` can't work: `accelerate launch` was configured with mixed_precision:"
             f" {theirs}. Leave `{mine}` out, or write `{theirs}=True`."
         )
     setattr(args, theirs, True)
@@ -183,8 +186,8 @@ def _check_possible(args: Any, launch: Any) -> None:
     call = type(args).__name__
     if args.auto_find_batch_size:
         raise ValueError(
-            f"`{call}(auto_find_batch_size=True)` can't work on {launch.world} processes: one that runs out of memory"
-            " leaves the others waiting for it. Write `gradient_accumulation_steps=2` and half the"
+            f"`{call}(auto_find_batch_size=True)` can't work on {launch.world} processes: if one runs out of memory,"
+            " the others wait for it without end. Write `gradient_accumulation_steps=2` and half the"
             " `per_device_train_batch_size`: the update is the same."
         )
     if args.save_on_each_node and _nodes(launch.world) > 1:
@@ -198,8 +201,8 @@ def _check_possible(args: Any, launch: Any) -> None:
             size, parts = getattr(args, name), launch.plan.data_size
             if size % parts:
                 raise ValueError(
-                    f"`{call}({name}={size}, accelerator_config={{'split_batches': True}})` can't work: {size} rows are"
-                    f" not split into {parts} equal parts. Write a multiple of {parts}, or leave `split_batches` out."
+                    f"`{call}({name}={size}, accelerator_config={{'split_batches': True}})` can't work: {size} rows do"
+                    f" not divide into {parts} equal parts. Write a multiple of {parts}, or leave `split_batches` out."
                 )
 
 

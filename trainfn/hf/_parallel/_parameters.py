@@ -49,7 +49,7 @@ def fill(trainer: TrainerLike) -> None:
 
 @contextlib.contextmanager
 def whole(trainer: TrainerLike) -> Generator[None]:
-    """Let the model have full parameters in this block; every rank enters it."""
+    """Gather the parameters into the model in this block; every rank enters it."""
     if not trainer._trainfn.released:
         yield
         return
@@ -62,7 +62,11 @@ def whole(trainer: TrainerLike) -> Generator[None]:
 
 @contextlib.contextmanager
 def plain(trainer: TrainerLike) -> Generator[None]:
-    """Let the trainer have a full state in this block, which the model shares; afterwards it is sharded again."""
+    """Gather the state in this block, and let the model share its memory; afterwards shard it again.
+
+    Every rank enters it. It gathers all bytes of the state, the optimizer's included, and scatters them at the end.
+    The code for checkpoints of transformers only knows plain tensors.
+    """
     plan = trainer._trainfn.world.plan
     if plan is None:
         yield
@@ -78,30 +82,30 @@ def check_whole(trainer: TrainerLike) -> None:
     """Raise if the last run ended in an error and left the model without values.
 
     Raises:
-        RuntimeError: With the line that resumes from the last checkpoint.
+        RuntimeError: If it did.
     """
     if trainer._trainfn.released:
         raise RuntimeError(
-            "Trainer: the run before ended in an error while the parameters were split over ranks, so the model has no"
+            "Trainer: the last run ended in an error while the parameters were sharded over ranks, so the model has no"
             " values. Make a new Trainer of a new model, and resume from the last checkpoint:"
             " `trainer.train(resume_from_checkpoint=True)`."
         )
 
 
 def warn_of_callbacks(trainer: TrainerLike) -> None:
-    """Warn once of callbacks that take a model, which has no values when they are called."""
+    """Warn once of callbacks that take the model, because its sharded parameters are NaN when they are called."""
     if not trainer._trainfn.released or trainer._trainfn.world.ranks.rank > 0:
         return
     for callback in trainer.callback_handler.callbacks:
         kind = type(callback)
-        if kind.__module__.partition(".")[0] in ("transformers", "trainfn"):  # they want the model's config
+        if kind.__module__.partition(".")[0] in ("transformers", "trainfn"):  # these only read the model's config
             continue
         takes = [name for name in EVENTS if "model" in _arguments(getattr(kind, name, None))]
         if takes:
             logger.warning_once(
-                f"Trainer(callbacks=[{kind.__name__}]): {', '.join(takes)} take{'s' * (len(takes) == 1)} `model`, whose"
-                " parameters are split over ranks, and NaN there. To see them, write `with trainer.whole_model() as"
-                " model: ...`, on all ranks."
+                f"Trainer(callbacks=[{kind.__name__}]): {', '.join(takes)} take{'s' * (len(takes) == 1)} `model`, but"
+                " its parameters are sharded over ranks, and NaN in the model. To read them, write `with"
+                " trainer.whole_model() as model: ...`, on all ranks."
             )
 
 

@@ -1,4 +1,4 @@
-"""Loaders on several ranks, also those of others: the batches that each rank gets."""
+"""The batches that each rank gets from a loader: one of trainfn, of torch, of Accelerate, or any other."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def dealt(world: World, loader: Any) -> Any:
     """Return a loader's part for this rank.
 
     ======================================= ==========================================================================
-    of the Trainer, or one of `trainfn`      its rows of every batch
+    of the Trainer, or one of `trainfn`      this rank's rows of every batch
     with a ``DistributedSampler``            all batches: the loader is this rank's part already
-    prepared by Accelerate                   the same
-    any other                                every N-th batch, as in Accelerate; the others are read, too
+    prepared by Accelerate                   all batches, too
+    any other                                every N-th batch, as in Accelerate; the other batches are read and dropped
     ======================================= ==========================================================================
     """
     if world.plan is None:
@@ -44,7 +44,7 @@ class Dealt:
 
     Args:
         world: The processes of the run.
-        loader: Anything that gives the same batches on every rank.
+        loader: An iterable with the same batches on every rank.
     """
 
     def __init__(self, world: World, loader: Iterable[Any]) -> None:
@@ -64,22 +64,24 @@ class Dealt:
 
 
 class Own(Dealt):
-    """A loader of this rank's part, which gives batches of no rows until no rank has a batch."""
+    """A loader of this rank's part, followed by batches without rows until no rank has a batch any more."""
 
     def __iter__(self) -> Generator[Any]:
         last, batches = None, iter(self.loader)
         while True:
             batch = next(batches, None)
-            # 4 bytes a rank, once a batch: a rank that stopped earlier would leave the others waiting.
+            # An all-reduce of 4 bytes, once a batch: a rank that stopped earlier would leave the others waiting.
             if not self.world.ranks.any([batch is not None])[0]:
                 return
             last = batch if batch is not None else last
             if last is None:
                 raise ValueError(
-                    f"Trainer: this rank's loader, a {type(self.loader).__name__}, has no batch at all, and another's"
-                    " has. Give all ranks the same full dataset, `Trainer(train_dataset=...)`, and it is divided."
+                    f"Trainer: this rank's loader, a {type(self.loader).__name__}, has no batch at all, but that of"
+                    " another rank has. Pass the same full dataset on all ranks, `Trainer(train_dataset=...)`: the"
+                    " Trainer divides it."
                 )
             yield last if batch is not None else tfn.data.no_rows(last)
 
     def __len__(self) -> int:
+        # One gather of a number on the host: ranks may have different numbers of batches, and all step equally often.
         return max(self.world.ranks.gathered(len(self.loader)))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`World`: the processes of a run, as the Trainer sees them: the plan, and which rows each process has."""
+"""`World`: the processes of a run, with the plan and the rows of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class World:
 
     Attributes:
         plan: The plan of the step; None in one process.
-        ranks: The processes, and what they exchange on the host.
+        ranks: The processes, and their exchanges on the host.
         compile: The arguments of `tfn.jit` that a launcher was configured with.
         loss_scale: The arguments of `tfn.transforms.dynamic_loss_scale` from a DeepSpeed configuration.
         checkpointing: Whether the launcher asks to compute activations again instead of keeping them.
@@ -42,7 +42,7 @@ class World:
 
     @property
     def part(self) -> int:
-        """Which of these parts this rank has."""
+        """The number of this rank's part."""
         return self.ranks.rank // self._sharers
 
     @property
@@ -56,11 +56,15 @@ class World:
 
     def sums(self, numbers: Sequence[float]) -> list[float]:
         """Return the sum of each number over the parts; all ranks call this."""
-        counts = self.ranks.rank % self._sharers == 0  # else another rank counts the same rows
+        counts = self.ranks.rank % self._sharers == 0  # ranks with the same rows must count them once
         return self.ranks.sums([number if counts else 0.0 for number in numbers])
 
     def means(self, means: dict[str, tfn.Mean]) -> dict[str, tfn.Mean]:
-        """Return means over the rows of all ranks, with the same bits on each; a rank without rows may have none."""
+        """Return means over the rows of all ranks, the same bits on each; all ranks call this.
+
+        A rank without rows may pass an empty dict. The totals and weights are gathered on the host, 16 bytes a mean,
+        and added in the same order on every rank.
+        """
         if self.plan is None:
             return means
         of_parts = self.of_parts({name: (float(mean.total), float(mean.weight)) for name, mean in means.items()})

@@ -1,7 +1,7 @@
 """The Hub: the model's repository, pushes in the background, the model card.
 
-A push that fails during training is reported and made up for at the next one; it never ends the training. What the
-user calls, `push_to_hub`, raises.
+A push that fails during training is reported, and the next push tries again; it never ends the training.
+`push_to_hub`, which the user calls, raises its errors.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from trainfn.hf._callbacks._events import event
 from trainfn.hf._types import TrainerLike, Values
 
 _logger = logging.getLogger(__name__)
-# Like transformers, and what a checkpoint is called while it is being written: it holds the optimizer's state.
+# The patterns of transformers, and ".*", the names of unfinished checkpoints: they hold the optimizer's state.
 IGNORED = ("_*", "checkpoint-*", ".*")
 _ARGUMENTS = ("training_args.json", "training_args.bin")
-# What a checkpoint has of the model; the rest, the optimizer's state above all, stays here.
+# The files of a checkpoint that make up the model. The others, above all the optimizer's state, are not uploaded.
 _MODEL_FILES = (
     *("config.json", "generation_config.json", "pytorch_model.bin", "model.safetensors"),
     *("adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"),
@@ -38,13 +38,13 @@ _INDEXES = ("pytorch_model.bin.index.json", "model.safetensors.index.json")
 
 
 class Upload(NamedTuple):
-    """A folder to bring to the Hub.
+    """A folder to upload to the Hub.
 
     Attributes:
-        folder: Here.
-        message: Of the commit.
-        path: There; None for the top of the repository.
-        ignore: Patterns of what is left out.
+        folder: The local folder.
+        message: The message of the commit.
+        path: The folder in the repository; None for its top.
+        ignore: Patterns of the files to leave out.
     """
 
     folder: str
@@ -54,7 +54,7 @@ class Upload(NamedTuple):
 
 
 def api() -> HfApi:
-    """The client; its uploads in the background happen one after the other.
+    """Return a client of the Hub; its uploads in the background happen one after the other.
 
     >>> api().library_name
     'trainfn'
@@ -63,12 +63,12 @@ def api() -> HfApi:
 
 
 class Pushes:
-    """The uploads of one repository: those under way, those that failed, those that are still to come.
+    """The uploads of one repository: running, failed and waiting ones.
 
     Args:
-        client: From `api`.
+        client: The client, from `api`.
         repo_id: The repository.
-        token: For it; None for the one that is logged in.
+        token: The token; None for the one of `hf auth login`.
         revision: The branch; None for the main one.
 
     >>> pushes = Pushes(api(), "me/model")
@@ -84,29 +84,29 @@ class Pushes:
         self.skipped: tuple[Path, list[Upload]] | None = None
 
     def is_done(self) -> bool:
-        """Whether nothing is under way."""
+        """Whether no upload is running."""
         return all(future.done() for _, future in self.running)
 
     def uses(self, folder: str | os.PathLike[str]) -> bool:
-        """Whether a folder is being uploaded, or is to be: whoever deletes checkpoints leaves it for now."""
+        """Whether an upload of a folder is running or waiting, so that the folder must not be removed yet."""
         folder = os.path.abspath(folder)
         under_way = [upload for upload, future in self.running if not future.done()]
         skipped = self.skipped[1] if self.skipped else []
         return any(os.path.abspath(upload.folder) == folder for upload in [*under_way, *self.waiting, *skipped])
 
     def start(self, uploads: list[Upload]) -> None:
-        """Upload in the background, after what failed before and is still here and not superseded."""
+        """Upload in the background; before, try again those that failed, unless a new one takes their place."""
         targets = {upload.path for upload in uploads}
         owed = [upload for upload, _ in self.failed] + self.waiting
         self.failed, self.waiting, self.skipped = [], [], None
         again = {upload.path: upload for upload in owed if upload.path not in targets}
         for path in [path for path, upload in again.items() if not os.path.isdir(upload.folder)]:
-            _logger.warning("%s is gone and will not be pushed to the Hub.", again.pop(path).folder)
+            _logger.warning("%s does not exist any more, so it is not pushed to the Hub.", again.pop(path).folder)
         for upload in [*again.values(), *uploads]:
             self.running.append((upload, self.client.run_as_future(self._pushed, upload)))
 
     def _pushed(self, upload: Upload) -> CommitInfo | Future[CommitInfo]:
-        """In the background: upload, and tell of a failure as soon as it is known."""
+        """Upload, in a thread, and log a failure at once."""
         try:
             return self.upload(upload)
         except Exception as error:
@@ -132,7 +132,7 @@ class Pushes:
         )
 
     def collect(self, *, wait: bool = False) -> list[tuple[Upload, BaseException]]:
-        """Take note of what has ended; return what failed since the last time."""
+        """Drop the uploads that have ended; return those that failed since the last call."""
         if wait:
             wait_for([future for _, future in self.running])
         ended = [(upload, future) for upload, future in self.running if future.done()]
@@ -142,14 +142,14 @@ class Pushes:
         return new
 
     def supersede_model(self) -> None:
-        """Forget what is owed of the model; keep what is owed of checkpoints."""
+        """Drop the uploads of the model that failed or wait; keep those of checkpoints."""
         self.waiting += self.skipped[1] if self.skipped else []
         self.waiting = [upload for upload in self.waiting if upload.path is not None]
         self.failed = [(upload, error) for upload, error in self.failed if upload.path is not None]
         self.skipped = None
 
     def wait_until_done(self) -> None:
-        """Wait for what is under way."""
+        """Wait for the running uploads."""
         wait_for([future for _, future in self.running])
 
 
@@ -157,14 +157,14 @@ class Pushes:
 
 
 def init_repo(trainer: TrainerLike, token: str | None = None, private: bool | None = None) -> None:
-    """Create the repository `args.hub_model_id`, by default that of `output_dir`'s name, unless it exists.
+    """Create the repository `args.hub_model_id`, by default with the name of `output_dir`, unless it exists.
 
-    Sets `trainer.hub_model_id` and `trainer.push_in_progress`, on the main process only.
+    It sets `trainer.hub_model_id` and `trainer.push_in_progress`, on the main process only.
 
     Args:
         trainer: The Trainer.
-        token: In place of `args.hub_token`.
-        private: In place of `args.hub_private_repo`.
+        token: The token in place of `args.hub_token`.
+        private: The value in place of `args.hub_private_repo`.
 
     Raises:
         ValueError: If there is no token.
@@ -177,7 +177,7 @@ def init_repo(trainer: TrainerLike, token: str | None = None, private: bool | No
     if token is None and get_token() is None:
         raise ValueError(
             "`Trainer(args=TrainingArguments(push_to_hub=True))` needs a token that may write to the Hub, and there is"
-            ' none. Run `hf auth login`, set HF_TOKEN, or write `hub_token="hf_..."`; to train without the Hub,'
+            ' none. Run `hf auth login`, set HF_TOKEN, or write `hub_token="hf_..."`. To train without the Hub, write'
             " `push_to_hub=False`."
         )
     client, name = api(), args.hub_model_id or Path(args.output_dir).absolute().name
@@ -187,8 +187,8 @@ def init_repo(trainer: TrainerLike, token: str | None = None, private: bool | No
     except Exception as error:
         raise RuntimeError(
             f"`Trainer(args=TrainingArguments(push_to_hub=True))` can't create the repository {name!r} on"
-            f" {client.endpoint}: {type(error).__name__}: {error}. See that the token may write there, or name another"
-            ' with `hub_model_id="me/my-model"`; to train without the Hub, `push_to_hub=False`.'
+            f" {client.endpoint}: {type(error).__name__}: {error}. Check that the token may write there, or write"
+            ' `hub_model_id="me/my-model"` for another repository. To train without the Hub, write `push_to_hub=False`.'
         ) from error
     trainer.hub_model_id = repo.repo_id
     trainer.push_in_progress = Pushes(client, repo.repo_id, token, args.hub_revision)
@@ -207,12 +207,12 @@ def push_to_hub(
 
     Args:
         trainer: The Trainer.
-        commit_message: Of the commit.
+        commit_message: The message of the commit.
         blocking: Whether to wait for the upload.
-        token: In place of `args.hub_token`.
-        revision: In place of `args.hub_revision`.
+        token: The token in place of `args.hub_token`.
+        revision: The branch in place of `args.hub_revision`.
         private: Whether to make a new repository private.
-        **card: For `create_model_card`.
+        **card: The arguments of `create_model_card`.
 
     Returns:
         A `huggingface_hub.CommitInfo`, or a `Future` of one; None on all but the main process.
@@ -222,9 +222,10 @@ def push_to_hub(
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses the upload.
     """
     event(trainer, "on_push_begin")
-    if getattr(trainer, "push_in_progress", None) is None:  # `push_to_hub=False`, and now the user calls it
+    if getattr(trainer, "push_in_progress", None) is None:  # the Trainer was made with `push_to_hub=False`
         init_repo(trainer, token=token, private=private)
-    finish(trainer, model_follows=True)  # before the files that are being uploaded change
+    # The files must not change while an earlier upload reads them.
+    finish(trainer, model_follows=True)
     trainer.save_model(_internal_call=True)
     if not trainer.is_world_process_zero():
         return None
@@ -234,23 +235,23 @@ def push_to_hub(
     tags += [tag for tag in getattr(trainer.model, "model_tags", None) or [] if tag not in tags]
     trainer.create_model_card(**{"model_name": name, "tags": tags or None, **card})
     upload = Upload(trainer.args.output_dir, commit_message or "End of training", ignore=IGNORED)
-    assert trainer.push_in_progress is not None  # on the main process it has been made
+    assert trainer.push_in_progress is not None  # `init_repo` has made it on the main process
     return trainer.push_in_progress.upload(upload, token, revision, run_as_future=not blocking)
 
 
 def push_from_checkpoint(trainer: TrainerLike, folder: str | os.PathLike[str]) -> None:
-    """After a checkpoint, upload in the background what `args.hub_strategy` asks for.
+    """Upload in the background, after a checkpoint, the folders that `args.hub_strategy` asks for.
 
     ==================== =============================================================================
     ``end``              nothing
     ``every_save``       the model
-    ``checkpoint``       the model, and the whole checkpoint as ``last-checkpoint``
-    ``all_checkpoints``  the model, and the whole checkpoint as ``checkpoint-N``
+    ``checkpoint``       the model, and the full checkpoint as ``last-checkpoint``
+    ``all_checkpoints``  the model, and the full checkpoint as ``checkpoint-N``
     ==================== =============================================================================
 
-    While an earlier push is under way this one is skipped, unless `args.hub_always_push`. What was skipped is not lost:
-    with ``all_checkpoints`` the checkpoint goes with the next push, and `finish` pushes the last one. Nothing that goes
-    wrong is raised.
+    While an earlier push is running, this one is skipped, unless `args.hub_always_push`. A skipped one is not lost:
+    with ``all_checkpoints`` the next push uploads its checkpoint too, and `finish` pushes the last one. A failure is
+    logged, not raised.
 
     Args:
         trainer: The Trainer.
@@ -272,11 +273,11 @@ def push_from_checkpoint(trainer: TrainerLike, folder: str | os.PathLike[str]) -
 
 
 def finish(trainer: TrainerLike, *, model_follows: bool = False) -> None:
-    """Wait for the pushes under way, then push what was skipped or failed. Nothing that goes wrong is raised.
+    """Wait for the running pushes, then push those that were skipped or failed; a failure is logged, not raised.
 
     Args:
         trainer: The Trainer.
-        model_follows: Whether the model is about to be pushed anyway, so that only checkpoints are owed.
+        model_follows: Whether the model is about to be pushed anyway, so that only checkpoints remain to be pushed.
 
     >>> import types
     >>> finish(types.SimpleNamespace(push_in_progress=None))
@@ -285,7 +286,7 @@ def finish(trainer: TrainerLike, *, model_follows: bool = False) -> None:
     if pushes is None:
         return
     if not pushes.is_done():
-        _logger.info("Waiting for the pushes to the Hub that are under way.")
+        _logger.info("Waiting for the running pushes to the Hub.")
     _note(trainer, pushes.collect(wait=True))
     if model_follows:
         pushes.supersede_model()
@@ -298,7 +299,7 @@ def finish(trainer: TrainerLike, *, model_follows: bool = False) -> None:
 
 
 def create_model_card(trainer: TrainerLike, **card: Any) -> None:
-    """Write ``README.md``: what the model is, its results and hyper-parameters. On the main process only.
+    """Write ``README.md`` on the main process: the model, its results and its hyper-parameters.
 
     Args:
         trainer: The Trainer.
@@ -312,7 +313,7 @@ def create_model_card(trainer: TrainerLike, **card: Any) -> None:
     tags = [tags] if isinstance(tags, str) else list(tags or [])
     if path.exists():
         tags += [tag for tag in ModelCard.load(path).data.get("tags") or [] if tag not in tags]
-    if not hasattr(trainer.model, "config"):  # from whose configuration it would be read
+    if not hasattr(trainer.model, "config"):  # transformers would read the name from the configuration
         card.setdefault("finetuned_from", "")
     summary = TrainingSummary.from_trainer(trainer, tags=tags or None, **card)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,13 +325,13 @@ def _begin(trainer: TrainerLike, pushes: Pushes, folder: Path, uploads: list[Upl
     try:
         _copy_model(trainer, folder)
         pushes.start(uploads)
-    except Exception as error:  # a full disk, say: the checkpoint is written, and the training matters more
+    except Exception as error:  # such as a full disk: the checkpoint is written, so the training need not end
         _note(trainer, [(uploads[0], error)])
         _logger.warning('The push "%s" to the Hub could not be started: %r', uploads[0].message, error)
 
 
 def _uploads(trainer: TrainerLike, folder: Path) -> list[Upload]:
-    """What the strategy asks for: the model, and perhaps the checkpoint."""
+    """Return the uploads that the strategy asks for: the model, and perhaps the checkpoint."""
     state, strategy = trainer.state, trainer.args.hub_strategy
     by_epoch = trainer.args.save_strategy == IntervalStrategy.EPOCH
     message = f"Training in progress, {f'epoch {int(state.epoch)}' if by_epoch else f'step {state.global_step}'}"
@@ -342,14 +343,15 @@ def _uploads(trainer: TrainerLike, folder: Path) -> list[Upload]:
 
 
 def _copy_model(trainer: TrainerLike, folder: Path) -> None:
-    """Bring what a checkpoint has of the model to `output_dir`, which is what is uploaded."""
+    """Copy the model's files of a checkpoint to `output_dir`, which is uploaded."""
     files = [*_MODEL_FILES, *_INDEXES]
     for index in _INDEXES:
         if (folder / index).is_file():
             files += sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
     for name in files:
         if (folder / name).is_file():
-            beside = Path(trainer.args.output_dir, f"_{name}")  # replaced whole: an upload may be reading
+            # Written beside and renamed: an upload may be reading the old file.
+            beside = Path(trainer.args.output_dir, f"_{name}")
             shutil.copy(folder / name, beside)
             beside.replace(beside.with_name(name))
     if (processor := trainer.processing_class) is not None and hasattr(processor, "save_pretrained"):
@@ -359,7 +361,7 @@ def _copy_model(trainer: TrainerLike, folder: Path) -> None:
 
 
 def _note(trainer: TrainerLike, failures: list[tuple[Upload, BaseException]]) -> None:
-    """Failures become entries of the log history, and so of trainer_state.json."""
+    """Add failures to the log history, and so to trainer_state.json."""
     state = trainer.state
     for upload, error in failures:
         entry: Values = {"hub_push": upload.message, "hub_error": f"{type(error).__name__}: {error}"}

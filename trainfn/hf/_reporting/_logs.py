@@ -1,4 +1,4 @@
-"""What the Trainer tells: the log history, the metrics of a split on screen and on disk, and how loudly."""
+"""The Trainer's reports: the log history, the metrics of a split on screen and on disk, and the log level."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def log(trainer: TrainerLike, logs: Metrics, start_time: float | None = None) ->
 
     Args:
         trainer: The Trainer.
-        logs: Numbers by name; `tfn.Mean` and tensors of one number will do. ``epoch``, and the number of tokens where
-            they are counted, are added to it.
-        start_time: When training began, for tokens per second.
+        logs: Numbers, `tfn.Mean`s or tensors of one number, by name. ``epoch`` is added to it, and the number of tokens
+            if they are counted.
+        start_time: The time at which training began, for tokens per second.
 
     >>> import transformers, types
     >>> trainer = types.SimpleNamespace(
@@ -60,7 +60,7 @@ def log(trainer: TrainerLike, logs: Metrics, start_time: float | None = None) ->
 
 
 def _plain(value: Any) -> Any:
-    """A number, or a list of them, for JSON. Waits for the device."""
+    """Return a number, or a list of numbers, for JSON; waits for the device."""
     if isinstance(value, tfn.Mean):
         value = value.value
     if isinstance(value, Tensor | np.ndarray | np.generic):
@@ -72,7 +72,7 @@ def _plain(value: Any) -> Any:
 # --- the loss since the last log --------------------------------------------------------------------------------------
 
 
-RUNNING = frozenset({"num_tokens"})  # counts, which go on from log to log
+RUNNING = frozenset({"num_tokens"})  # counts over the run, which a log does not set to 0
 
 
 class LossWindow:
@@ -82,8 +82,8 @@ class LossWindow:
     ``learning_rate`` are the last step's; ``num_tokens`` is the total of all steps of the run.
 
     Args:
-        nan_inf_filter: Whether steps with a NaN or infinite loss count for nothing
-            (`TrainingArguments.logging_nan_inf_filter`). They are counted, logged and warned of all the same.
+        nan_inf_filter: Whether to leave steps with a NaN or infinite loss out of the mean
+            (`TrainingArguments.logging_nan_inf_filter`). Their number is logged, with a warning, in both cases.
 
     >>> window = LossWindow()
     >>> for value in (1.0, 2.0, float("inf")):
@@ -98,7 +98,7 @@ class LossWindow:
     def __init__(self, *, nan_inf_filter: bool = True) -> None:
         self.nan_inf_filter = nan_inf_filter
         self.steps = 0
-        self._sums: dict[str, tuple[Tensor, ...]] = {}  # total and weight, and of the loss how many were not finite
+        self._sums: dict[str, tuple[Tensor, ...]] = {}  # total and weight; for the loss, also the number not finite
         self._run = (0.0, 0.0)  # total and weight of the loss until the last `take`
         self._warned = False
 
@@ -108,7 +108,7 @@ class LossWindow:
         for name, mean in metrics.items():
             new = self._counted(mean) if name == "loss" else _wide(mean)
             if name in self._sums and name not in ("grad_norm", "learning_rate"):
-                held = (part.to(new[0]) for part in self._sums[name])  # restored ones come from the CPU
+                held = (part.to(new[0]) for part in self._sums[name])  # restored sums are on the CPU
                 new = tuple(a + b for a, b in zip(held, new, strict=True))
             self._sums[name] = new
 
@@ -120,10 +120,10 @@ class LossWindow:
         return total, weight, (~finite).to(total.dtype)
 
     def take(self, *, learning_rate: float | Tensor | None = None) -> dict[str, float]:
-        """The window's numbers; it starts anew. Waits for the device, once.
+        """Return the window's numbers and start a new window; waits for the device once.
 
         Args:
-            learning_rate: To log with them, unless it is one of the step's metrics.
+            learning_rate: The learning rate to log, unless the step's metrics have one.
         """
         numbers = self._numbers()
         means = {name: int(parts[0]) if name in RUNNING else _divide(*parts[:2]) for name, parts in numbers.items()}
@@ -143,7 +143,7 @@ class LossWindow:
 
     @property
     def loss(self) -> float:
-        """The mean loss of all steps so far: the ``train_loss`` of a run. Waits for the device."""
+        """The mean loss of all steps so far, the ``train_loss`` of a run; waits for the device."""
         total, weight, *_ = self._numbers().get("loss", (0.0, 0.0))
         return _divide(self._run[0] + total, self._run[1] + weight)
 
@@ -151,7 +151,7 @@ class LossWindow:
         if self._warned:
             return
         self._warned = True
-        done = "are left out of the logged loss" if self.nan_inf_filter else "make the logged loss what it is"
+        done = "are left out of the logged loss" if self.nan_inf_filter else "make the logged loss NaN or infinite"
         warnings.warn(
             f"The loss of {bad} of the last {self.steps} steps was NaN or infinite; these steps {done} and are counted"
             ' as "nonfinite_steps". Lower the learning rate, or clip the gradient (`max_grad_norm=1.0`).',
@@ -168,17 +168,20 @@ class LossWindow:
         return {name: [next(flat) for _ in range(size)] for name, size in sizes.items()}
 
     def state_dict(self) -> Values:
-        """What the window holds, as JSON: a resumed run logs what an unbroken one would. Waits for the device."""
+        """Return the window's sums for JSON, so that a resumed run logs the same as an unbroken one.
+
+        Waits for the device.
+        """
         return {"sums": self._numbers(), "steps": self.steps, "run": list(self._run), "warned": self._warned}
 
     def load_state_dict(self, state: Values) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore the sums that `state_dict` returned."""
         self._sums = {name: tuple(torch.tensor(parts, dtype=torch.float64)) for name, parts in state["sums"].items()}
         self.steps, self._run, self._warned = state["steps"], (state["run"][0], state["run"][1]), state["warned"]
 
 
 def _wide(mean: tfn.Mean) -> tuple[Tensor, Tensor]:
-    """Total and weight, each one number of float64."""
+    """Return the total and the weight, each one number of float64."""
     total, weight = mean.wide()
     return total.sum(), weight.sum()
 
@@ -191,7 +194,7 @@ def _divide(total: float, weight: float) -> float:
 
 
 def metrics_format(metrics: Metrics) -> Metrics:
-    """Metrics as they are shown: times as h:mm:ss, memory in MB, floating-point operations in GF, 4 decimals.
+    """Return metrics as text for people: times as h:mm:ss, memory in MB, operations in GF, 4 decimals.
 
     >>> metrics_format({"train_runtime": 61.257, "total_flos": 5 << 30, "eval_loss": 0.123456, "loss": 1})
     {'train_runtime': '0:01:01.25', 'total_flos': '5GF', 'eval_loss': 0.1235, 'loss': 1}
@@ -216,7 +219,7 @@ def log_metrics(trainer: TrainerLike, split: str, metrics: Metrics) -> None:
     Args:
         trainer: The Trainer.
         split: ``"train"``, ``"eval"``, ``"test"`` or another name.
-        metrics: What `train`, `evaluate` or `predict` gave.
+        metrics: The metrics that `train`, `evaluate` or `predict` returned.
 
     >>> import types
     >>> log_metrics(types.SimpleNamespace(is_world_process_zero=lambda: True), "eval", {"loss": 0.5, "accuracy": 1.0})
@@ -239,8 +242,8 @@ def save_metrics(trainer: TrainerLike, split: str, metrics: Metrics, combined: b
     Args:
         trainer: The Trainer.
         split: ``"train"``, ``"eval"``, ``"test"`` or another name.
-        metrics: What `train`, `evaluate` or `predict` gave.
-        combined: Whether to also bring ``all_results.json`` up to date with them.
+        metrics: The metrics that `train`, `evaluate` or `predict` returned.
+        combined: Whether to also update ``all_results.json`` with them.
 
     >>> import tempfile, types
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -262,9 +265,9 @@ def save_metrics(trainer: TrainerLike, split: str, metrics: Metrics, combined: b
 
 
 def _write(path: Path, metrics: Metrics) -> None:
-    """Replace a file whole, so that a reader, or a kill, never finds half of it."""
+    """Replace a file by a rename, so that neither a reader nor a kill leaves half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"_{path.name}.{os.getpid()}")  # pushes to the Hub leave out what begins with "_"
+    beside = path.with_name(f"_{path.name}.{os.getpid()}")  # pushes to the Hub leave out names that begin with "_"
     beside.write_text(json.dumps(metrics, indent=4, sort_keys=True), encoding="utf-8")
     beside.replace(path)
 
@@ -284,23 +287,23 @@ def save_state(trainer: TrainerLike) -> None:
         trainer.state.save_to_json(os.path.join(trainer.args.output_dir, "trainer_state.json"))
 
 
-# --- how loudly -------------------------------------------------------------------------------------------------------
+# --- the log level ----------------------------------------------------------------------------------------------------
 
 
 class _WhereNobodyListens(logging.StreamHandler[TextIO]):
-    """Writes to stderr while the program has set up no logging; afterwards that of the program is enough."""
+    """Writes to stderr until the program sets up its own logging."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers:
-            self.stream = sys.stderr  # the one of this moment: notebooks and tests replace it
+            self.stream = sys.stderr  # looked up for each record: notebooks and tests replace it
             super().emit(record)
 
 
 def set_verbosity(args: TrainingArguments) -> int:
     """Set the level of this package's and of transformers' loggers to that of this process; return it.
 
-    The root logger and its handlers are the program's and stay as they are. A main process at ``"passive"`` tells
-    what transformers is set to, and `trainfn` tells ``INFO``.
+    The root logger and its handlers belong to the program and stay as they are. With ``"passive"``, the level of
+    transformers stays as it is, and that of `trainfn` in the main process is ``INFO``.
 
     Args:
         args: The `TrainingArguments`: `log_level`, `log_level_replica`, `log_on_each_node`.

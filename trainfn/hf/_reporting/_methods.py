@@ -29,7 +29,7 @@ class Reporting:
         _logs.save_metrics(self, split, metrics, combined)
 
     def metrics_format(self, metrics: Metrics) -> Metrics:
-        """Metrics as people read them."""
+        """Return metrics as text for people."""
         return _logs.metrics_format(metrics)
 
     def save_state(self: TrainerLike) -> None:
@@ -67,9 +67,9 @@ class Reporting:
         _hub.create_model_card(self, **options)
 
     def is_world_process_zero(self: TrainerLike) -> bool:
-        """Whether this is the process that writes and reports."""
+        """Whether this process is the one that writes and reports."""
         return self.args.process_index == 0
 
     def is_local_process_zero(self: TrainerLike) -> bool:
-        """Whether this is the first process on its machine."""
+        """Whether this process is the first on its machine."""
         return self.args.local_process_index == 0

@@ -1,6 +1,7 @@
-"""`report_to`: the logs go to Accelerate's trackers, under the names that transformers gives them.
+"""`report_to`: the logs go to Accelerate's trackers, under the names of transformers.
 
-What only transformers can report to (azure_ml, codecarbon, dagshub, flyte, kubeflow, neptune), its own callbacks do.
+The callbacks of transformers serve the trackers that Accelerate lacks: azure_ml, codecarbon, dagshub, flyte, kubeflow
+and neptune.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 Tracker: TypeAlias = str | GeneralTracker
 Reported: TypeAlias = Tracker | Sequence[Tracker | None] | None
 
-# What each needs that is not called like it.
+# The packages of trackers that are not named like their package.
 _PACKAGES = {"comet_ml": ("comet_ml",), "tensorboard": ("tensorboard", "tensorboardX")}
-# What makes a tracker's run go on: the argument for the id, where the started tracker has it, what else to say.
+# How a tracker resumes a run: the argument for the run's id, the attribute that holds it, and further arguments.
 _CONTINUE: dict[str, tuple[str, str, Values]] = {
     "wandb": ("id", "id", {"resume": "allow"}),
     "mlflow": ("run_id", "info.run_id", {}),
@@ -45,14 +46,14 @@ _RUN_NAME = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab"
 
 
 def tracker_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
-    """The callbacks that `report_to` asks for.
+    """Return the callbacks that `report_to` asks for.
 
     Args:
         args: The `TrainingArguments`: `report_to`, `run_name`, `project`, `output_dir`,
             `trackio_space_id`, `trackio_bucket_id` and, if it has one, `logging_dir`.
 
     Raises:
-        ImportError: If a package is missing, with the line that installs it.
+        ImportError: If a package is missing.
         ValueError: If there is no tracker of a name.
 
     >>> import types
@@ -79,10 +80,10 @@ def tracker_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
 
 
 def names(report_to: Reported) -> list[Tracker]:
-    """`report_to` as a list of trackers, each known and installed.
+    """Return `report_to` as a list of trackers, each known and installed.
 
     Args:
-        report_to: ``"all"`` (that are installed), ``"none"``, a name, a `GeneralTracker`, or a list of these.
+        report_to: ``"all"`` (the installed ones), ``"none"``, a name, a `GeneralTracker`, or a list of these.
 
     Raises:
         ImportError: If a package is missing.
@@ -103,7 +104,7 @@ def names(report_to: Reported) -> list[Tracker]:
 
 
 def logging_dir(args: TrainingArguments) -> str:
-    """Where trackers with files write: `args.logging_dir`, or ``runs/<date>_<host>`` in `output_dir`."""
+    """Return the folder of trackers that write files: `args.logging_dir`, or ``runs/<date>_<host>`` in `output_dir`."""
     given = getattr(args, "logging_dir", None) or os.environ.get("TENSORBOARD_LOGGING_DIR")
     if given:
         return str(Path(given).expanduser())
@@ -114,12 +115,12 @@ def logging_dir(args: TrainingArguments) -> str:
 class TrackerCallback(TrainerCallback, ExportableState):
     """Sends each log to trackers: ``eval_loss`` as ``eval/loss``, ``test_x`` as ``test/x``, all else as ``train/x``.
 
-    The trackers start with the training and finish with it. Their runs' ids are part of the callback's state, so a
-    training that is resumed goes on in the same runs.
+    The trackers start with the training and finish with it. The ids of their runs are part of the callback's state, so
+    a resumed training logs to the same runs.
 
     Args:
         trackers: Names that `accelerate.tracking` knows, or instances of its `GeneralTracker`.
-        logging_dir: For the trackers that write files.
+        logging_dir: The folder for trackers that write files.
         project: The name under which a tracker groups runs.
         run_name: The run's own name.
         options: Other arguments of a tracker's class, by the tracker's name.
@@ -155,13 +156,13 @@ class TrackerCallback(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Start the trackers, or let those of an earlier training go on; tell them the arguments."""
+        """Start the trackers, or resume their runs; log the arguments to new runs."""
         if not state.is_world_process_zero:
             return
         if state.global_step > 0:
             self._start_all(state)
             return
-        self.run_ids = {}  # a training that begins is a run of its own
+        self.run_ids = {}  # a training from step 0 is a new run
         self._start_all(state)
         for tracker in self.trackers:
             tracker.store_init_configuration(_configuration(args, model))
@@ -174,9 +175,9 @@ class TrackerCallback(TrainerCallback, ExportableState):
         logs: Metrics | None = None,
         **kwargs: Any,
     ) -> None:
-        """Send what is logged: numbers and texts, which is what trackers take.
+        """Send the numbers and texts of a log.
 
-        Outside of a training, as when a trained model is evaluated, the run goes on for this one log.
+        Outside of a training, such as in an evaluation of a trained model, the run is resumed for this one log.
         """
         if not state.is_world_process_zero:
             return
@@ -196,13 +197,13 @@ class TrackerCallback(TrainerCallback, ExportableState):
         self.finish()
 
     def finish(self) -> None:
-        """Finish the runs, if there are any."""
+        """Finish the runs that have started."""
         for tracker in self.trackers:
             tracker.finish()
         self.trackers = []
 
     def state(self) -> Values:
-        """The runs' ids and folder."""
+        """Return the ids of the runs and their folder."""
         named = [name for name in self.names if isinstance(name, str)]
         attributes = {"logging_dir": self.logging_dir, "run_ids": dict(self.run_ids)}
         return {"args": {"trackers": named}, "attributes": attributes}
@@ -217,10 +218,10 @@ class TrackerCallback(TrainerCallback, ExportableState):
             self._remember(tracker)
 
     def _made(self, name: str, folder: Path, step: int) -> GeneralTracker:
-        """A tracker; if its run's id is known, that run goes on."""
+        """Return a new tracker; if the id of its run is known, it resumes that run."""
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
         options = self._options(name, step)
-        if name == "tensorboard":  # writes to the folder that its two arguments make
+        if name == "tensorboard":  # it joins its two arguments into the folder that it writes to
             return kind(folder.name, str(folder.parent), **options)
         if kind.requires_logging_directory:
             return kind(self.project, str(folder), **options)
@@ -231,7 +232,7 @@ class TrackerCallback(TrainerCallback, ExportableState):
         if self.run_name is not None and name in _RUN_NAME:
             options[_RUN_NAME[name]] = self.run_name
         if name == "tensorboard" and step > 0:
-            options["purge_step"] = step + 1  # hides what an interrupted run wrote after its checkpoint
+            options["purge_step"] = step + 1  # hides the logs of an interrupted run after its last checkpoint
         if name == "dvclive" and step > 0:
             options["resume"] = True
         if name in self.run_ids:
@@ -255,7 +256,7 @@ def _project(args: TrainingArguments) -> str:
 
 
 def _configuration(args: transformers.TrainingArguments, model: nn.Module | None) -> Values:
-    """The arguments, without secrets, and what trackers take of the model's configuration: numbers and texts."""
+    """Return the arguments without secrets, and the numbers and texts of the model's configuration."""
     config = getattr(model, "config", None)
     described: Values = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     model_values = {f"model/{name}": value for name, value in described.items() if isinstance(value, _SENT)}
@@ -274,8 +275,8 @@ def _check_installed(name: str) -> None:
     packages = _PACKAGES.get(name, (name,))
     if not any(importlib.util.find_spec(package) for package in packages):
         raise ImportError(
-            f"`TrainingArguments(report_to={name!r})` needs a package that is not installed. Run `pip install"
-            f' {packages[0]}`, or write `report_to="none"`.',
+            f"`TrainingArguments(report_to={name!r})` needs the package {packages[0]}, which is not installed. Run"
+            f' `pip install {packages[0]}`, or write `report_to="none"`.',
             name=packages[0],
         )
 

@@ -1,4 +1,4 @@
-"""`SFTConfig`: what a run of `SFTTrainer` is to do, with the fields and defaults of trl."""
+"""`SFTConfig`: the arguments of a run of `SFTTrainer`, with the fields and defaults of trl."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ def _field(default: Any, says: str, **metadata: object) -> Any:
 
 @dataclasses.dataclass(repr=False)
 class SFTConfig(TrainingArguments):
-    """What a run of `SFTTrainer` is to do: `TrainingArguments`, and how text becomes rows, with the defaults of trl.
+    """The arguments of a run of `SFTTrainer`: `TrainingArguments`, and those that prepare rows, with trl's defaults.
 
     ========================= ============================ ===========================================================
-    field                     default                      says
+    field                     default                      meaning
     ========================= ============================ ===========================================================
     ``learning_rate``         2e-5                         5e-5 in `TrainingArguments`
-    ``logging_steps``         10                           500 there
-    ``gradient_checkpointing`` True                        False there
-    ``bf16``                  True on an accelerator       False there; on a CPU float32, with one warning
+    ``logging_steps``         10                           500 in `TrainingArguments`
+    ``gradient_checkpointing`` True                        False in `TrainingArguments`
+    ``bf16``                  True on an accelerator       False in `TrainingArguments`; a CPU run is float32 and warns
     ``max_length``            1024                         longer rows are cut; the length of packs
     ``dataset_text_field``    ``"text"``                   the column with the text
-    ``packing``               False                        several rows in one, without one seeing another
-    ``packing_strategy``      ``"bfd"``                    ``"bfd_split"`` keeps what is cut; ``"wrapped"`` ignores ends
+    ``packing``               False                        several rows in one, none of which sees another
+    ``packing_strategy``      ``"bfd"``                    ``"bfd_split"`` keeps cut rests; ``"wrapped"`` cuts anywhere
     ``padding_free``          False                        a batch is one long row
     ``pad_to_multiple_of``    ``"auto"``                   64 where the step is compiled: few shapes
-    ``completion_only_loss``  None                         learn the completion only, where there is one
-    ``assistant_only_loss``   False                        learn what the assistant says only
+    ``completion_only_loss``  None                         learn completions only; by default if rows have one
+    ``assistant_only_loss``   False                        learn the assistant's messages only
     ``loss_type``             ``"nll"``                    or ``"dft"``, https://arxiv.org/abs/2508.05629
     ========================= ============================ ===========================================================
 
     Raises:
-        ValueError: If a value is impossible, or asks for what trainfn has not.
+        ValueError: If a value is invalid, or trainfn does not support it.
 
     >>> SFTConfig("runs/sft", use_cpu=True, max_length=512).learning_rate
     2e-05
@@ -68,16 +68,16 @@ class SFTConfig(TrainingArguments):
     dataset_num_proc: int | None = _field(None, "Processes that prepare the rows.")
     eos_token: str | None = _field(None, "Ends a row; the tokenizer's own by default.")
     max_length: int | None = _field(1024, "Longer rows are cut; the length of packs.")
-    truncation_mode: str = _field("keep_start", "What of a long row is kept.", choices=["keep_start", "keep_end"])
+    truncation_mode: str = _field("keep_start", "The end of a long row to keep.", choices=["keep_start", "keep_end"])
     shuffle_dataset: bool = _field(False, "Whether to shuffle rows before they are packed.")
     packing: bool = _field(False, "Whether to put several rows in one.")
-    packing_strategy: str = _field("bfd", "How to.", choices=["bfd", "bfd_split", "wrapped"])
+    packing_strategy: str = _field("bfd", "How to put rows in one.", choices=["bfd", "bfd_split", "wrapped"])
     padding_free: bool = _field(False, "Whether a batch is one long row, without padding.")
     pad_to_multiple_of: int | str | None = _field("auto", "Pad to a multiple of this.")
     eval_packing: bool | None = _field(None, "Whether to pack the evaluation's rows; by default as `packing`.")
 
     completion_only_loss: bool | None = _field(None, "Learn completions only; by default where there are any.")
-    assistant_only_loss: bool = _field(False, "Learn what the assistant says only.")
+    assistant_only_loss: bool = _field(False, "Learn the assistant's messages only.")
     loss_type: str = _field("nll", "'nll' or 'dft'.")
     activation_offloading: bool = _field(False, "Not available: see `activation_checkpointing_kwargs`.")
 
@@ -90,8 +90,8 @@ class SFTConfig(TrainingArguments):
             self.bf16 = not self.fp16 and self.device.type != "cpu"  # type: ignore[assignment]
             if self.device.type == "cpu" and not self.use_cpu:
                 warn(
-                    "`SFTConfig()`: its default is bfloat16, and there is no accelerator here; this run is in float32."
-                    " Write `use_cpu=True` if a CPU is meant, `bf16=True` for bfloat16 all the same.",
+                    "`SFTConfig()`: its default is bfloat16, but there is no accelerator, so this run is in float32."
+                    " Write `use_cpu=True` for a run on the CPU, or `bf16=True` for bfloat16 on the CPU.",
                     UserWarning,
                 )
         if self.max_seq_length is not None:
@@ -109,17 +109,17 @@ class SFTConfig(TrainingArguments):
 
     @property
     def multiple_of(self) -> int:
-        """What the lengths of batches are multiples of."""
+        """The number of tokens of which the length of a batch is a multiple."""
         if self.pad_to_multiple_of == "auto":
             return 64 if self.torch_compile or self.device.type != "cpu" else 1
         return int(self.pad_to_multiple_of or 1)
 
 
 def check(args: SFTConfig) -> None:
-    """Raise for what can't be.
+    """Raise if a value is invalid, or not supported together with another.
 
     Raises:
-        ValueError: Saying what to write instead.
+        ValueError: If one is.
     """
     for field, allowed in _CHOICES.items():
         _allowed(args, field, allowed)
@@ -128,10 +128,10 @@ def check(args: SFTConfig) -> None:
         if value not in others and (not isinstance(value, int) or value < 1):
             _refuse(field, value, "it is a number of tokens, 1 or more", f"Write `{field}=1024`, or None")
     if args.max_length is None and (args.packing or args.packs_eval):
-        _refuse("packing", True, "with `max_length=None` packs have no length", "Write `max_length=1024`")
+        _refuse("packing", True, "with `max_length=None`, packs have no length", "Write `max_length=1024`")
     for name in (args.dataset_kwargs or {}) if isinstance(args.dataset_kwargs, dict) else ():
         if name != "skip_prepare_dataset":
-            _refuse("dataset_kwargs", args.dataset_kwargs, f"nothing knows {name!r}", _KWARGS)
+            _refuse("dataset_kwargs", args.dataset_kwargs, f"{name!r} is unknown", _KWARGS)
     if args.activation_offloading:
         _refuse("activation_offloading", True, "a compiled step has no hooks on single tensors", _OFFLOAD)
     if args.loss_type == "dft" and (args.use_liger_kernel or args.label_smoothing_factor):
@@ -151,9 +151,9 @@ _OFFLOAD = "Write `gradient_checkpointing_kwargs={'offload': True}`, which keeps
 def _allowed(args: SFTConfig, field: str, allowed: tuple[str, ...]) -> None:
     value = getattr(args, field)
     if field == "loss_type" and value in (None, "chunked_nll"):
-        _refuse(field, value, "it is the loss of 'nll', computed in pieces, which trainfn has not", "Write 'nll'")
+        _refuse(field, value, "trainfn does not compute the loss in pieces", "Write `loss_type='nll'`, the same loss")
     if value not in allowed:
-        _refuse(field, value, f"it is none of {', '.join(map(repr, allowed))}", f"Write `{field}={allowed[0]!r}`")
+        _refuse(field, value, f"it is not one of {', '.join(map(repr, allowed))}", f"Write `{field}={allowed[0]!r}`")
 
 
 def _refuse(field: str, value: object, why: str, write: str) -> None:

@@ -1,4 +1,4 @@
-"""From rows of text to rows of tokens and labels."""
+"""Turn rows of text into rows of tokens and labels."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from trainfn.hf._sft._packing import IGNORED, pack_dataset
 from trainfn.hf._types import Row, Values
 
 Encoded: TypeAlias = tuple[list[int], Sequence[int]]
-"""A row's tokens, and for each whether it is learnt; or labels, if there are not as many."""
+"""The tokens of a row, and a flag for each: whether the token is learnt."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """Makes rows of tokens of a Trainer's datasets.
+    """Turns a Trainer's datasets into rows of tokens.
 
     Attributes:
-        tokenizer: Of transformers.
+        tokenizer: A tokenizer of transformers.
         formatting: ``row -> text``.
     """
 
@@ -33,7 +33,7 @@ class Preparation:
     formatting: Callable[[Row], str] | None
 
     def __call__(self, dataset: Any, args: SFTConfig, name: str) -> Any:
-        """A dataset, or each of a dict, as tokens and labels; a name, and what is prepared, stay as they are."""
+        """Return a dataset, or each of a dict, as tokens and labels; a name or a prepared dataset stays as it is."""
         given = args.dataset_kwargs if isinstance(args.dataset_kwargs, dict) else {}
         if dataset is None or isinstance(dataset, str) or given.get("skip_prepare_dataset"):
             return dataset
@@ -52,27 +52,27 @@ def prepared(
     packing: bool,
     formatting: Callable[[Row], str] | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The dataset as ``input_ids`` and ``labels``; packed, with ``seq_lengths`` too.
+    """Return the dataset with the columns ``input_ids`` and ``labels``; if packed, with ``seq_lengths`` too.
 
     Args:
         dataset: Rows with a text column; ``messages``; ``prompt`` and ``completion``, texts or messages; or
             ``input_ids``. A `datasets.Dataset`, an `IterableDataset`, or a list of dicts.
-        tokenizer: Of transformers.
-        args: `SFTConfig`.
+        tokenizer: A tokenizer of transformers.
+        args: The `SFTConfig`.
         name: The dataset's name, for messages.
         packing: Whether to pack it.
         formatting: ``row -> text``.
 
     Raises:
         ValueError: If the rows have nothing to tokenize, or nothing to learn.
-        TypeError: If it is no dataset.
+        TypeError: If ``dataset`` is not a dataset.
     """
     dataset = _as_dataset(dataset, name)
     if "seq_lengths" in (dataset.column_names or ()):
         return dataset
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(f"SFTTrainer: the {name} dataset has no rows.")
+        raise ValueError(f"SFTTrainer({name}_dataset=...): the {name} dataset has no rows. Pass one that has rows.")
     encode = Encode.of(first, tokenizer, args, name, cut=args.max_length if _cuts(args, packing) else None,
                        formatting=formatting)  # fmt: skip
     lengths = isinstance(dataset, datasets.Dataset)
@@ -98,13 +98,13 @@ def _as_dataset(dataset: Any, name: str) -> datasets.Dataset | datasets.Iterable
     if isinstance(dataset, Mapping):
         raise TypeError(
             f"SFTTrainer({name}_dataset=...): a {type(dataset).__name__} of {sorted(dataset)} is several datasets."
-            f" Choose one: `{name}_dataset=dataset[{next(iter(dataset), 'train')!r}]`."
+            f" Pass one: `{name}_dataset=dataset[{next(iter(dataset), 'train')!r}]`."
         )
     if isinstance(dataset, datasets.Dataset):
         if dataset.format["type"] == "custom":
             raise ValueError(
-                f"SFTTrainer({name}_dataset=...): its `with_transform` would be applied once, and its results kept."
-                " Write `dataset.map(function)`; or make rows of tokens in the transform, and write"
+                f"SFTTrainer({name}_dataset=...) can't work: the function of `with_transform` would be called once, not"
+                " in every epoch. Write `dataset.map(function)`; or return rows of tokens from the function, and write"
                 " `SFTConfig(dataset_kwargs={'skip_prepare_dataset': True})`."
             )
         return dataset.with_format(None)
@@ -119,17 +119,17 @@ def _as_dataset(dataset: Any, name: str) -> datasets.Dataset | datasets.Iterable
 
 
 def _trainable(row: Row) -> bool:
-    """Whether some label counts; nothing predicts the first."""
+    """Whether a label of the row counts; the first one never does, because no token predicts it."""
     return any(label != IGNORED for label in row["labels"][1:])
 
 
 def _report_dropped(dropped: int, rows: int, name: str, args: SFTConfig) -> None:
     if not dropped:
         return
-    text = f"{dropped} of {rows} rows of the {name} dataset have no token to learn from: they are too short, or all"
-    text += f" that is learnt lies beyond `max_length={args.max_length}`"
+    text = f"{dropped} of {rows} rows of the {name} dataset have no token to learn from: they are too short, or all of"
+    text += f" their learnt tokens lie beyond `max_length={args.max_length}`"
     if dropped == rows:
-        raise ValueError(f"SFTTrainer: {text}. Raise `max_length`, or look at the rows' labels and masks.")
+        raise ValueError(f"SFTTrainer: {text}. Raise `max_length`, or correct the rows' labels and masks.")
     warnings.warn(f"SFTTrainer: {text}. They are left out.", stacklevel=4)
 
 
@@ -138,12 +138,12 @@ def _report_dropped(dropped: int, rows: int, name: str, args: SFTConfig) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Encode:
-    """A row's tokens and labels.
+    """The function from a row to its tokens and labels.
 
     Attributes:
-        kind: ``"tokens"``, ``"messages"``, ``"prompt"`` or ``"text"``.
-        tokenizer: Of transformers.
-        args: `SFTConfig`.
+        kind: The kind of the rows: ``"tokens"``, ``"messages"``, ``"prompt"`` or ``"text"``.
+        tokenizer: A tokenizer of transformers.
+        args: The `SFTConfig`.
         cut: The length that rows are cut to.
         completion_only: Whether prompts are not learnt.
         formatting: ``row -> text``.
@@ -167,30 +167,31 @@ class Encode:
         cut: int | None,
         formatting: Callable[[Row], str] | None,
     ) -> Encode:
-        """For rows like the first one."""
+        """Return the function for rows with the columns of the first one."""
         kind = _kind(first, args, name, formatting)
         parts = kind == "prompt" or (kind == "tokens" and "completion_mask" in first)
         if args.completion_only_loss and not parts:
             raise ValueError(
                 f"`SFTConfig(completion_only_loss=True)` can't work: rows of the {name} dataset have {sorted(first)}"
                 f"{', and `formatting_func` makes one text of them' if formatting else ''}; there is no completion."
-                " Give them `prompt` and `completion`, or leave it out."
+                " Write `prompt` and `completion` into the rows, or leave `completion_only_loss` out."
             )
         if args.assistant_only_loss and not _conversational(first, kind):
             raise ValueError(
                 f"`SFTConfig(assistant_only_loss=True)` can't work: rows of the {name} dataset have {sorted(first)},"
-                " and no messages of an assistant. Give them `messages`, or leave it out."
+                " and no messages of an assistant. Write `messages` into the rows, or leave `assistant_only_loss` out."
             )
         only = parts if args.completion_only_loss is None else args.completion_only_loss
         return cls(kind, tokenizer, args, cut, only, formatting)
 
     def __call__(self, row: Row) -> dict[str, list[int]]:
-        """The row's ``input_ids`` and ``labels``."""
+        """Return the row's ``input_ids`` and ``labels``."""
         ids, learnt = getattr(self, f"_{self.kind}")(row)
         labels = row["labels"] if self.kind == "tokens" and "labels" in row else _labels(ids, learnt)
         if len(ids) != len(labels):
             raise ValueError(
-                f"SFTTrainer: a row has {len(ids)} input_ids and {len(labels)} labels (or masks). Each token has one."
+                f"SFTTrainer: a row has {len(ids)} input_ids and {len(labels)} labels (or masks), but each token needs"
+                " one. Correct the column `labels`, `completion_mask` or `assistant_masks`."
             )
         keep = slice(self.cut) if self.args.truncation_mode == "keep_start" else slice(-(self.cut or 0), None)
         return {"input_ids": list(ids[keep]), "labels": list(labels[keep])}
@@ -205,7 +206,10 @@ class Encode:
         text = self.formatting(row) if self.formatting else row[self.args.dataset_text_field]
         if not isinstance(text, str):
             source = "formatting_func(row)" if self.formatting else f"the column {self.args.dataset_text_field!r}"
-            raise TypeError(f"SFTTrainer: {source} gives a {type(text).__name__}. It must be one `str` for each row.")
+            raise TypeError(
+                f"SFTTrainer: {source} gives a {type(text).__name__}, which can't be tokenized. Return one `str` for"
+                " each row."
+            )
         ids = self._ended(self._ids(text))
         return ids, [True] * len(ids)
 
@@ -224,10 +228,11 @@ class Encode:
             ids, learnt = self._templated(prompt + completion, row)
         if self.completion_only:
             begins = _common(start, ids)
-            if begins < len(start) - 1:  # one token may grow together with the completion's first
+            if begins < len(start) - 1:  # the prompt's last token may merge with the beginning of the completion
                 warnings.warn(
                     f"SFTTrainer: a prompt's tokens differ from the beginning of prompt and completion at {begins} of"
-                    f" {len(start)}; from there on the row is learnt. Does the chat template treat them alike?",
+                    f" {len(start)}, and the row is learnt from there on. Check that the chat template writes the same"
+                    " prompt in both.",
                     stacklevel=2,
                 )
             learnt = [bool(bit) and n >= begins for n, bit in enumerate(learnt)]
@@ -252,8 +257,8 @@ class Encode:
             )
         if masks and "{% generation" not in str(self.tokenizer.chat_template).replace("{%-", "{%"):
             raise ValueError(
-                "`SFTConfig(assistant_only_loss=True)` can't work: the chat template does not say what the assistant"
-                " wrote. Put `{% generation %}` and `{% endgeneration %}` around it in the template."
+                "`SFTConfig(assistant_only_loss=True)` can't work: the chat template does not mark the assistant's"
+                " messages. Write `{% generation %}` and `{% endgeneration %}` around them in the template."
             )
         apply = cast("Callable[..., dict[str, list[int]]]", self.tokenizer.apply_chat_template)
         encoded = apply(
@@ -271,12 +276,15 @@ class Encode:
 def _kind(row: Row, args: SFTConfig, name: str, formatting: Callable[[Row], str] | None) -> str:
     if {"image", "images"} & row.keys():
         raise ValueError(
-            f"SFTTrainer: the {name} dataset has images, and SFTTrainer trains on text alone. Remove the column; for"
-            " models with images, use `Trainer` with a collator of your own."
+            f"SFTTrainer: the {name} dataset has images, and SFTTrainer trains on text alone. Remove the column, or"
+            " write `Trainer(data_collator=...)` for a model with images."
         )
     if "input_ids" in row:
         if formatting is not None:
-            warnings.warn("SFTTrainer: the rows are tokens already; `formatting_func` is not called.", stacklevel=5)
+            warnings.warn(
+                "SFTTrainer(formatting_func=...): the rows are tokens already, so it is not called. Leave it out.",
+                stacklevel=5,
+            )
         return "tokens"
     if formatting is not None:
         return "text"
@@ -288,8 +296,8 @@ def _kind(row: Row, args: SFTConfig, name: str, formatting: Callable[[Row], str]
         return "text"
     guess = nearest(args.dataset_text_field, row, "{!r}", otherwise=repr(next(iter(row), "text")))
     raise ValueError(
-        f"SFTTrainer: rows of the {name} dataset have {sorted(row)}: no {args.dataset_text_field!r}, no `messages`, no"
-        f" `prompt` with `completion`, no `input_ids`. Write `SFTConfig(dataset_text_field={guess})`, or pass"
+        f"SFTTrainer: rows of the {name} dataset have {sorted(row)}, but no {args.dataset_text_field!r}, `messages`,"
+        f" `prompt` with `completion`, or `input_ids`. Write `SFTConfig(dataset_text_field={guess})`, or pass"
         " `formatting_func=lambda row: ...`."
     )
 
@@ -305,14 +313,14 @@ def _conversational(row: Row, kind: str) -> bool:
 
 
 def _chat(messages: Sequence[Row]) -> list[Values]:
-    """Messages with ``role`` and ``content``, whatever they were called."""
+    """Return messages with ``role`` and ``content``, also for the old names ``from`` and ``value``."""
     names = {"from": "role", "value": "content"}
-    # A dataset's rows all have the same keys: where a message has none, it holds None.
+    # All messages of a dataset have the same keys: a key that a message lacked holds None.
     return [{names.get(k, k): v for k, v in message.items() if v is not None} for message in messages]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How far two sequences agree."""
+    """Return the length of the common beginning of two sequences."""
     for n, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return n
@@ -321,5 +329,5 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 def _labels(ids: Sequence[int], learnt: Sequence[int]) -> list[int]:
     if len(ids) != len(learnt):
-        return list(map(int, learnt))  # of another length, which is reported
+        return list(map(int, learnt))  # the caller raises an error about the two lengths
     return [token if bit else IGNORED for token, bit in zip(ids, learnt, strict=True)]

@@ -1,4 +1,4 @@
-"""The loss of `SFTTrainer` and its metrics; and how the sequences of a pack are kept from seeing each other."""
+"""The loss and the metrics of `SFTTrainer`, and the separation of the sequences of a pack."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from trainfn.hf._step._modes import eval_mode
 from trainfn.hf._types import Batch, Datasets, Outputs
 
 IGNORED = -100
-CHUNK = 1024  # tokens whose logits are widened at once
+CHUNK = 1024  # tokens whose logits are cast to float32 at once
 
 
 # --- packs ------------------------------------------------------------------------------------------------------------
 
 
 def separate(trainer: SFTLike, dataset: Datasets | str | None) -> None:
-    """Find out how the model keeps sequences apart, if a dataset is packed and nobody knows yet."""
+    """Find out how the model separates sequences, if a dataset is packed and it is not known yet."""
     args, record = trainer.args, trainer._trainfn_sft
     parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
     packed = [part for part in parts if "seq_lengths" in (getattr(part, "column_names", None) or [])]
@@ -34,29 +34,31 @@ def separate(trainer: SFTLike, dataset: Datasets | str | None) -> None:
 
 
 def separation(trainer: SFTLike) -> str:
-    """How this model keeps sequences apart: by ``"positions"`` that begin anew, or by a ``"mask"``. It is tried out.
+    """Return how this model separates sequences: by ``"positions"`` that begin anew, or by a ``"mask"``.
+
+    The model is run on a pack in each way, because its code and its attention kernel decide which of them it honours.
 
     Raises:
-        ValueError: If it does neither.
+        ValueError: If it honours neither.
     """
     model, ways = trainer.model, ["positions"]
     window = getattr(model.config, "sliding_window", None)
     if window is None or trainer.args.max_length is None or trainer.args.max_length <= window:
-        ways.append("mask")  # which takes the place of the model's own, window and all
+        ways.append("mask")  # the mask replaces the model's own, so a sliding window would be lost
     with eval_mode(model):
         for way in ways:
             if _separates(trainer, way):
                 return way
     raise ValueError(
-        f"`SFTConfig(packing=True)` (or `padding_free=True`) can't work with {type(model).__name__}: what one sequence"
-        " of a pack holds changes what the model says of the next. Write `packing=False, padding_free=False`, or, if"
-        " sequences may see each other, `packing_strategy='wrapped'`."
+        f"`SFTConfig(packing=True)` (or `padding_free=True`) can't work with {type(model).__name__}: one sequence of a"
+        " pack changes the model's logits of the next. Write `packing=False, padding_free=False`; or, if sequences may"
+        " see each other, `packing_strategy='wrapped'`."
     )
 
 
 @torch.no_grad()
 def _separates(trainer: SFTLike, way: str) -> bool:
-    """Whether a sequence's logits are the same after this sequence, after that one, and alone."""
+    """Whether a sequence's logits are the same after two different sequences, and alone."""
     model, device = trainer.model, trainer.args.device
     words = cast("nn.Embedding", cast("PreTrainedModel", model).get_input_embeddings()).num_embeddings
     one = (torch.arange(8, device=device) % words)[None]
@@ -72,7 +74,7 @@ def _separates(trainer: SFTLike, way: str) -> bool:
             )
             alone = model(**model_inputs(model, {"input_ids": one[:, 4:]}, way)).logits.float()
     except (TypeError, ValueError, RuntimeError, IndexError):
-        return False  # the model does not take them
+        return False  # the model does not accept these inputs
     scale = float(alone.abs().max())
     exact = torch.allclose(first, second, rtol=0, atol=1e-6 * scale)
     return exact and torch.allclose(first, alone, rtol=0, atol=(3e-2 if _is_half(trainer) else 1e-4) * scale)
@@ -83,11 +85,11 @@ def _is_half(trainer: SFTLike) -> bool:
 
 
 def model_inputs(model: nn.Module, inputs: Batch, way: str | None) -> Batch:
-    """What the model is called with: ``segment_ids`` become what it understands."""
+    """Return the inputs of the model, in which positions or a mask stand for ``segment_ids``."""
     called = {name: value for name, value in inputs.items() if name not in ("segment_ids", "seq_lengths")}
     if way == "mask" and "segment_ids" in inputs:
         called["attention_mask"] = _mask(inputs["segment_ids"], model)
-    # With a cache, models take positions that begin anew for those of one sequence.
+    # With a cache, models of transformers do not look for sequences in positions that begin anew.
     return called | ({"use_cache": False} if _takes(model, "use_cache") else {})
 
 
@@ -96,7 +98,7 @@ def _takes(model: nn.Module, name: str) -> bool:
 
 
 def _mask(segments: Tensor, model: nn.Module) -> Tensor:
-    """What is added to the attention scores, ``[rows, 1, length, length]``."""
+    """Return the summand of the attention scores, ``[rows, 1, length, length]``."""
     dtype, length = next(model.parameters()).dtype, segments.shape[1]
     dtype = dtype if dtype.is_floating_point else torch.float32
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
@@ -108,7 +110,7 @@ def _mask(segments: Tensor, model: nn.Module) -> Tensor:
 
 
 def loss(trainer: SFTLike, outputs: Outputs, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-    """The mean loss of the tokens that are learnt, as ``loss_type`` says; with the load-balancing loss."""
+    """Return the mean loss of the learnt tokens by ``loss_type``, plus the load-balancing loss."""
     shifted, logits = _shifted(labels), logits_of(trainer, outputs, labels)
     found = dft(logits, shifted) if trainer.args.loss_type == "dft" else tfn.losses.cross_entropy(logits, shifted)
     count = found.weight if num_items_in_batch is None else num_items_in_batch
@@ -118,7 +120,7 @@ def loss(trainer: SFTLike, outputs: Outputs, labels: Tensor, num_items_in_batch:
 
 
 def dft(logits: Tensor, targets: Tensor) -> tfn.Mean:
-    """The cross entropy of each token times its probability, which is held constant: `Dynamic Fine-Tuning`.
+    """Return the cross entropy of each token times its probability, which is held constant: `Dynamic Fine-Tuning`.
 
     Source: https://arxiv.org/abs/2508.05629, equation 9.
     """
@@ -129,24 +131,24 @@ def dft(logits: Tensor, targets: Tensor) -> tfn.Mean:
 
 
 def logits_of(trainer: SFTLike, outputs: Outputs, labels: Tensor) -> Tensor:
-    """The logits of the labels' positions.
+    """Return the logits at the positions of the labels.
 
     Raises:
-        TypeError: If the model gives none of that shape.
+        TypeError: If the model returns no logits of that shape.
     """
     logits = outputs.get("logits") if hasattr(outputs, "get") else None
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         shape = list(logits.shape) if isinstance(logits, Tensor) else None
         raise TypeError(
-            f"SFTTrainer(model={type(trainer.model).__name__}): a causal language model is needed, whose outputs have"
-            f" logits [rows, length, words]; these have {'logits ' + str(shape) if shape else 'none'}. Load one:"
+            f"SFTTrainer(model={type(trainer.model).__name__}): a causal language model is needed, which returns logits"
+            f" [rows, length, words]; this one returns {'logits ' + str(shape) if shape else 'no logits'}. Load one:"
             " `AutoModelForCausalLM.from_pretrained(name)`."
         )
     return logits[:, -labels.shape[1] :]  # without the virtual tokens of prompt tuning
 
 
 def _shifted(labels: Tensor) -> Tensor:
-    """Position t is to tell label t + 1. Shifting labels copies less than cutting logits."""
+    """Shift the labels: position t predicts label t + 1. To cut the logits instead would copy more."""
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
@@ -155,12 +157,12 @@ def _shifted(labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def metrics(trainer: SFTLike, inputs: Batch, outputs: Outputs) -> dict[str, tfn.Mean]:
-    """``entropy`` and ``mean_token_accuracy`` over the tokens that are learnt, and ``num_tokens``, all of them."""
+    """Return ``entropy`` and ``mean_token_accuracy`` over the learnt tokens, and ``num_tokens`` over all tokens."""
     tokens = _token_count(inputs)
     out = {"num_tokens": tfn.Mean(tokens, torch.ones_like(tokens))}
     labels = inputs.get("labels")
     if labels is None or getattr(outputs, "logits", None) is None:
-        return out  # a fused head has none
+        return out  # a fused head computes the loss without logits
     logits, shifted = logits_of(trainer, outputs, labels).detach(), _shifted(labels)
     out["mean_token_accuracy"] = tfn.metrics.accuracy(logits, shifted)
     out["entropy"] = tfn.Mean.of(_entropy(logits), shifted != IGNORED)
@@ -180,7 +182,7 @@ def _token_count(inputs: Batch) -> Tensor:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """Of each position, in nats; a few at a time, for logits are large."""
+    """Return the entropy at each position in nats; float32 logits exist for a few positions at a time."""
     parts = []
     for some in logits.flatten(0, 1).split(CHUNK):
         log_p = some.float().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""What `SFTTrainer` is given by name: the model, its tokenizer, adapters; and arguments of another class or age."""
+"""The model, the tokenizer and the adapters that `SFTTrainer` loads, and arguments of other classes and versions."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ OLD = {
     **{name: name for name in ("packing", "eval_packing", "dataset_num_proc", "dataset_kwargs", "model_init_kwargs")},
     "neftune_noise_alpha": "neftune_noise_alpha",
 }
-"""Arguments of old versions of `trl.SFTTrainer`, and the fields of `SFTConfig` that they became."""
+"""Arguments of old versions of `trl.SFTTrainer`, and the fields of `SFTConfig` that replace them."""
 GONE = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite")
 
 
 def arguments(model: str | Path | nn.Module, args: transformers.TrainingArguments | None, old: Values) -> SFTConfig:
-    """An `SFTConfig`, from whatever arguments were given.
+    """Return an `SFTConfig` from the given arguments, also from those of `TrainingArguments` and old versions.
 
     Raises:
         TypeError: If an argument is unknown.
-        ValueError: If old and new ones disagree.
+        ValueError: If an old and a new argument disagree.
     """
     name = str(model) if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
     made = SFTConfig(f"{Path(name).name or 'model'}-SFT") if args is None else _converted(args)
@@ -46,7 +46,8 @@ def arguments(model: str | Path | nn.Module, args: transformers.TrainingArgument
     for given, value in old.items():
         if given in GONE:
             warnings.warn(
-                f"SFTTrainer({given}={value!r}) is of an old version of trl: leave it out, rows are counted exactly.",
+                f"SFTTrainer({given}={value!r}) is an argument of an old version of trl. Leave it out: rows are counted"
+                " exactly.",
                 DeprecationWarning,
                 stacklevel=3,
             )
@@ -74,11 +75,11 @@ def _set(args: SFTConfig, given: str, value: object, *, stated: bool) -> None:
     held, default = getattr(args, field), SFTConfig.__dataclass_fields__[field].default
     if stated and held not in (default, value):
         raise ValueError(
-            f"`SFTTrainer({given}={value!r})` and `SFTConfig({field}={held!r})` say different things. Write"
+            f"`SFTTrainer({given}={value!r})` and `SFTConfig({field}={held!r})` have different values. Write"
             f" `SFTConfig({field}=...)` alone."
         )
     warnings.warn(
-        f"SFTTrainer({given}={value!r}) is of an old version of trl: write `SFTConfig({field}={value!r})`.",
+        f"SFTTrainer({given}={value!r}) is an argument of an old version of trl: write `SFTConfig({field}={value!r})`.",
         DeprecationWarning,
         stacklevel=4,
     )
@@ -86,13 +87,13 @@ def _set(args: SFTConfig, given: str, value: object, *, stated: bool) -> None:
 
 
 def _converted(args: transformers.TrainingArguments) -> SFTConfig:
-    """Other arguments with the fields that an `SFTConfig` adds; what they say stays, defaults and all."""
+    """Return an `SFTConfig` with the values of other arguments, their defaults included."""
     if isinstance(args, SFTConfig):
         return args
     if not isinstance(args, transformers.TrainingArguments):
         raise TypeError(
-            f"SFTTrainer(args={type(args).__name__}): `SFTConfig` is needed, or `TrainingArguments`. Is the order of"
-            " the arguments right? It is SFTTrainer(model, args, data_collator, train_dataset)."
+            f"SFTTrainer(args={type(args).__name__}): an `SFTConfig` or `TrainingArguments` is needed. Check the order"
+            " of the arguments: `SFTTrainer(model, args, data_collator, train_dataset)`."
         )
     known = {name for name, field in SFTConfig.__dataclass_fields__.items() if field.init}
     fields: Values = {name: value for name, value in args.to_dict().items() if name in known}
@@ -109,24 +110,24 @@ def model_of(
     quantization_config: QuantizationConfigMixin | None,
     peft_config: object | None,
 ) -> nn.Module:
-    """The model itself, from a name or a folder; with adapters, if there are to be any.
+    """Return the model, loaded if it is a name or a folder; with adapters, if ``peft_config`` is given.
 
     Raises:
-        ValueError: If options are for a model that is loaded already.
+        ValueError: If options for loading are given with a loaded model.
         ImportError: If adapters need a package that is not installed.
     """
     options = dict(args.model_init_kwargs) if isinstance(args.model_init_kwargs, dict) else {}
     if isinstance(model, str | Path):
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
-        # Without a dtype, from_pretrained takes that of the file; master weights in half precision lose small updates.
+        # Without a dtype, `from_pretrained` takes that of the file, and 16-bit parameters lose small updates.
         options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **options}
         model = AutoModelForCausalLM.from_pretrained(str(model), **options)
     elif options or quantization_config is not None:
         which = "SFTConfig(model_init_kwargs=...)" if options else "SFTTrainer(quantization_config=...)"
         raise ValueError(
-            f"`{which}` is for loading a model, and {type(model).__name__} is loaded already. Pass its name,"
-            " `SFTTrainer(model='name')`, or give the options to `from_pretrained`."
+            f"`{which}` is for loading a model, but {type(model).__name__} is loaded already. Pass its name,"
+            " `SFTTrainer(model='name')`, or pass the options to `from_pretrained`."
         )
     return model if peft_config is None else _adapted(model, args, peft_config)
 
@@ -134,8 +135,8 @@ def model_of(
 def _adapted(model: nn.Module, args: SFTConfig, peft_config: object) -> nn.Module:
     if importlib.util.find_spec("peft") is None:
         raise ImportError(
-            f"SFTTrainer(peft_config={type(peft_config).__name__}): adapters are those of the package peft, which is"
-            " not installed. Run `pip install peft`, or leave `peft_config` out to train all parameters."
+            f"SFTTrainer(peft_config={type(peft_config).__name__}): adapters need the package peft, which is not"
+            " installed. Run `pip install peft`, or leave `peft_config` out to train all parameters."
         )
     peft: Any = importlib.import_module("peft")
     if isinstance(model, peft.PeftModel):
@@ -144,13 +145,13 @@ def _adapted(model: nn.Module, args: SFTConfig, peft_config: object) -> nn.Modul
         )
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    with torch.random.fork_rng(devices=[]):  # adapters begin at random: the same ones for a seed
+    with torch.random.fork_rng(devices=[]):  # adapters start at random values, which depend on the seed alone
         torch.manual_seed(args.seed)
         return peft.get_peft_model(model, peft_config)
 
 
 def balance_experts(model: nn.Module, args: SFTConfig) -> None:
-    """A mixture of experts gives its load-balancing loss, unless its coefficient is 0."""
+    """Let a mixture of experts return its load-balancing loss, unless the coefficient is 0."""
     get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
     text = None if get_text_config is None else get_text_config()
     if text is not None and getattr(text, "output_router_logits", None) is not None:
@@ -162,17 +163,17 @@ def balance_experts(model: nn.Module, args: SFTConfig) -> None:
 
 
 def tokenizer_of(model: nn.Module, args: SFTConfig, given: Processor | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the tokens and the template that the arguments name.
+    """Return the tokenizer, with the tokens and the chat template of the arguments.
 
     Raises:
-        ValueError: If there is none, or it lacks them.
-        TypeError: If it is something else.
+        ValueError: If no tokenizer is found, or it lacks these tokens.
+        TypeError: If ``given`` is not a tokenizer.
     """
     tokenizer = _loaded(model, args) if given is None else given
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
-            f"SFTTrainer(processing_class={type(tokenizer).__name__}): a tokenizer is needed; models with images are"
-            " not trained here. Pass `processing_class=processor.tokenizer` for text alone."
+            f"SFTTrainer(processing_class={type(tokenizer).__name__}): a tokenizer is needed, because SFTTrainer trains"
+            " on text alone. Pass `processing_class=processor.tokenizer`."
         )
     for name in ("eos_token", "pad_token"):
         token = getattr(args, name)
@@ -180,8 +181,8 @@ def tokenizer_of(model: nn.Module, args: SFTConfig, given: Processor | None) -> 
             continue
         if token not in tokenizer.get_vocab():
             raise ValueError(
-                f"`SFTConfig({name}={token!r})` can't work: the tokenizer does not know it. Choose one that it knows,"
-                f" or add it: `tokenizer.add_special_tokens({{{name!r}: {token!r}}})`, then"
+                f"`SFTConfig({name}={token!r})` can't work: the tokenizer does not know it. Name a token that it knows,"
+                f" or add this one: `tokenizer.add_special_tokens({{{name!r}: {token!r}}})`, then"
                 " `model.resize_token_embeddings(len(tokenizer))`."
             )
         setattr(tokenizer, name, token)
@@ -201,11 +202,11 @@ def _loaded(model: nn.Module, args: SFTConfig) -> PreTrainedTokenizerBase:
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     try:
         if not name:
-            raise OSError("the model does not say where it comes from")
+            raise OSError("the model's configuration has no name or path")
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"SFTTrainer(model={name or type(model).__name__!r}): no tokenizer was found there ({error}). Pass one:"
+            f"SFTTrainer(model={name or type(model).__name__!r}): no tokenizer was found for it ({error}). Pass one:"
             " `processing_class=AutoTokenizer.from_pretrained(name)`."
         ) from error
 

@@ -1,4 +1,4 @@
-"""Several rows in one, and rows as a batch."""
+"""Pack several rows into one, and collate rows into a batch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ Columns: TypeAlias = dict[str, list[list[int]]]
 
 
 def pack_dataset(dataset: D, seq_length: int, strategy: str = "bfd") -> D:
-    """Several rows in one, a thousand rows at a time.
+    """Pack several rows into one, within each thousand rows.
 
     Args:
-        dataset: Rows of lists, all of a row of one length.
+        dataset: Rows of lists; the lists of one row have the same length.
         seq_length: The length of a pack.
-        strategy: ``"bfd"``: best fit decreasing, longer rows are cut; ``"bfd_split"``: their rests are rows of their
-            own; ``"wrapped"``: all rows one after the other, cut anywhere. The first two add the column
-            ``seq_lengths``.
+        strategy: ``"bfd"`` is best fit decreasing, and cuts longer rows. ``"bfd_split"`` makes further rows of their
+            rests. ``"wrapped"`` joins all rows, and cuts anywhere. The first two add the column ``seq_lengths``.
 
     >>> import datasets
     >>> rows = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10], [11]]})
@@ -51,7 +50,7 @@ def _best_fit(batch: Columns, length: int, split: bool) -> Columns:
     sizes = [len(piece) for piece in next(iter(pieces.values()))]
     packing = tfn.data.packed(sizes, length, 1, seed=0).packing
     assert packing is not None
-    # The longest first, as trl has them.
+    # The longest first, as in trl.
     packs = [sorted(packing.members(k).tolist(), key=lambda i: (-sizes[i], i)) for k in range(len(packing.starts) - 1)]
     out = {name: [[x for i in pack for x in rows[i]] for pack in packs] for name, rows in pieces.items()}
     return {**out, "seq_lengths": [[sizes[i] for i in pack] for pack in packs]}
@@ -62,16 +61,16 @@ def _best_fit(batch: Columns, length: int, split: bool) -> Columns:
 
 @dataclasses.dataclass(frozen=True)
 class SFTCollator:
-    """Rows of tokens as a batch, padded; packs with what keeps their sequences apart.
+    """The function from rows of tokens to a padded batch; packs also get the positions of their sequences.
 
-    A padded batch has an ``attention_mask``. Packs have ``position_ids``, which begin anew in each sequence, and
-    ``segment_ids``, its number in the row, 0 for padding.
+    A padded batch has an ``attention_mask``. A batch of packs has ``position_ids``, which begin anew in each sequence,
+    and ``segment_ids``, the number of the sequence in its row, 0 for padding.
 
     Attributes:
-        pad_token_id: What fills up the rows.
-        multiple_of: Of which the length of a batch is a multiple.
-        flatten: Whether all sequences of a batch are one row.
-        flatten_packs: Whether those of packs are.
+        pad_token_id: The token that fills up the rows.
+        multiple_of: The number of which the length of a batch is a multiple.
+        flatten: Whether to join all sequences of a batch into one row.
+        flatten_packs: Whether to do so for packs.
     """
 
     pad_token_id: int
@@ -80,7 +79,7 @@ class SFTCollator:
     flatten_packs: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The batch."""
+        """Return the batch."""
         packs = "seq_lengths" in rows[0]
         if not packs and not self.flatten:
             pad = {"input_ids": self.pad_token_id, "labels": IGNORED}

@@ -1,4 +1,4 @@
-"""What an `SFTTrainer` keeps to itself."""
+"""The private record of an `SFTTrainer`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:  # the files that define these import this one
 
 @dataclasses.dataclass(eq=False)
 class SFTRecord:
-    """What is private on an `SFTTrainer`, all under the one name ``_trainfn_sft``.
+    """The private attributes of an `SFTTrainer`, all under the one name ``_trainfn_sft``.
 
     Attributes:
-        prepare: Makes rows of tokens of a dataset.
-        separation: How the model keeps the sequences of a pack apart: by ``"positions"`` or a ``"mask"``.
-        evaluated: The loss's own metrics, of the evaluation that is under way.
+        prepare: The function that turns a dataset into rows of tokens.
+        separation: The way in which the model separates the sequences of a pack: ``"positions"`` or a ``"mask"``.
+        evaluated: The loss's own metrics in the present evaluation; None outside of one.
     """
 
     prepare: Preparation
@@ -29,7 +29,7 @@ class SFTRecord:
 
 
 class SFTLike(TrainerLike, Protocol):
-    """An `SFTTrainer`, to the functions that do its work."""
+    """The part of an `SFTTrainer` that its functions use."""
 
     _trainfn_sft: SFTRecord
 

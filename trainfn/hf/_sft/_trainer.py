@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 class SFTTrainer(Trainer):
     """Fine-tune a causal language model on texts, conversations, or prompts with completions.
 
-    A row's ``text`` is tokenized and ended; ``messages`` go through the tokenizer's chat template; of ``prompt`` and
-    ``completion`` the completion is learnt. Labels are made once, before training. Packs train what their rows would,
-    one by one: how the model keeps sequences apart is tried out beforehand.
+    A row's ``text`` is tokenized, with an end token; ``messages`` go through the tokenizer's chat template; of
+    ``prompt`` and ``completion`` the completion is learnt. Labels are made once, before training. A pack gives the same
+    loss as its rows one by one: a test before training finds out how the model separates sequences.
 
     The log has ``entropy`` and ``mean_token_accuracy``, exact means over the tokens learnt since the last log, and
     ``num_tokens``, all tokens so far without padding.
@@ -54,9 +54,9 @@ class SFTTrainer(Trainer):
     Args:
         model: A causal language model; or its name or folder, for `AutoModelForCausalLM.from_pretrained`, in float32.
         args: `SFTConfig`, or `TrainingArguments`.
-        data_collator: Makes a batch of a list of prepared rows.
+        data_collator: The function from a list of prepared rows to a batch.
         train_dataset: A `datasets.Dataset`, an `IterableDataset`, or a list of dicts.
-        eval_dataset: The same, or a dict of such by name.
+        eval_dataset: The same, or a dict of such datasets by name.
         processing_class: The tokenizer; by default that of the model. It gets a ``pad_token``, if it has none.
         compute_loss_func: See `Trainer`.
         compute_metrics: See `Trainer`.
@@ -64,14 +64,14 @@ class SFTTrainer(Trainer):
         optimizers: See `Trainer`.
         optimizer_cls_and_kwargs: See `Trainer`.
         preprocess_logits_for_metrics: See `Trainer`.
-        quantization_config: For loading a model by name.
-        peft_config: Which adapters the package peft is to add.
+        quantization_config: The quantization of a model that is loaded by name.
+        peft_config: The adapters that the package peft adds.
         formatting_func: ``row -> text``.
         tokenizer: The old name of ``processing_class``.
         old: Other arguments of old versions of trl: ``dataset_text_field``, ``max_seq_length``, ``packing``, …
 
     Raises:
-        ValueError: If rows have nothing to learn, or a model can't do what is asked of it.
+        ValueError: If rows have nothing to learn, or the model does not support an argument.
         ImportError: If ``peft_config`` is given without the package peft.
 
     >>> from trainfn.hf import SFTConfig, SFTTrainer
@@ -125,7 +125,7 @@ class SFTTrainer(Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             tokenizer=tokenizer,
         )
-        self._trainfn.shifts = True  # a causal language model does
+        self._trainfn.shifts = True  # the loss of a causal language model shifts the labels
         self._trainfn.loss_metrics = functools.partial(_loss.metrics, self)
         _loss.separate(self, self.train_dataset)
         _loss.separate(self, self.eval_dataset)
@@ -146,10 +146,10 @@ class SFTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Loss | tuple[Loss, Outputs]:
-        """The mean loss of the tokens that are learnt, over ``num_items_in_batch``."""
+        """Return the mean loss of the learnt tokens; ``num_items_in_batch`` replaces their number."""
         record = self._trainfn_sft
         called = _loss.model_inputs(model, inputs, record.separation)
-        if self.compute_loss_func or self.label_smoother or self.args.use_liger_kernel:  # the loss is not ours
+        if self.compute_loss_func or self.label_smoother or self.args.use_liger_kernel:  # another loss was asked for
             loss, outputs = cast("tuple[Loss, Outputs]", super().compute_loss(model, called, True, num_items_in_batch))
         else:
             labels = called.pop("labels")
@@ -168,7 +168,7 @@ class SFTTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The loss and the metrics over a dataset, which is prepared as the Trainer's own are."""
+        """Return the loss and the metrics over a dataset, which is prepared like those of the Trainer."""
         dataset = self._trainfn_sft.prepare(eval_dataset, self.args, "eval")
         _loss.separate(self, dataset)
         return super().evaluate(dataset, ignore_keys, metric_key_prefix)
@@ -176,7 +176,7 @@ class SFTTrainer(Trainer):
     def predict(
         self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """The predictions over a dataset, which is prepared as the Trainer's own are."""
+        """Return the predictions over a dataset, which is prepared like those of the Trainer."""
         dataset = self._trainfn_sft.prepare(test_dataset, self.args, "test")
         _loss.separate(self, dataset)
         return super().predict(dataset, ignore_keys, metric_key_prefix)
@@ -189,7 +189,7 @@ class SFTTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """What `evaluate` and `predict` share, with the loss's own metrics."""
+        """Run the loop that `evaluate` and `predict` share, with the loss's own metrics."""
         record = self._trainfn_sft
         record.evaluated = {}
         try:
@@ -208,18 +208,21 @@ class SFTTrainer(Trainer):
 def _check(args: SFTConfig, collator: Collator | None, loss: LossFunction | None) -> None:
     if collator is not None and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")):
         raise ValueError(
-            "SFTTrainer(data_collator=...) can't work with `packing` or `padding_free`: the collator keeps sequences of"
-            " a pack apart. Leave `data_collator` out, or write `packing=False, padding_free=False`."
+            "SFTTrainer(data_collator=...) can't work with `packing` or `padding_free`: the default collator separates"
+            " the sequences of a pack. Leave `data_collator` out, or write `packing=False, padding_free=False`."
         )
     if loss is not None and args.loss_type == "dft":
         raise ValueError(
-            "SFTTrainer(compute_loss_func=...) can't work with `SFTConfig(loss_type='dft')`: that are two losses. Leave"
-            " one of them out."
+            "SFTTrainer(compute_loss_func=...) can't work with `SFTConfig(loss_type='dft')`: these are two losses."
+            " Leave one of them out."
         )
 
 
 def _collator(model: nn.Module, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> SFTCollator:
-    """Flash attention reads the ends of sequences from a single row; for others one long row costs its square."""
+    """Return the default collator.
+
+    Flash attention finds sequences in one long row. In other attention, one long row costs the square of its length.
+    """
     flash = "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
     pad = cast("int", tokenizer.pad_token_id)
     return SFTCollator(pad, args.multiple_of, flatten=args.padding_free, flatten_packs=flash)
