@@ -162,7 +162,7 @@ def test_accumulation_is_checked():
             tfn.train_step(net.loss, SGD, accumulate=num)
     with pytest.raises(ValueError, match=r"accumulate=4 needs at least 4 rows, and this batch has 3"):
         tfn.train_step(net.loss, SGD, accumulate=4)(state, net.batch(3))
-    with pytest.raises(ValueError, match=r"batch\['y'\] of shape \[2\]"):
+    with pytest.raises(ValueError, match=r"batch\['y'\] 2, with the shape \[2\]"):
         tfn.train_step(net.loss, SGD, accumulate=2)(state, {**net.batch(4), "y": net.batch(2)["y"]})
     with pytest.raises(ValueError, match="the stream of micro-batches was empty"):
         tfn.train_step(net.loss, SGD, accumulate="stream")(state, iter([]))

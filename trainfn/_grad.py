@@ -66,6 +66,7 @@ def gradient_function(loss: Loss, common: Callable[[TrainState, Tensor], Tensor]
             with torch.enable_grad(), bound(state, params, training=True) as (model, buffers):
                 mean, metrics = exact(loss(model, batch), rows)
                 grads = _derivatives(mean, params, _scale(state, mean, common))
+            torch.clear_autocast_cache()  # under a caller's autocast it would keep copies of these parameters
             return Gradients(detached(mean), grads, {k: detached(m) for k, m in metrics.items()}, buffers)
 
         return randomness(state, sums, rows=rows, first_row=first_row)

@@ -22,6 +22,7 @@ from trainfn._grad import GradientFunction, detached, exact, gradient_function, 
 from trainfn._keyed import Randomness
 from trainfn._module import bound, check_state, check_whole
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState, Transform, Tree
+from trainfn.optim._combine import frozen_by, still
 
 Update = Callable[[TrainState, Gradients], tuple[TrainState, Metrics]]
 
@@ -148,10 +149,14 @@ def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _update(optimizer: Transform) -> Update:
+    frozen = frozen_by(optimizer)
+
     def update(state: TrainState, sums: Gradients) -> tuple[TrainState, Metrics]:
         weight = sums.loss.weight
         weight = torch.where(weight == 0, torch.ones_like(weight), weight)  # nothing counted: the sums are 0 too
         grads = tree.cast_like(tree.div(sums.grads, weight), state.params)
+        if frozen is not None:
+            grads = still(grads, frozen(state.params))
         norm = tree.global_norm(grads)
         updates, opt_state = _transformed(optimizer, grads, state)
         new = state._replace(
@@ -204,26 +209,61 @@ def _accumulated(step: TrainStep, num: int | Literal["stream"]) -> TrainStep:
     return dataclasses.replace(step, accumulate=num)
 
 
-def eval_step(loss: Loss, *, plan: Distribution | None = None) -> Callable[[TrainState, Batch], Metrics]:
+def eval_step(
+    loss: Loss, *, plan: Distribution | None = None, grad: bool | None = None
+) -> Callable[[TrainState, Batch], Metrics]:
     """The function ``(state, batch) -> metrics`` of a loss: the module in eval mode, no gradients.
+
+    Args:
+        loss: See `value_and_grad`.
+        plan: See `train_step`.
+        grad: Whether the loss takes derivatives itself, as of an energy, and so needs autograd. By default it is
+            tried without, and then with it. False leaves torch's error as it is.
 
     >>> import torch, trainfn as tfn
     >>> state = tfn.init({"w": torch.tensor([3.0])}, tfn.optim.sgd(0.1))
     >>> eval_step(lambda p, x: tfn.Mean.of(p["w"] * x))(state, torch.tensor([1.0, 2.0]))
     {'loss': Mean(4.5 over weight 2)}
+
+    A loss that differentiates:
+
+    >>> def slope(p, x):
+    ...     x = x.clone().requires_grad_()
+    ...     (g,) = torch.autograd.grad((p["w"] * x**2).sum(), x, create_graph=True)
+    ...     return tfn.Mean.of(g)
+    >>> eval_step(slope)(state, torch.tensor([1.0, 2.0]))
+    {'loss': Mean(9 over weight 2)}
     """
     one = loss if plan is None else plan.loss(loss)
-    randomness = Randomness()
+    randomness, noticed = Randomness(), bool(grad)
 
     def evaluate_batch(state: TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> Metrics:
         check_state(state)
         rows = tree.row_count(batch)
 
-        def means() -> Metrics:
-            with torch.no_grad(), bound(state, state.params, training=False) as (model, _):
+        def means(grads: bool) -> Metrics:
+            params = {n: p.detach().requires_grad_() for n, p in state.params.items()} if grads else state.params
+            with torch.set_grad_enabled(grads), bound(state, params, training=False) as (model, _):
                 mean, metrics = exact(one(model, batch), rows)
+            torch.clear_autocast_cache()  # as in `value_and_grad`
             return {"loss": detached(mean), **{name: detached(metric) for name, metric in metrics.items()}}
 
-        return randomness(state, means, rows=rows, first_row=first_row)
+        def means_somehow() -> Metrics:
+            nonlocal noticed
+            if not noticed:
+                try:
+                    return means(False)
+                except RuntimeError as error:
+                    if grad is False or _NO_GRAPH not in str(error):
+                        raise
+                noticed = True
+            return means(True)
 
-    return _alone(evaluate_batch) if plan is None else plan.metrics(evaluate_batch)
+        return randomness(state, means_somehow, rows=rows, first_row=first_row)
+
+    found = _alone(evaluate_batch) if plan is None else plan.metrics(evaluate_batch)
+    found.takes_first_row = True  # type: ignore[attr-defined]
+    return found
+
+
+_NO_GRAPH = "does not require grad and does not have a grad_fn"  # as torch says it of a derivative without autograd

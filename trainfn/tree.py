@@ -20,7 +20,7 @@ import optree
 import torch
 from torch import Tensor
 
-from trainfn import _dtensor
+from trainfn import _batch_types, _dtensor
 from trainfn._dtensor import full as full
 from trainfn._dtensor import held
 from trainfn._dtensor import is_distributed as is_distributed
@@ -295,16 +295,36 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def row_count(batch: Tree) -> int:
-    """The number of rows: the first dimension of the batch's first tensor that has one.
+    """The number of rows: the first dimension of the batch's first tensor that has one; 1 if there are only numbers.
+
+    A batch may be of your own type: a mapping, a dataclass, or an object with a method ``to``.
+
+    Raises:
+        TypeError: If the batch has no tensor, and something whose rows can't be counted.
 
     >>> import torch
     >>> row_count({"scale": torch.tensor(1.0), "x": torch.zeros(4, 2)})
     4
     """
-    for leaf in optree.tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+    _batch_types.recognize(batch)
+    # Objects come last: one beside other tensors is seldom a table of rows.
+    found = [*optree.tree_leaves(batch, is_leaf=_batch_types.is_object), *optree.tree_leaves(batch)]
+    for leaf in found:
+        if _has_rows(leaf):
             return leaf.shape[0]
+    unknown = [leaf for leaf in found if not isinstance(leaf, int | float | complex) and not hasattr(leaf, "ndim")]
+    if unknown:
+        given = "a batch" if type(batch) is type(unknown[-1]) else f"a batch with a {type(unknown[-1]).__name__}"
+        raise TypeError(
+            f"{given} of type {type(batch).__name__} has no tensor, so its rows can't be counted. Give the step"
+            ' tensors, as in `{"x": torch.stack(images)}`; or, for a type of your own,'
+            " `optree.register_pytree_node(...)`, which says what its tensors are."
+        )
     return 1
+
+
+def _has_rows(leaf: Any) -> bool:
+    return getattr(leaf, "ndim", 0) > 0  # a tensor, or an array of NumPy
 
 
 def split(batch: Tree, num: int) -> Iterator[tuple[Tree, int]]:
@@ -321,7 +341,7 @@ def split(batch: Tree, num: int) -> Iterator[tuple[Tree, int]]:
     """
     rows = row_count(batch)
     for name, leaf in named_leaves(batch).items():
-        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] != rows:
+        if _has_rows(leaf) and leaf.shape[0] != rows:
             raise ValueError(
                 f"a batch is split along its rows, but its first tensor has {rows} rows and batch[{name!r}]"
                 f" {leaf.shape[0]}, with the shape {list(leaf.shape)}. Give every tensor the rows as"
@@ -336,5 +356,5 @@ def split(batch: Tree, num: int) -> Iterator[tuple[Tree, int]]:
     for i in range(num):
         size = rows // num + (i < rows % num)
         cut = slice(first, first + size)
-        yield map(lambda x, c=cut: x[c] if isinstance(x, Tensor) and x.dim() > 0 else x, batch), first
+        yield map(lambda x, c=cut: x[c] if _has_rows(x) else x, batch), first
         first += size

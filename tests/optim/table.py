@@ -250,7 +250,21 @@ OPTIMIZERS = [
         optim.partition({"a": optim.adamw(LR), "s": optim.sgd(LR)}, [("bias$", "s")], default="a"),
         lambda p: Pair(*_by_bias(list(p))),
     ),
+    (
+        "partition, a part frozen",
+        optim.chain(
+            optim.clip_by_global_norm(0.05),
+            optim.partition({"a": optim.adamw(LR), "f": optim.freeze()}, [("bias$", "f")], default="a"),
+        ),
+        lambda p: _trained_part(list(p)),
+    ),
 ]
+
+
+def _trained_part(params):
+    # torch's way to freeze: the optimizer and the clip never see the parameters
+    some = [p for i, p in enumerate(params) if i not in (3, 5, 7)]
+    return clipped(lambda p: t.AdamW(p, LR))(some)
 
 
 def _by_bias(params):

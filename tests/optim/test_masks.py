@@ -1,10 +1,13 @@
 """Masks, labels, clipping, and what a wrong argument is told."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import trainfn as tfn
 from trainfn import optim, tree
 
 NAMES = st.lists(st.from_regex(r"[a-c]{1,3}\.(weight|bias)", fullmatch=True), unique=True, min_size=1, max_size=6)
@@ -216,3 +219,75 @@ def test_mistakes_in_names_are_explained(rule, message):
 def test_numbers_out_of_range_are_explained(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- freeze -------------------------------------------------------------------------------------------------------
+
+SOME = [("a", "train"), ("b", "frozen")]
+
+
+def frozen(rule=None):
+    return optim.partition({"train": rule or optim.sgd(0.1), "frozen": optim.freeze()}, SOME)
+
+
+AROUND = {
+    "partition": frozen(),
+    "clip before": optim.chain(optim.clip_by_global_norm(1e9), frozen()),
+    "decay after": optim.chain(frozen(), optim.add_decayed_weights(0.3), optim.scale(3.0)),
+    "momentum before": optim.chain(optim.trace(0.9), frozen()),
+    "masked": optim.chain(optim.masked(optim.freeze(), "b"), optim.sgd(0.1)),
+    "masked partition": optim.chain(optim.masked(frozen(), None), optim.scale(2.0)),
+    "lookahead": optim.lookahead(frozen(), 1),
+    "inject": optim.inject_hyperparams(lambda rate: frozen(optim.sgd(rate)))(rate=0.1),
+    "nested": optim.partition(
+        {"x": optim.chain(optim.scale(1.0), frozen()), "y": optim.sgd(0.1)}, [("c", "y")], default="x"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("grad", [100.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_frozen_parameters_keep_their_bits_whatever_is_around(name, grad, compiled):
+    rule = AROUND[name]
+    params = {"a": torch.ones(()), "b": torch.tensor([1.0, -0.0, 1e-30])}
+    params |= {"c": torch.ones(())} if name == "nested" else {}
+
+    def loss(p, x):
+        return tfn.Mean.of(sum(v.sum() for n, v in p.items() if n != "b") * x + grad * p["b"].sum() * x)
+
+    step = tfn.train_step(loss, rule)
+    step = tfn.jit(step, backend="eager") if compiled else step
+    state = tfn.init(params, rule)
+    for _ in range(2):
+        state, metrics = step(state, torch.ones(3))
+    assert state.params["b"].view(torch.int32).equal(params["b"].view(torch.int32))
+    assert all(torch.isfinite(p).all() and not p.equal(params[n]) for n, p in state.params.items() if n != "b")
+    assert metrics["grad_norm"].value.item() == pytest.approx(math.sqrt(len(params) - 1))  # as torch, without `b`
+
+
+def test_frozen_gradients_do_not_count_in_the_norm_of_a_clip_outside():
+    a = torch.ones((), requires_grad=True)
+    b = torch.ones(())  # requires no gradient
+    (3 * a + 100 * b).backward()
+    torch.nn.utils.clip_grad_norm_([a], 1.0)
+    for rule in (
+        optim.chain(optim.clip_by_global_norm(1.0), frozen(optim.scale(1.0))),
+        optim.chain(optim.chain(optim.clip_by_global_norm(1.0)), optim.chain(frozen(optim.scale(1.0)))),
+    ):
+        params = {"a": torch.ones(()), "b": torch.ones(())}
+        grads = {"a": torch.tensor(3.0), "b": torch.tensor(100.0)}
+        updates, _ = rule.update(grads, rule.init(params), params)
+        torch.testing.assert_close(updates["a"], a.grad)
+        assert updates["b"] == 0
+
+
+def test_nothing_is_kept_for_frozen_parameters():
+    rule = frozen(optim.adam(0.1))
+    state = rule.init({"a": torch.ones(2), "b": torch.ones(5)})
+    assert all(x.numel() <= 2 for x in tree.leaves(state))
+
+
+def test_a_label_without_a_transform_names_freeze():
+    with pytest.raises(ValueError, match=r"`tfn\.optim\.freeze\(\)` leaves the parameters as they are"):
+        optim.partition({"train": optim.sgd(0.1)}, SOME).init({"a": torch.ones(()), "b": torch.ones(())})

@@ -72,6 +72,7 @@ LEFT = {
     "galore adafactor": 0.2,
     "lomo clipped": 0.87,  # 600 steps of at most 0.01 * 0.05 on a way of 2.24
     "lookahead": 0.06,
+    "partition, a part frozen": 0.46,  # 4 of 20 numbers are frozen where they were: sqrt(4 / 20) of the way
 }
 
 
@@ -96,8 +97,8 @@ def test_obeys_the_contract(optimizer, dtype):
     check_transform(optimizer, tensors(0, dtype))
 
 
-# The reference of "partition" finds its parameters by their place in the net above.
-ANY_PARAMS = [pytest.param(*row[1:], id=row[0]) for row in OPTIMIZERS if row[0] != "partition"]
+# References of "partition" find their parameters by their place in the net above.
+ANY_PARAMS = [pytest.param(*row[1:], id=row[0]) for row in OPTIMIZERS if "partition" not in row[0]]
 
 
 @pytest.mark.parametrize(("optimizer", "reference"), ANY_PARAMS)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
+from trainfn._batch_types import recognize
 from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._donate import check_alive
@@ -45,18 +46,22 @@ class Compiled:
             early = _joined(step, [program.ahead for program in self._programs])
             self._run = Warm(self._run, early, self._programs, warm)
 
-    def __call__(self, state: Any, batch: Any) -> Any:
+    @property
+    def takes_first_row(self) -> bool:
+        """Whether a third argument says how many rows were before this batch, as in an `eval_step`."""
+        return getattr(self.step, "takes_first_row", False)
+
+    def __call__(self, state: Any, batch: Any, /, *first_row: Any) -> Any:
         """Run the step."""
         check_alive(state)
         if self.settings.compile and self.plan is not None:  # eager steps look themselves
             self.plan.check(state)
         elif self.settings.compile and isinstance(self.step, TrainStep):
             check_whole(state)
-        if isinstance(batch, Mapping) and not isinstance(batch, dict):
-            batch = dict(batch)  # a `BatchEncoding`, say, which is not a tree of tensors
+        recognize(batch)
         if self.buckets is not None:
             batch = self.buckets.apply(batch)
-        return self._run(state, batch)
+        return self._run(state, batch, *first_row)
 
     def graph(self, state: Any, batch: Any) -> torch.fx.GraphModule:
         """Capture the whole step for these arguments, without running it, and return its graph.
@@ -71,6 +76,7 @@ class Compiled:
         >>> [node.name for node in step.graph(state, torch.ones(2)).graph.find_nodes(op="placeholder")]
         ['step', 'params_w', 'key', 'batch']
         """
+        recognize(batch)
         if self.buckets is not None:
             batch = self.buckets.apply(batch)
         with torch.no_grad():

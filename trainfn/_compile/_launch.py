@@ -63,7 +63,7 @@ class Launches:
 
     def __init__(
         self,
-        run: Callable[[Any, Any], Any],
+        run: Callable[..., Any],
         programs: Sequence[Any],
         *,
         donate: bool,
@@ -75,11 +75,11 @@ class Launches:
         self._calls: dict[Hashable, int] = {}
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
 
-    def __call__(self, state: Any, batch: Any) -> Any:
+    def __call__(self, state: Any, *rest: Any) -> Any:
         """Run the step."""
-        leaves, form = flatten((state, batch))
+        leaves, form = flatten((state, *rest))
         if not all(isinstance(x, Tensor) and x.device.type == self.device and not _overlaps(x) for x in leaves):
-            return self.run(state, batch)
+            return self.run(state, *rest)
         donated = form.children[0].places(False) if self.donate else []  # type: ignore[union-attr]
         fixed = [x for x, yes in zip(leaves, donated, strict=False) if yes]
         key = (form, tuple((x.shape, x.dtype, x.stride()) for x in leaves), tuple(map(id, fixed)), environment())
@@ -89,9 +89,9 @@ class Launches:
             return found.launch(state, leaves)
         self._calls[key] = self._calls.get(key, 0) + 1
         if self._calls[key] <= _WARM:
-            return self.run(state, batch)
+            return self.run(state, *rest)
         if any(self._needs_the_host(entry) for program in self.programs for entry in program.entries()):
-            return self.run(state, batch)
+            return self.run(state, *rest)
         self._calls[key] = 0
         made = Recording(self, form, leaves, donated)
         self._recordings[key] = made
@@ -130,7 +130,7 @@ class Recording:
         self._entries = [entry for program in launches.programs for entry in program.entries()]
         self._out, self._flat = self._recorder.record(lambda: self._recorded(launches.run, given))
 
-    def _recorded(self, run: Callable[[Any, Any], Any], given: list[Any]) -> tuple[Any, dict[Any, Tensor]]:
+    def _recorded(self, run: Callable[..., Any], given: list[Any]) -> tuple[Any, dict[Any, Tensor]]:
         """Run, and put the small outputs of each dtype side by side."""
         new, self._result = flatten(run(*self.form.build(iter(given))))
         places = {id(x): i for i, x in enumerate(self.fixed)}

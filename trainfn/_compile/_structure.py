@@ -183,7 +183,8 @@ def leaf_names(found: Structure, prefix: str = "") -> list[str]:
     if isinstance(found, Leaf):
         return [prefix]
     if isinstance(found, Other):
-        return [f"{prefix}/{i}" if prefix else str(i) for i in range(found.size)]
+        paths = ["/".join(map(str, path)) for path in found.spec.paths()]
+        return ["/".join(filter(None, (prefix, path))) for path in paths]
     keys: Sequence[Any] = (
         getattr(found.kind, "_fields", range(len(found.children))) if isinstance(found, Row) else found.names
     )

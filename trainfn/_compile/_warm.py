@@ -62,15 +62,15 @@ class Warm:
         self._helps = False
         self._passed: Callable[[], Any] = lambda: None
 
-    def __call__(self, state: Any, batch: Any) -> Any:
+    def __call__(self, state: Any, *rest: Any) -> Any:
         """Run the step."""
         if self._is_early(state):
             if not self._helps:
                 self._start()
-            return self.early(state, batch)
+            return self.early(state, *rest)
         if self._helps:
             self._stop()
-        out = self.run(state, batch)
+        out = self.run(state, *rest)
         if isinstance(out, tuple) and out and isinstance(out[0], TrainState):
             self._passed = weakref.ref(out[0].step)
         return out

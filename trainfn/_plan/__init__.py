@@ -1,5 +1,6 @@
 """Plans: the same pure step on N ranks."""
 
+from trainfn._plan._apply import first_rows as first_rows
 from trainfn._plan._batches import aligned as aligned
 from trainfn._plan._batches import check_same_run as check_same_run
 from trainfn._plan._batches import divided as divided

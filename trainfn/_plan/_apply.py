@@ -236,19 +236,19 @@ def first_rows(plan: Layout, state: TrainState, batch: Batch) -> tuple[Tensor, T
     return counts[: plan.data_rank].sum(), counts.sum()
 
 
-def metrics_on(plan: Layout, evaluate: Callable[..., Metrics]) -> Callable[[TrainState, Batch], Metrics]:
+def metrics_on(plan: Layout, evaluate: Callable[..., Metrics]) -> Callable[..., Metrics]:
     """Return the function that computes the metrics of all ranks' rows."""
 
-    def of_all_ranks(state: TrainState, batch: Batch, /) -> Metrics:
+    def of_all_ranks(state: TrainState, batch: Batch, before: Tensor | int = 0, /) -> Metrics:
         if plan.world == 1:
             with _computing(plan, state):
-                return evaluate(state, batch)
+                return evaluate(state, batch, before)
         from trainfn._plan._gathering import gathering
 
         check_sharded(plan, state)
         first, _ = first_rows(plan, state, batch)
         with gathering(plan, training=False), _computing(plan, state):
-            means = evaluate(state, batch, first)
+            means = evaluate(state, batch, before + first)
         return reduce_means(plan, state, means)
 
     of_all_ranks.plan = plan  # type: ignore[attr-defined]

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
+import optree
 import torch
 from torch import Tensor
 
-from trainfn import tree
+from trainfn._batch_types import recognize
 from trainfn._types import Batch
 
 
@@ -57,10 +58,18 @@ def placed(batch: Batch, device: torch.device) -> Batch:
     """A batch on the device; NumPy arrays become tensors."""
     if isinstance(batch, Iterator):  # a stream of micro-batches
         return (placed(micro, device) for micro in cast("Iterator[Any]", batch))
-    return tree.map(lambda x: _tensor(x, device), batch)
+    recognize(batch)
+    return optree.tree_map(lambda x: _tensor(x, device), batch, is_leaf=_moves_itself)
 
 
 def _tensor(x: Any, device: torch.device) -> Any:
     if isinstance(x, np.ndarray | np.number):
         x = torch.as_tensor(x)
+    if _moves_itself(x):
+        return x.to(device)
     return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.device != device else x
+
+
+def _moves_itself(x: Any) -> bool:
+    """Whether ``x`` is a NamedTuple such as `PackedSequence`, of which a part stays on the host."""
+    return isinstance(x, tuple) and hasattr(x, "to")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
+
 from trainfn._run._batches import placed
 from trainfn._run._feed import feed_of
 from trainfn._types import Batch, Metrics, TrainState
@@ -29,8 +31,14 @@ def evaluate(eval_step: Callable[[TrainState, Batch], Metrics], state: TrainStat
     """
     device, feed = state.step.device, feed_of(eval_step)
     total: Metrics = {}
+    run: Callable[..., Metrics] = eval_step
+    counts = getattr(eval_step, "takes_first_row", False)
+    first = torch.zeros((), dtype=torch.int64, device=device)  # a draw belongs to a row, whatever batch it is in
     for batch in feed.stream(feed.part(batches), "evaluate(eval_step, state, batches)"):
-        metrics = {name: mean.wide() for name, mean in eval_step(state, placed(batch, device)).items()}
+        batch = placed(batch, device)
+        found = run(state, batch, first) if counts else run(state, batch)
+        metrics = {name: mean.wide() for name, mean in found.items()}
+        first = first + feed.rows(state, batch) if counts else first
         total = {name: total[name] + mean for name, mean in metrics.items()} if total else metrics
     if not total:
         raise ValueError(

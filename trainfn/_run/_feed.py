@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from trainfn._plan import Plan, aligned, check_same_run, divided, plan_of
+from torch import Tensor
+
+from trainfn import tree
+from trainfn._plan import Plan, aligned, check_same_run, divided, first_rows, plan_of
 from trainfn._ranks._errors import launched
 from trainfn._ranks._group import ranks
 from trainfn._types import Batch, TrainState
@@ -39,6 +42,10 @@ class Feed:
         """The step at which the run ends, if it is known."""
         return until
 
+    def rows(self, state: TrainState, batch: Batch) -> Tensor | int:
+        """The number of rows of a batch, on all ranks together."""
+        return tree.row_count(batch)
+
     def stream(self, batches: Iterable[Batch], what: str) -> Iterator[Batch]:
         """The batches of the part; ``what`` they are called in an error."""
         return iter(batches)
@@ -67,6 +74,10 @@ class PlannedFeed(Feed):
     def end(self, until: int | None) -> int | None:
         """The same on all ranks: the latest, for a rank without rows takes part in the steps of the others."""
         return None if until is None else max(ranks().gathered(until))
+
+    def rows(self, state: TrainState, batch: Batch) -> Tensor | int:
+        """The sum over the ranks."""
+        return super().rows(state, batch) if self.plan.world == 1 else first_rows(self.plan, state, batch)[1]
 
     def stream(self, batches: Iterable[Batch], what: str) -> Iterator[Batch]:
         """As many batches as the rank with the most of them has."""

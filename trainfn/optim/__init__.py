@@ -8,7 +8,7 @@ A `Transform` is a pair of pure functions: ``init(params) -> state`` and ``updat
 a moment or two per number of the parameters               `sgd`, `adam`, `adamw`, `lion`, `rmsprop`, `adagrad`, `muon`
 less: two vectors per matrix, or moments of low rank       `adafactor`, `adalomo`; `galore_adamw`, `galore_adafactor`
 none                                                       `sgd` without momentum, `lomo`
-around another rule                                        `galore`, `lookahead`, `masked`, `partition`
+around another rule                                        `galore`, `lookahead`, `masked`, `partition`, `freeze`
 ========================================================== ============================================================
 """
 
@@ -30,6 +30,7 @@ from trainfn.optim._combine import EmptyState as EmptyState
 from trainfn.optim._combine import MaskedState as MaskedState
 from trainfn.optim._combine import PartitionState as PartitionState
 from trainfn.optim._combine import chain as chain
+from trainfn.optim._combine import freeze as freeze
 from trainfn.optim._combine import identity as identity
 from trainfn.optim._combine import masked as masked
 from trainfn.optim._combine import partition as partition

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
+
+import torch
 
 from trainfn._types import Params, Transform, Tree
 from trainfn.optim._masks import Labels, Mask, label, select
+
+Names = Callable[[Params], frozenset[str]]
 
 
 class EmptyState(NamedTuple):
@@ -26,7 +30,7 @@ class PartitionState(NamedTuple):
 
 
 def identity() -> Transform:
-    """Leave the updates as they are.
+    """Leave the updates as they are; `freeze` leaves the parameters as they are.
 
     >>> import torch
     >>> rule = identity()
@@ -38,6 +42,59 @@ def identity() -> Transform:
         return updates, state
 
     return Transform(lambda params: EmptyState(), update)
+
+
+def freeze() -> Transform:
+    """Keep parameters as they are: a rule for a label of `partition`.
+
+    It has no state. Around it, in a `chain` or a step, frozen gradients are 0: they don't count in the norm of
+    `clip_by_global_norm`, nor in the metric ``grad_norm``. To save the time and memory of these gradients, too, call
+    ``requires_grad_(False)`` on the module's parameters before `init`.
+
+    >>> from trainfn.optim import partition, sgd
+    >>> rule = partition({"train": sgd(0.5), "frozen": freeze()}, [("head", "train")], default="frozen")
+    >>> params = {"body.w": torch.ones(1), "head.w": torch.ones(1)}
+    >>> rule.update(params, rule.init(params), params)[0]
+    {'body.w': tensor([-0.]), 'head.w': tensor([-0.5000])}
+    """
+
+    def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
+        return still(updates, frozenset(updates)), state
+
+    return marked(Transform(lambda params: EmptyState(), update), frozenset)
+
+
+def marked(transform: Transform, names: Names) -> Transform:
+    """Return the transform, with a function that returns which parameters it freezes."""
+    transform.update.frozen = names  # type: ignore[attr-defined]
+    return transform
+
+
+def frozen_by(transform: Transform) -> Names | None:
+    """Return the function of parameters that names the frozen ones; None if there is no `freeze` in the transform."""
+    return getattr(transform.update, "frozen", None)
+
+
+def around(transform: Transform, *inner: Transform) -> Transform:
+    """Return the transform, which freezes what its inner transforms freeze, before and after its own rule."""
+    found = [names for names in map(frozen_by, inner) if names is not None]
+    if not found:
+        return transform
+
+    def names(params: Params) -> frozenset[str]:
+        return frozenset().union(*(each(params) for each in found))
+
+    def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
+        frozen = names(params)
+        out, state = transform.update(still(updates, frozen), state, params)
+        return still(out, frozen), state
+
+    return marked(Transform(transform.init, update), names)
+
+
+def still(updates: Params, names: frozenset[str]) -> Params:
+    """Return the updates, with 0 for these names: -0, which changes no number that it is added to."""
+    return {name: torch.full_like(u, -0.0) if name in names else u for name, u in updates.items()} if names else updates
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -62,7 +119,7 @@ def chain(*transforms: Transform) -> Transform:
             states.append(inner)
         return updates, tuple(states)
 
-    return Transform(init, update)
+    return around(Transform(init, update), *transforms)
 
 
 def masked(transform: Transform, mask: Mask) -> Transform:
@@ -92,7 +149,11 @@ def masked(transform: Transform, mask: Mask) -> Transform:
         changed, inner = transform.update(_only(updates, names), state.inner, _only(params, names))
         return {name: changed[name] if name in names else u for name, u in updates.items()}, MaskedState(inner)
 
-    return Transform(init, update)
+    frozen = frozen_by(transform)
+    made = Transform(init, update)
+    if frozen is None:
+        return made
+    return marked(made, lambda params: frozen(_only(params, select("masked", mask, params))))
 
 
 def partition(transforms: Mapping[str, Transform], labels: Labels, *, default: str | None = None) -> Transform:
@@ -122,8 +183,8 @@ def partition(transforms: Mapping[str, Transform], labels: Labels, *, default: s
                 raise ValueError(
                     f"`partition(transforms, labels)`: {name!r} has the label {group!r}, for which there is"
                     f" no transform, only for {sorted(transforms)}. Write"
-                    f" `partition({{..., {group!r}: <a transform>}}, labels)`; `identity()` leaves a"
-                    " gradient as it is."
+                    f" `partition({{..., {group!r}: <a transform>}}, labels)`; `tfn.optim.freeze()`"
+                    " leaves the parameters as they are."
                 )
         return {group: frozenset(name for name in of if of[name] == group) for group in transforms}
 
@@ -141,7 +202,13 @@ def partition(transforms: Mapping[str, Transform], labels: Labels, *, default: s
             changed.update(some)
         return changed, PartitionState(inner)
 
-    return Transform(init, update)
+    def frozen(params: Params) -> frozenset[str]:
+        named = groups(params)
+        return frozenset().union(*(names(_only(params, named[group])) for group, names in freezing.items()))
+
+    made = Transform(init, update)
+    freezing = {group: names for group, rule in transforms.items() if (names := frozen_by(rule)) is not None}
+    return marked(made, frozen) if freezing else made
 
 
 def _only(params: Params, names: frozenset[str]) -> Params:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainfn import tree
 from trainfn._types import Params, Schedule, Transform, Tree
+from trainfn.optim._combine import around
 from trainfn.optim._math import zero_count
 
 T = TypeVar("T")
@@ -97,7 +98,7 @@ def _injected(
     schedules: Mapping[str, Schedule],
     rest: Mapping[str, Any],
 ) -> Transform:
-    factory(**rest, **numbers, **{name: torch.ones(()) for name in schedules})  # raises now what it would later
+    sample = factory(**rest, **numbers, **{name: torch.ones(()) for name in schedules})  # raises what it would later
 
     def init(params: Params) -> Tree:
         count = zero_count(params)
@@ -112,7 +113,7 @@ def _injected(
         updates, inner = rule.update(updates, state.inner, params)
         return updates, InjectState(state.count + 1, state.hyperparams, scheduled, inner)
 
-    return Transform(init, update)
+    return around(Transform(init, update), sample)
 
 
 def get_hyperparams(state: Tree) -> dict[str, Tensor]:

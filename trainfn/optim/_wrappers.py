@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trainfn import tree
 from trainfn._types import Params, Transform, Tree
+from trainfn.optim._combine import around
 from trainfn.optim._math import Scalar, average, fraction, times, unbias, zero_count
 
 
@@ -73,7 +74,7 @@ def lookahead(inner: Transform, sync_period: int = 6, slow_step_size: Scalar = 0
         updates = tree.where(sync, tree.sub(moved, params), updates)
         return updates, LookaheadState(count, tree.where(sync, moved, state.slow), inner_state)
 
-    return Transform(init, update)
+    return around(Transform(init, update), inner)
 
 
 def ema(decay: Scalar, *, debias: bool = True, dtype: torch.dtype | None = None) -> Transform:
