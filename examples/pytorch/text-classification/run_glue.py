@@ -221,9 +221,7 @@ def main() -> None:
     set_seed(args.seed)  # of a new head
     raw = shared.load(data, cache_dir=model_args.cache_dir, token=model_args.token)
     names = label_names(raw)
-    compute = metrics_of(
-        data.task_name, names is None
-    )  # early: a missing package is an error
+    compute = metrics_of(data.task_name, names is None)  # early: a missing package is an error
     tokenizer, model, ids = model_for(names, functools.partial(class_ids, raw), model_args)
     encode = encoder(tokenizer, text_columns(next(iter(raw.values())), data.task_name), ids, data)
 
