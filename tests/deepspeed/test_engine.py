@@ -301,7 +301,7 @@ INIT = [
         ValueError,
         "WarmupLR",
     ),
-    (net(), "adamw", {}, ValueError, r"without a config takes the one that `accelerate launch` exports"),
+    (net(), "adamw", {}, ValueError, r"without `config`, it takes the one that `accelerate launch` exports"),
 ]
 
 
