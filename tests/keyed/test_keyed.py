@@ -858,20 +858,54 @@ def restored_generators():
         (lambda: np.random.beta(1.0, 1.0), r"`numpy\.random`"),
         (lambda: np.random.rand(312), r"`numpy\.random`"),  # all the words there are: the position is the same
         (random.random, "`random`"),
-        (lambda: random.choice("abc"), "`random`"),
+        (lambda: random.choice(range(10**9)), "`random`"),
         (lambda: (random.random(), np.random.rand()), r"`random` and `numpy\.random`"),
     ],
 )
 @pytest.mark.parametrize("before", [0, 2])
-def test_a_draw_from_numpy_or_python_is_refused(draw, name, before, restored_generators):
-    body, run = Counted(lambda n: draw() if n > before else None), Randomness()
+def test_a_draw_from_numpy_or_python_is_keyed_and_refused_where_it_is_captured(draw, name, before, restored_generators):
+    seen = []
+    body, run = Counted(lambda n: seen.append(draw()) if n > before else None), Randomness()
     for _ in range(before):
         run(STATE, body)
-    message = (
-        rf"this step drew from the global generator of {name}, which is not a part of the state.*`torch\.rand\(\(\)\)`"
-    )
+    after = np.random.get_state()[1].copy(), np.random.get_state()[2], random.getstate()
+    for step, row in ((0, 0), (0, 0), (1, 0), (0, 5)):
+        run(STATE._replace(step=torch.tensor(step)), body, first_row=row)
+    run(STATE._replace(step=torch.tensor(0)), body)
+    a, b, next_step, other_row, again = map(repr, seen[-5:])
+    assert a == b == again
+    assert a != next_step and a != other_row
+    assert (np.random.get_state()[1] == after[0]).all()
+    assert (np.random.get_state()[2], random.getstate()) == after[1:]
+    message = rf"drew from the global generator of {name}, which is not a part of the state.*`torch\.rand\(\(\)\)`"
+    step = tfn.jit(lambda state, batch: Randomness()(state, lambda: (draw(), state.step + 1)[1]), backend="eager")
     with pytest.raises(RandomnessError, match=message):
-        run(STATE, body)
+        step(STATE, X)
+
+
+def test_mixup_and_resumed_steps_with_numpy_are_functions_of_the_state(restored_generators):
+    """As with `numpy.random.default_rng`, drawn before the step and passed in the batch."""
+    rows, optimizer = torch.arange(12.0).reshape(6, 2), tfn.optim.sgd(0.01)
+
+    def loss(p, batch):
+        share = float(np.random.beta(1.0, 1.0))
+        drawn.append(share)
+        return tfn.Mean.of((share * batch + (1 - share) * batch.flip(0)) @ p["w"])
+
+    drawn: list[float] = []
+    step = tfn.train_step(loss, optimizer)
+    first = [tfn.init({"w": torch.ones(2)}, optimizer)]
+    for _ in range(4):
+        first.append(step(first[-1], rows)[0])
+    shares = drawn[-4:]
+    assert len(set(shares)) == 4
+    resumed = tfn.train_step(loss, optimizer)(first[2], rows)[0]  # a new process knows nothing of the step
+    assert resumed.params["w"].equal(first[3].params["w"])
+    w = torch.ones(2, requires_grad=True)
+    for share in shares:
+        (grad,) = torch.autograd.grad(((share * rows + (1 - share) * rows.flip(0)) @ w).mean(), w)
+        w = (w - 0.01 * grad).detach().requires_grad_()
+    torch.testing.assert_close(first[4].params["w"], w.detach())
 
 
 def test_a_draw_of_another_thread_is_none_of_the_steps(restored_generators):
@@ -883,8 +917,7 @@ def test_a_draw_of_another_thread_is_none_of_the_steps(restored_generators):
 
 def test_generators_without_a_known_place_in_memory_are_asked(restored_generators, monkeypatch):
     monkeypatch.setattr("trainfn._keyed._elsewhere._PEEKS", False)
-    with pytest.raises(RandomnessError, match="`random`"):
-        Randomness()(STATE, random.random)
+    assert Randomness()(STATE, random.random) == Randomness()(STATE, random.random)
     twister = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(0))
     try:

@@ -39,6 +39,7 @@ class Randomness:
     def __init__(self) -> None:
         # How often it ran since it drew last, by the type of the state, which stands for the module.
         self._quiet: weakref.WeakKeyDictionary[type, int] = weakref.WeakKeyDictionary()
+        self._elsewhere: weakref.WeakSet[type] = weakref.WeakSet()  # those with draws of NumPy or Python
 
     def __call__(self, state: TrainState, body: Callable[[], T], *, rows: int = 0, first_row: Tensor | int = 0) -> T:
         """Run ``body``, perhaps twice: it must not change what it finds.
@@ -50,17 +51,30 @@ class Randomness:
             first_row: See `keyed`.
 
         Raises:
-            RandomnessError: If it draws in a way that can't be rerouted, or from NumPy's or Python's generator.
+            RandomnessError: If it draws in a way that can't be rerouted; or, in a captured step, from NumPy's or
+                Python's generator.
         """
-        before = _elsewhere.positions()
+        if type(state) in self._elsewhere and _elsewhere.can_be_keyed(state.key):
+            key = random.fold_in(random.fold_in(state.key, state.step), first_row)
+            with _elsewhere.keyed(key):
+                return self._run(state, body, rows, first_row)
+        first = _elsewhere.positions()
         out = self._run(state, body, rows, first_row)
-        if _elsewhere.positions() == before:
+        if not _elsewhere.moved(first):
             return out
         del out
-        before = _elsewhere.positions()  # once more: it may have been another thread
-        out = self._run(state, body, rows, first_row)
-        _elsewhere.check_unmoved(before)
-        return out
+        with _elsewhere.kept():
+            before = _elsewhere.positions()  # once more: it may have been another thread
+            out = self._run(state, body, rows, first_row)
+            moved = _elsewhere.moved(before)
+        if not moved:
+            return out
+        if not _elsewhere.can_be_keyed(state.key):
+            _elsewhere.refuse(moved)
+        del out
+        _elsewhere.restore(first)
+        self._elsewhere.add(type(state))
+        return self(state, body, rows=rows, first_row=first_row)
 
     def _run(self, state: TrainState, body: Callable[[], T], rows: int, first_row: Tensor | int) -> T:
         runs = self._quiet.get(type(state), 0)
