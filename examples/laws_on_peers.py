@@ -1,9 +1,9 @@
-"""The laws of `trainfn.testing` on other libraries' training loops: who holds, who fails, and by what factor.
+"""The laws of `trainfn.testing` on other libraries' training loops: which hold, which fail, and by what factor.
 
 ::
 
-    python examples/laws_on_peers.py             # all that is installed; what is absent is named
-    python examples/laws_on_peers.py trainfn T5  # those whose names contain one of these
+    python examples/laws_on_peers.py             # all installed libraries; it names the absent ones
+    python examples/laws_on_peers.py trainfn T5  # the libraries with one of these in their names
 
 Every contestant gets the same rows of tokens, of unequal length, as micro-batches, and takes one step of SGD in the way
 its documentation shows. Then the rows are cut differently: the step should be the same, and so should the loss of an

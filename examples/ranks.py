@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the step, communication included")
     args = parser.parse_args()
 
-    launch = tfn.launch.settings()  # the processes find each other; in one process there is nothing to find
+    launch = tfn.launch.settings()  # the processes find each other; one process alone does nothing
     plan = launch.plan if args.zero is None else tfn.Plan.zero(args.zero)
     torch.manual_seed(0)
     optimizer = tfn.optim.chain(tfn.optim.clip_by_global_norm(1.0), tfn.optim.adamw(3e-3))

@@ -39,7 +39,7 @@ def loaded(path):
 
 
 def on_cpu(index, path, arguments, cores, port):
-    """One process of the CPU, which the launch environment says is one of many."""
+    """Run one of several processes of the CPU, with the variables of a launcher."""
     os.environ |= {
         "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(cores), "LOCAL_WORLD_SIZE": str(cores),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",

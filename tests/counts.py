@@ -107,8 +107,8 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def words(sentence: str) -> int:
-    """The words of a sentence, or of its longest part between semicolons; a piece of code is one."""
-    return max(len(re.findall(r"[\w'-]+", part)) for part in sentence.split(";"))
+    """The words of a sentence, or of its longest part between semicolons or middle dots; a piece of code is one."""
+    return max(len(re.findall(r"[\w'-]+", part)) for part in re.split("[;·]", sentence))
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Who calls whom in the package, by name, so that a message can be filed under the public call that gives it."""
+"""The calls between functions of the package, by name, to find the public call that raises a message."""
 
 import ast
 import importlib

@@ -21,5 +21,5 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Say of each test that a page names in which file it is."""
+    """Add its file to each test that a page names."""
     return promises.placed(markdown, ROOT / "tests") if page.file.src_uri == "promises.md" else markdown

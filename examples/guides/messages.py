@@ -105,7 +105,7 @@ def raised(scope: Function) -> Iterator[tuple[str, str]]:
 
 
 def _made(maker: str, call: ast.Call, scope: Function) -> Iterator[tuple[str, str]]:
-    """The messages of `raise maker(...)`: what it is given, if that is a text, or else the texts in the maker."""
+    """Return the messages of `raise maker(...)`: its argument if that is a text, or else the texts in the maker."""
     given = " ".join(one[0] for one in (texts(argument, scope) for argument in call.args) if one)
     if len(fixed(given)) > 3 * LEAST:
         yield "LawViolation", given

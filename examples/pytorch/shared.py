@@ -64,7 +64,7 @@ def parsed(*kinds: type) -> tuple[Any, ...]:
 
 
 def required(module: str, package: str, why: str) -> ModuleType:
-    """A module that only the scripts need."""
+    """Import a module that only the scripts need."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -97,7 +97,7 @@ def load(data: Any, *, cache_dir: str | None = None, token: str | None = None) -
 
 
 def rows(raw: DatasetDict, split: str, flag: str, most: int | None) -> Dataset:
-    """The first rows of a split; ``flag`` is why it is needed."""
+    """Return the first rows of a split, which ``flag`` needs."""
     if split not in raw:
         file = f"--{split.partition('_')[0]}_file"
         raise ValueError(f"`{flag}` needs a {split} split, and the data have {sorted(raw)}. Add `{file} ...`.")
@@ -105,7 +105,7 @@ def rows(raw: DatasetDict, split: str, flag: str, most: int | None) -> Dataset:
 
 
 def mapping(data: Any) -> dict[str, Any]:
-    """How ``Dataset.map`` is to go about it."""
+    """Return the options of ``Dataset.map``."""
     return {"num_proc": data.preprocessing_num_workers, "load_from_cache_file": not data.overwrite_cache}
 
 
@@ -113,10 +113,10 @@ def mapping(data: Any) -> dict[str, Any]:
 
 
 def resume_point(args: Any) -> str | bool | None:
-    """The checkpoint that was named; or True for the newest in the output folder; or None to begin.
+    """Return the checkpoint that was named, or True for the newest in the output folder, or None to begin.
 
     Raises:
-        ValueError: If there are other things in the folder, and nobody said to write there.
+        ValueError: If the folder has other files, and ``--overwrite_output_dir`` is not given.
     """
     asked, folder = args.resume_from_checkpoint, Path(args.output_dir)
     if asked:
@@ -141,7 +141,7 @@ def record(trainer: Any, split: str, metrics: dict[str, Any], count: int) -> Non
 
 
 def train(trainer: Any, resume: str | bool | None) -> None:
-    """Train; leave the model, the tokenizer, the metrics and the trainer's state in the output folder."""
+    """Train; save the model, the tokenizer, the metrics and the trainer's state in the output folder."""
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     record(trainer, "train", result.metrics, len(trainer.train_dataset))

@@ -262,8 +262,8 @@ SAID = {
     "frozen": r"ValueError: step\(state, batch\): the loss does not depend on any parameter",
     "part": r"ValueError: step\(state, batch\): the loss did not call the model.*Call `model\(\.\.\.\)`",
     "halfway": r"ArithmeticError: on purpose",
-    "after halfway": r"DonatedStateError: step\(state, batch\): a step failed on the way.*tfn\.deepspeed\.restore",
-    "restore after halfway": r"DonatedStateError: restore\(path, state\): a step failed on the way",
+    "after halfway": r"DonatedStateError: step\(state, batch\): a step failed halfway.*tfn\.deepspeed\.restore",
+    "restore after halfway": r"DonatedStateError: restore\(path, state\): a step failed halfway",
 }
 
 
@@ -301,7 +301,7 @@ INIT = [
         ValueError,
         "WarmupLR",
     ),
-    (net(), "adamw", {}, ValueError, r"without a config takes the one that `accelerate launch` exports"),
+    (net(), "adamw", {}, ValueError, r"without `config`, it takes the one that `accelerate launch` exports"),
 ]
 
 

@@ -108,7 +108,7 @@ def planned(folder, plan):
     if WORLD > 1:
         stage = plan["deepspeed"]["zero_optimization"]["stage"]
         assert trainer._trainfn.world.plan.stage == stage
-        assert {2: "split: optimizer state and gradients", 3: "split: parameters, too"}[stage] in lines
+        assert {2: "sharded: optimizer state and gradients", 3: "sharded: parameters, too"}[stage] in lines
     return {"params": params(trainer), "log": history(trainer)}
 
 

@@ -292,9 +292,9 @@ def test_old_values_that_cannot_be_had(capsys):
     with pytest.raises(ValueError, match=r"save_safetensors=False.*Leave it out"):
         arguments(save_safetensors=False)
     for line, error in (
-        ("--tpu_num_cores many", "argument --tpu_num_cores: 'many' is no int"),
-        ("--no_cuda maybe", "argument --no_cuda: 'maybe' is no bool"),
-        ("--legacy_arguments x", "--legacy_arguments is not an option of its own"),
+        ("--tpu_num_cores many", "argument --tpu_num_cores: 'many' is not a valid int"),
+        ("--no_cuda maybe", "argument --no_cuda: 'maybe' is not a valid bool"),
+        ("--legacy_arguments x", "--legacy_arguments is not an option itself"),
     ):
         with pytest.raises(SystemExit):
             parse(line)
@@ -370,7 +370,7 @@ def test_a_rule_for_a_field_that_is_not_there_is_skipped(monkeypatch):
 
 NOT_DEFAULT = {  # a value for every field that is refused or ignored, and what the message says
     "fsdp_config": ({"min_num_params": 1}, "`fsdp` is not given.*Write `fsdp=True`"),
-    "tf32": (True, "no NVIDIA GPU.*Leave `tf32` out"),
+    "tf32": (True, "not an NVIDIA GPU.*Leave `tf32` out"),
     "torch_empty_cache_steps": (4, "plans its memory.*Leave `torch_empty_cache_steps` out"),
     "dataloader_persistent_workers": (True, "trainfn.data"),
     "dataloader_multiprocessing_context": ("spawn", "trainfn.data"),

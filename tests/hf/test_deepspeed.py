@@ -274,7 +274,7 @@ def test_both_a_launchers_and_the_arguments_configuration(monkeypatch):
         configuration(arguments(deepspeed=other))
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     env(monkeypatch, ACCELERATE_USE_FSDP="true")
-    with pytest.raises(ValueError, match=r"configured with FSDP: each says how the state is split. Leave the one out"):
+    with pytest.raises(ValueError, match=r"configured with FSDP: each says how the state is sharded. Leave one out"):
         Trainer(gpt2(), arguments(deepspeed=AUTO))
 
 

@@ -172,11 +172,11 @@ def test_options_are_typed():
             r"sgd has no option 'momentun', only momentum, dampening, nesterov. Write `momentum=...`",
         ),
         ("sgd", "qq=1", r"no option 'qq'.*Leave it out"),
-        ("adamw_torch", "beta1=0.5", r"and no other.*Write `TrainingArguments\(adam_beta1=...\)`"),
+        ("adamw_torch", "beta1=0.5", r"nor any other.*Write `TrainingArguments\(adam_beta1=...\)`"),
         ("sgd", "weight_decay=0.1", r"a field of its own.*Write `TrainingArguments\(optim='sgd', weight_decay=0.1\)`"),
         ("sgd", "momentum", r"'momentum' is not a key and a value. Write `optim_args='key=value"),
-        ("sgd", "momentum=much", r"momentum is a float, and 'much' is none. Write `momentum=0.9`"),
-        ("sgd", "nesterov=perhaps", r"nesterov is a bool, and 'perhaps' is none. Write `nesterov=true`"),
+        ("sgd", "momentum=much", r"momentum is a float, and 'much' is not a valid one. Write `momentum=0.9`"),
+        ("sgd", "nesterov=perhaps", r"nesterov is a bool, and 'perhaps' is not a valid one. Write `nesterov=true`"),
     ],
 )
 def test_options_that_cannot_be(optim, text, message):
@@ -297,7 +297,7 @@ def test_optimizers_that_are_not_known_or_cannot_be():
     assert from_torch(torch.optim.NAdam(model.parameters()), params(model)) is None
     with pytest.raises(ValueError, match=r"`optimizers=\(Adam\(...\), ...\)`.*amsgrad=True.*Write `amsgrad=False`"):
         from_torch(torch.optim.Adam(model.parameters(), amsgrad=True), params(model))
-    with pytest.raises(ValueError, match=r"group 0 has a tensor of shape \[\] that is no parameter.*Build"):
+    with pytest.raises(ValueError, match=r"group 0 has a tensor of shape \[\] that is not a parameter.*Build"):
         from_torch(torch.optim.SGD(net().parameters(), lr=0.1), params(model))
     used = adafactor(model.parameters())
     follow(used, tfn.optim.scale(0.0), model, steps=1)

@@ -74,7 +74,7 @@ def gone_on(kind, folder, then, now, stop, **options):
         ((4, 1), (2, 1), 1, r"write `per_device_train_batch_size=4`\."),
         ((2, 1), (4, 1), 2, r"an update has 4 rows .*\(4 x gradient_accumulation_steps=1\), and had 2 \(2 x 1\)"),
         ((2, 2), (4, 1), 2, None),
-        ((2, 1), (2, 2), 2, r"an epoch has 3 updates, and had 6; .* over 9 updates, of which 2 are done; .*=1`\."),
+        ((2, 1), (2, 2), 2, r"an epoch has 3 updates, and had 6; .* has 9 updates, of which 2 are done; .*=1`\."),
         ((6, 1), (3, 1), 2, r"write `per_device_train_batch_size=6`"),
         ((6, 2), (2, 2), 1, r"write `per_device_train_batch_size=6`\."),
     ],
@@ -93,13 +93,13 @@ def test_rows_that_updates_do_not_divide_are_seen_again(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         before, after = gone_on(Noting, tmp_path, (3, 1), (2, 1), 1)
     assert set(before[:3]) & set(after) == {before[2]}
-    assert "does not divide the 3 rows of this epoch that the checkpoint had seen: the last 1 of them" in caplog.text
+    assert "does not divide the 3 rows of this epoch that the checkpoint had seen; the last 1 of them" in caplog.text
 
 
 def test_rows_in_groups_come_in_another_order(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         gone_on(Noting, tmp_path, (4, 1), (2, 1), 1, train_sampling_strategy="group_by_length")
-    assert "grouped in another way: some of this epoch are seen again, and others not at all" in caplog.text
+    assert "grouped in another way; some of this epoch are seen again, and others not at all" in caplog.text
 
 
 def place(size, accumulate, of, world=ALONE, loader=None):

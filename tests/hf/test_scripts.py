@@ -106,18 +106,18 @@ def test_training_goes_on_from_the_last_checkpoint_or_a_named_one(run, caplog):
     run(SUMMARIZE, command, "--output_dir previous --max_steps 4")
     assert state("previous")["global_step"] == 4
     run(SUMMARIZE, command, "--output_dir previous --max_steps 6 --log_level info")
-    assert "Going on from previous/checkpoint-4" in caplog.text
+    assert "Resuming from previous/checkpoint-4" in caplog.text
     assert state("previous")["global_step"] == 6
     caplog.clear()
 
     run(SUMMARIZE, command, "--output_dir other --overwrite_output_dir --max_steps 6 --log_level info",
         "--resume_from_checkpoint previous/checkpoint-2")  # fmt: skip
-    assert "Going on from previous/checkpoint-2" in caplog.text
+    assert "Resuming from previous/checkpoint-2" in caplog.text
     assert Path("other/model.safetensors").read_bytes() == Path("previous/model.safetensors").read_bytes()
 
     caplog.clear()
     run(SUMMARIZE, command, "--output_dir previous --overwrite_output_dir --max_steps 2 --log_level info")
-    assert "Going on from" not in caplog.text
+    assert "Resuming from" not in caplog.text
     assert state("previous")["global_step"] == 2
 
 

@@ -249,7 +249,9 @@ def test_contradicting_generation_configs_are_refused(tmp_path):
 
 
 def test_other_generation_configs_are_refused():
-    with pytest.raises(TypeError, match=r"generation_config=7\): a int says .*=GenerationConfig\(max_length=64"):
+    with pytest.raises(
+        TypeError, match=r"generation_config=7\)` can't work: it is of type int.*=GenerationConfig\(max_length=64"
+    ):
         trainfn.hf.Seq2SeqTrainer.load_generation_config(7)
 
 

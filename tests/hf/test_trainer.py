@@ -527,10 +527,13 @@ def test_plateau_follows_the_metric(tmp_path):
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda f: Trainer(args=arguments(f)), ValueError, r"give exactly one of the two"),
+        (lambda f: Trainer(args=arguments(f)), ValueError, r"exactly one of the two gives the model"),
         (lambda f: Trainer(..., arguments(f)), ValueError, r"`\.\.\.` is a placeholder"),
-        (lambda f: Trainer("bert", arguments(f)), TypeError, r"Trainer\(model=str\): a torch\.nn\.Module"),
-        (lambda f: Trainer(gpt2(), arguments(f)).train(), ValueError, r"training needs `train_dataset=`"),
+        (lambda f: Trainer("bert", arguments(f)), TypeError, r"the model is a str, and a torch\.nn\.Module"),
+        (
+            lambda f: Trainer(gpt2(), arguments(f)).train(),
+            ValueError, r"`Trainer\(train_dataset=None\)` can't work: .*train_dataset=dataset",
+        ),
         (lambda f: Trainer(gpt2(), arguments(f)).evaluate(), ValueError, r"eval_dataset"),
         (
             lambda f: Trainer(gpt2(), arguments(f), train_dataset=iter([])).train(),
@@ -547,11 +550,13 @@ def test_plateau_follows_the_metric(tmp_path):
         ),
         (
             lambda f: Trainer(gpt2(), arguments(f, dataloader_drop_last=True), train_dataset=tokens(3)).train(),
-            ValueError, r"\(per_device_train_batch_size=8, dataloader_drop_last=True\): the training set has 3 rows",
+            ValueError,
+            r"\(per_device_train_batch_size=8, dataloader_drop_last=True\)` can't work: the training set has 3 rows",
         ),
         (
             lambda f: Trainer(gpt2(), arguments(f, dataloader_drop_last=True)).evaluate(tokens(3)),
-            ValueError, r"\(per_device_eval_batch_size=8, dataloader_drop_last=True\): the evaluation set has 3 rows",
+            ValueError,
+            r"\(per_device_eval_batch_size=8, dataloader_drop_last=True\)` can't work: the evaluation set has 3 rows",
         ),
         (lambda f: Trainer(gpt2(), arguments(f), train_dataset=[]).train(), ValueError, r"training set has no rows"),
     ],
@@ -626,11 +631,11 @@ def test_hyperparameter_search(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("run-*")) == ["run-0", "run-1"]
     with pytest.raises(ValueError, match=r"'learning_rat' is not a field of TrainingArguments.*learning_rate"):
         trainer.hyperparameter_search(lambda trial: {"learning_rat": 1.0}, n_trials=1)
-    with pytest.raises(ValueError, match=r"needs `Trainer\(model_init="):
+    with pytest.raises(ValueError, match=r"can't work without `model_init`.*Write `Trainer\(model_init="):
         Trainer(llama(), options).hyperparameter_search()
     with pytest.raises(ValueError, match=r"backend='ray'"):
         trainer.hyperparameter_search(backend="ray")
-    with pytest.raises(ValueError, match=r"train\(trial=\.\.\.\): trials are of"):
+    with pytest.raises(ValueError, match=r"train\(trial=\.\.\.\)` can't work.*`trainer\.hyperparameter_search"):
         trainer.train(trial={"learning_rate": 1.0})
 
 
@@ -814,7 +819,7 @@ def test_a_stream_is_read_by_one_worker_which_is_said_once(tmp_path, caplog):
         trainer.train()
         loaders = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
     assert [(loader.num_workers, loader.prefetch) for loader in loaders] == [(1, 4)] * 2
-    assert caplog.text.count("(dataloader_num_workers=3): an iterable dataset is read by one worker") == 1
+    assert caplog.text.count("(dataloader_num_workers=3)`: an iterable dataset is read by one worker") == 1
     assert_identical(parameters(trainer.model), parameters(alone.model))
     assert trainer.evaluate()["eval_loss"] == alone.evaluate(tokens(8))["eval_loss"]
 

@@ -330,7 +330,7 @@ def test_a_dict_in_the_place_of_a_file(env, capsys):
     launch = tfn.launch.settings(config=given, deepspeed="native", quiet=True)
     assert (launch.plan, launch.clip) == (tfn.Plan.zero(3, precision=BF16), 0.7)
     env(ACCELERATE_USE_FSDP="true")
-    with pytest.raises(ValueError, match=r"config=\{...\}\): that is one of DeepSpeed, and .*FSDP.*Leave the one out"):
+    with pytest.raises(ValueError, match=r"config=\{...\}\): that is one of DeepSpeed, and .*FSDP.*Leave one out"):
         tfn.launch.settings(config=given, deepspeed="native")
 
 
@@ -605,7 +605,7 @@ def test_notebook_launcher_and_how_its_ranks_end(tmp_path):
     assert "ValueError: these rows are bad" in raises  # told by rank 1, or by rank 0 that waited for it
     assert "rank 1 of 2, before step 2, raised this" in raises or "which has ended: rank 1: ValueError" in raises
     assert "trainfn: rank 0 of 2, before step 2, waited for the other ranks in vain" in waits
-    assert "Accelerate, which was asked first, believes in 1 on cpu: each would train alone" in accelerate
+    assert "Accelerate, which was asked first, found 1 on cpu: each would train alone" in accelerate
     assert all(int(part.split("SECONDS ")[1].split()[0]) < 15 for part in (raises, waits, accelerate))
 
 

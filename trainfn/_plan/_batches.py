@@ -69,7 +69,7 @@ def aligned(batches: Iterator[Batch], call: str, *, equal: bool = False, parts: 
             continue
         kind = _kind(batch)
         compares = parts > 1 and i == 0 and not equal
-        # A message of about 100 bytes a rank, once a batch, but only once a run with a loader that divides evenly. A
+        # A gather of about 100 bytes a rank, once a batch, but only once a run with a loader that divides evenly. A
         # rank must know that another one ended before it starts a step, which would wait for it.
         reports = ranks().gathered((kind, last is None, _digest(batch) if compares else None))
         kinds = [k for k, _, _ in reports]
@@ -128,7 +128,7 @@ def _check_same(kinds: list[str], call: str) -> None:
 
 
 def _borrowed(batch: Batch, full: list[int], last: Batch) -> Batch:
-    """A batch of a rank that has one, for those that never had any."""
+    """Return a batch of a rank that has one, for ranks that never had any."""
     if not full:
         raise ValueError("step(state, batch): no rank has a row, and none had one before: there is nothing to compute.")
     mine = tree.map(lambda x: x.cpu() if isinstance(x, Tensor) else x, batch) if rank() == full[0] else None

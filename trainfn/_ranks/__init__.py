@@ -1,1 +1,1 @@
-"""The processes of a job: what they exchange on the host, and notes on their errors."""
+"""The processes of a job, their exchanges on the host, and notes on their errors."""

@@ -1,4 +1,4 @@
-"""`Ranks`: the processes of a job, and what they exchange on the host.
+"""`Ranks`: the processes of a job, and their exchanges on the host.
 
 Decisions of a run need all of its processes: one process saw an error, one got a signal, only rank 0 reads a file. Such
 small messages go over a gloo group of their own. They don't wait for a device, and they never mix with the collectives
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes of a job; this class is a job of one process, and `trainfn.launch.ranks` returns that of any.
+    """The processes of a job. This class is a job of one process; `trainfn.launch.ranks` returns the present job.
 
     Every rank makes the same calls in the same order. A call that raises on one rank raises on all of them.
 
@@ -94,8 +94,8 @@ class Group(Ranks):
         """See `Ranks`."""
         value, mine = _tried(call) if self.rank == 0 else (None, None)
         sent: list[Any] = [(value, _reported(mine))]
-        # Two broadcasts, of the pickle's length and of the pickle: other ranks must not read the file themselves, for
-        # it may change between two reads.
+        # Two broadcasts, of the pickle's length and of the pickle. Other ranks must not read the file themselves,
+        # because it may change between two reads.
         with _reaching():
             distributed.broadcast_object_list(sent, src=0, group=self._group)
         value, failed = sent[0]
@@ -145,19 +145,20 @@ class Group(Ranks):
 
     def wait(self) -> None:
         """See `Ranks`."""
-        # No data; for what one rank does on a disk and the others read next.
+        # A barrier, without data: one rank has written to a disk, and the others read it next.
         with _reaching():
             distributed.barrier(group=self._group)
 
     def another(self) -> Ranks:
         """See `Ranks`."""
         other = Group(self._timeout)
-        _ = other._group  # made now, by all ranks in the same order: a thread would make it at a time of its own
+        # All ranks must make groups in the same order. A thread would make its group at any time, so it is made now.
+        _ = other._group
         return other
 
 
 def _job_timeout() -> timedelta | None:
-    """How long the job's ranks wait for each other; None if no backend on the host says so."""
+    """Return how long the job's ranks wait for each other; None if no backend on the host has a timeout."""
     try:
         world: Any = distributed.group.WORLD
         return world._get_backend(torch.device("cpu")).options._timeout
@@ -173,7 +174,7 @@ def _tried(call: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _reported(error: Exception | None) -> tuple[str, str] | None:
-    """The class and the text of an error; errors themselves may not be picklable."""
+    """Return the class and the text of an error, because the error itself may not be picklable."""
     if error is None:
         return None
     kind = type(error).__name__
@@ -181,7 +182,7 @@ def _reported(error: Exception | None) -> tuple[str, str] | None:
 
 
 def _error(failed: dict[int, tuple[str, str]], size: int) -> Exception:
-    """The same error on every rank; it names the ranks that failed, unless all failed alike."""
+    """Return the same error on every rank; it names the ranks that failed, unless all failed alike."""
     texts: dict[str, list[int]] = {}
     for rank, (_, text) in failed.items():
         texts.setdefault(text, []).append(rank)

@@ -1,4 +1,4 @@
-"""The configuration of DeepSpeed's engine: that of the user or of the launcher, with a value for every ``auto``."""
+"""The configuration of DeepSpeed's engine, of the user or of the launcher, with a value for every ``auto``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def autos(config: Mapping[str, Any] | str | Path | None = None) -> list[str]:
     """Return the dotted names of the ``"auto"`` entries that `init` needs a value for.
 
     Args:
-        config: As for `init`.
+        config: See `init`.
 
     >>> autos({"gradient_clipping": "auto", "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}})
     ['gradient_clipping', 'optimizer.params.lr']
@@ -55,19 +55,19 @@ def resolved(config: Mapping[str, Any] | str | Path | None, values: Mapping[str,
         )
     if "train_batch_size" not in out and "train_micro_batch_size_per_gpu" not in out:
         raise ValueError(
-            "init(model, config=...): the configuration has no batch size, which DeepSpeed counts samples with. Write"
+            "init(model, config=...): the configuration has no batch size, by which DeepSpeed counts samples. Write"
             ' `tfn.deepspeed.init(model, ..., values={"train_micro_batch_size_per_gpu": 8})`.'
         )
     if read.get("fp16.enabled") and not read.get("zero_optimization.stage", 0):
         raise ValueError(
-            "init(model, config=...): fp16 at stage 0. DeepSpeed divides those gradients by a loss scale that it has"
-            " not multiplied the loss by, so they come out too small. Write"
+            "init(model, config=...): the configuration has fp16 at stage 0, where DeepSpeed divides gradients by a"
+            " loss scale without multiplying the loss by it. The gradients would be too small. Write"
             ' `"zero_optimization": {"stage": 1}`, or bf16.'
         )
     if out.get("managed_gradient_accumulation") is False:
         raise ValueError(
-            "init(model, config=...): managed_gradient_accumulation=false leaves the accumulation to you, and here the"
-            " step does it. Leave the entry out and write gradient_accumulation_steps."
+            "init(model, config=...): managed_gradient_accumulation=false leaves the accumulation to you, but the step"
+            " of trainfn does it. Leave the entry out and write gradient_accumulation_steps."
         )
     return out
 
@@ -80,17 +80,17 @@ def _read(config: Mapping[str, Any] | str | Path | None) -> DeepSpeedJson:
 
 
 def _launched() -> Config:
-    """The configuration that ``accelerate launch`` exported, as Accelerate itself reads it."""
+    """Return the configuration that ``accelerate launch`` exported, as Accelerate itself reads it."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         raise ValueError(
-            "init(model) without a config takes the one that `accelerate launch` exports, and this process was not"
+            "init(model): without `config`, it takes the one that `accelerate launch` exports, but this process was not"
             " launched with one. Write `tfn.deepspeed.init(model, config='ds.json')`, or start the script by"
             " `accelerate launch --config_file deepspeed.yaml script.py`."
         )
-    with warnings.catch_warnings():  # what is imported adds filters of its own
+    with warnings.catch_warnings():  # the import adds filters of its own
         from accelerate.utils import DeepSpeedPlugin
 
-        warnings.filterwarnings("ignore", message="DeepSpeed Zero3 Init flag is only applicable")  # nothing follows
+        warnings.filterwarnings("ignore", message="DeepSpeed Zero3 Init flag is only applicable")  # harmless
         plugin = DeepSpeedPlugin()
     config = copy.deepcopy(plugin.deepspeed_config)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -101,7 +101,7 @@ def _launched() -> Config:
 
 
 def _derived(config: DeepSpeedJson, model: nn.Module | None) -> DeepSpeedJson:
-    """The configuration with the values that follow from others; without a model, some are left out."""
+    """Return the configuration with the values that follow from others; without a model, some are left out."""
     if config.get("train_batch_size") == "auto":
         del config.content["train_batch_size"]  # DeepSpeed multiplies
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")

@@ -47,7 +47,7 @@ class Run:
             module.training = training and mode
 
     def handle(self) -> EngineState:
-        """The one valid handle from now on."""
+        """Return a new handle, which is the only valid one from now on."""
         self.generation += 1
         self.halfway = False
         step = torch.full((), self.engine.global_steps, dtype=torch.int64, device=self.engine.device)
@@ -104,7 +104,7 @@ def intact(state: object, call: str) -> Run:
     run = run_of(state, call)
     if run.halfway:
         raise DonatedStateError(
-            f"{call}: a step failed on the way and left the engine with part of its gradients. Resume from a checkpoint"
+            f"{call}: a step failed halfway and left the engine with part of its gradients. Resume from a checkpoint"
             " with a new engine: `state = tfn.deepspeed.restore(path, tfn.deepspeed.init(model, config=...))`."
         )
     return run
@@ -117,7 +117,7 @@ def alive(state: object, call: str) -> Run:
     if state._generation != run.generation:
         raise DonatedStateError(
             f"{call}: this state, of step {int(state.step)}, has been used: the engine works in place and has moved on."
-            " Go on with the newest one, `state, metrics = step(state, batch)`, or from a checkpoint,"
+            " Use the newest one, `state, metrics = step(state, batch)`, or resume from a checkpoint,"
             " `state = tfn.deepspeed.restore(path, state)`."
         )
     return run
@@ -172,13 +172,13 @@ def init(
 
 
 def package() -> Any:
-    """DeepSpeed, imported when it is used."""
+    """Import DeepSpeed and return it."""
     try:
         return importlib.import_module("deepspeed")
     except ImportError as error:
         raise ImportError(
-            f"tfn.deepspeed needs the DeepSpeed package ({error}): `pip install 'trainfn[deepspeed]'`, on a machine"
-            " without CUDA `DS_BUILD_OPS=0 pip install deepspeed`."
+            f"tfn.deepspeed needs the DeepSpeed package ({error}). Run `pip install 'trainfn[deepspeed]'`, or on a"
+            " machine without CUDA `DS_BUILD_OPS=0 pip install deepspeed`."
         ) from error
 
 
@@ -243,7 +243,7 @@ def _joined(deepspeed: Any) -> contextlib.ExitStack:
         raise ValueError(
             f"init(model, ...): {launched} processes were launched, and this one's process group has {ranks}: each"
             " would train alone. Make a group of all of them before, on CPUs by"
-            " `torch.distributed.init_process_group('gloo')`; or none, and `init` makes it."
+            " `torch.distributed.init_process_group('gloo')`; or make no group, and `init` makes it."
         )
     if ranks == 1 and "LOCAL_RANK" not in os.environ:  # DeepSpeed reads it in every step, launcher or not
         os.environ["LOCAL_RANK"] = "0"

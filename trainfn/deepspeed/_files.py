@@ -61,7 +61,10 @@ def restore(path: str | Path, state: EngineState, *, tag: str | None = None) -> 
     run.generation += 1
     loaded, kept = run.engine.load_checkpoint(str(path), tag=name)
     if loaded is None:
-        raise CheckpointError(f"restore({str(path)!r}, state): DeepSpeed could not load {name!r}; its output says why.")
+        raise CheckpointError(
+            f"restore({str(path)!r}, state): DeepSpeed could not load {name!r}, and its output says why. Pass another"
+            " checkpoint, `tag=...`."
+        )
     if "trainfn_key" in kept:
         run.key = torch.tensor(kept["trainfn_key"], dtype=torch.int64, device=run.key.device)
     return run.handle()
@@ -72,14 +75,13 @@ def _latest(path: Path) -> str:
         if (path / name).is_file():
             return (path / name).read_text(encoding="utf-8").strip()
     raise CheckpointError(
-        f"restore({str(path)!r}, state): there is no checkpoint of DeepSpeed in that folder, for it has no file"
-        " `latest`. Give the folder that `tfn.deepspeed.save` was given, and a fresh state of"
-        " `tfn.deepspeed.init`."
+        f"restore({str(path)!r}, state): there is no checkpoint of DeepSpeed in that folder, because it has no file"
+        " `latest`. Pass the folder that `tfn.deepspeed.save` wrote, and a state of `tfn.deepspeed.init`."
     )
 
 
 def saving(path: str | Path, *, every: int) -> Callable[[StepInfo], None]:
-    """A callback for `trainfn.fit` that saves after each ``every``-th step, as `save` does.
+    """Return a callback for `trainfn.fit` that saves after each ``every``-th step, as `save` does.
 
     >>> fit(step, state, batches, until=100, callbacks=[saving("runs/ds", every=50)])  # doctest: +SKIP
     """

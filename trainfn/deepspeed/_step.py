@@ -181,15 +181,15 @@ class _Sums:
 
 
 def _or_one(weight: Tensor) -> Tensor:
-    return torch.where(weight == 0, torch.ones_like(weight), weight)  # nothing counted: the sums are 0 too
+    return torch.where(weight == 0, torch.ones_like(weight), weight)  # with weight 0, the sums are 0 too
 
 
 def _over_ranks(run: Run, means: Metrics) -> Metrics:
-    """Means over the rows of all ranks."""
+    """Return means over the rows of all ranks."""
     wide = torch.float32 if run.engine.device.type == "mps" else torch.float64
     parts = [part for mean in means.values() for part in mean]
     flat = torch.cat([part.to(wide).flatten() for part in parts])
-    # 16 bytes a metric, one message a step.
+    # An all-reduce of 16 bytes a metric, once a step: metrics are means over the rows of all ranks.
     torch.distributed.all_reduce(flat, group=run.group)
     sums = iter(flat.split([part.numel() for part in parts]))
     return {
@@ -199,11 +199,11 @@ def _over_ranks(run: Run, means: Metrics) -> Metrics:
 
 
 def _update(run: Run, divisor: float) -> Tensor | None:
-    """One step of the engine on its gradients divided by ``divisor``; the norm of those, before clipping."""
+    """Run a step of the engine on its gradients divided by ``divisor``; return their norm before clipping."""
     engine = run.engine
     optimizer = engine.optimizer
     _set_rate(run)
-    if optimizer is engine.basic_optimizer:  # stage 0 in float32: the gradients are where torch has them
+    if optimizer is engine.basic_optimizer:  # stage 0 in float32: the gradients are in `p.grad`, as in torch
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if divisor != 1.0:
             torch._foreach_div_(grads, divisor)
@@ -221,7 +221,7 @@ def _update(run: Run, divisor: float) -> Tensor | None:
         torch._foreach_div_(optimizer.fp32_groups_gradients_flat, divisor)
         engine.step()
     norm = engine.get_global_grad_norm()
-    if type(optimizer).__name__ == "FP16_UnfusedOptimizer":  # the one that reports it scaled
+    if type(optimizer).__name__ == "FP16_UnfusedOptimizer":  # only this class reports the scaled norm
         norm = norm / (scale * divisor)
     return None if norm is None else torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
 

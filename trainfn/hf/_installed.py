@@ -1,4 +1,4 @@
-"""What the installed transformers has under another name: releases rename fields and methods, and both names work."""
+"""Names that differ between releases of transformers, which rename fields and methods; here both names work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RENAMED = {
 
 
 def completed(base: type[T], renamed: dict[str, str] = RENAMED) -> type[T]:
-    """A dataclass of arguments with both names of each renamed field, whichever it has of them."""
+    """A dataclass of arguments with both names of each renamed field, of which ``base`` has one."""
     had = {field.name: field for field in dataclasses.fields(base)}  # type: ignore[arg-type]
     other = renamed | {new: old for old, new in renamed.items()}
     lacking = {name: had[twin] for name, twin in other.items() if name not in had and twin in had}
@@ -36,11 +36,11 @@ def _optional(twin: dataclasses.Field[Any]) -> Any:
 
 
 Arguments = completed(transformers.TrainingArguments)
-"""The `TrainingArguments` of transformers, with the fields that a newer or an older one has."""
+"""The `TrainingArguments` of transformers, with the names of newer and older releases too."""
 
 
 def same_names(args: transformers.TrainingArguments) -> None:
-    """Give both names of a field the value of the new one; where nobody gave it, that of the old one."""
+    """Give both names of a field one value: that of the new name, or of the old name if the new one is None."""
     for old, new in RENAMED.items():
         if getattr(args, new) is None:
             setattr(args, new, getattr(args, old))
@@ -48,5 +48,5 @@ def same_names(args: transformers.TrainingArguments) -> None:
 
 
 def attribute(owner: object, *names: str) -> Any:
-    """What an object has under the first of these names that it knows; None if it knows none of them."""
+    """The value of the first of these attributes that an object has; None if it has none of them."""
     return next((getattr(owner, name) for name in names if hasattr(owner, name)), None)

@@ -1,4 +1,4 @@
-"""`Seq2SeqTrainer`: evaluation by what the model generates."""
+"""`Seq2SeqTrainer`: evaluation of the tokens that the model generates."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from trainfn.hf._types import Batch, Dataset, Datasets, Processor, Values
 if TYPE_CHECKING:
     from trainfn.hf._arguments._training import TrainingArguments
 
-DEFAULT_NEW_TOKENS = 20  # of `generate`, where neither the call nor the model says more
+DEFAULT_NEW_TOKENS = 20  # the default of `generate`
 
 
 class Seq2SeqTrainer(Trainer):
     """A `Trainer` whose predictions are generated tokens, with ``predict_with_generate=True``.
 
     The loss is that of `Trainer`: `compute_loss`, `compute_loss_func` and label smoothing hold here too.
-    Generated tokens and labels are padded with the pad token to the length that the call asked for. The labels
-    keep the -100 that the collator put there, and rows of batches that are longer still are padded with -100:
-    `compute_metrics` replaces -100 by the pad token before it decodes, as everywhere with transformers.
+    Generated tokens and labels are padded with the pad token to the length that the call asked for. Labels keep
+    the collator's -100, and if a batch is longer than others, their rows are padded with -100. As everywhere with
+    transformers, `compute_metrics` replaces -100 by the pad token before it decodes.
 
     Args:
-        *args: As of `Trainer`.
-        **kwargs: As of `Trainer`.
+        *args: The arguments of `Trainer`.
+        **kwargs: The keyword arguments of `Trainer`.
 
     Raises:
         ValueError: If `args.generation_config` is not valid.
@@ -54,7 +54,7 @@ class Seq2SeqTrainer(Trainer):
         super().__init__(*args, **kwargs)
         given = getattr(self.args, "generation_config", None)
         self._trainfn_generation = None if given is None else self.load_generation_config(given)
-        self._gen_kwargs: Values | None = None  # of transformers' Seq2SeqTrainer, whose subclasses fill it in
+        self._gen_kwargs: Values | None = None  # subclasses of transformers' Seq2SeqTrainer fill this in
         _configure(self)
 
     @staticmethod
@@ -65,8 +65,8 @@ class Seq2SeqTrainer(Trainer):
             gen_config_arg: `Seq2SeqTrainingArguments.generation_config`.
 
         Raises:
-            ValueError: If its values contradict each other: it could not be saved with the model.
-            TypeError: If it is something else.
+            ValueError: If its values contradict each other, so that it could not be saved with the model.
+            TypeError: If it is not one of these.
         """
         if isinstance(gen_config_arg, GenerationConfig):
             config = deepcopy(gen_config_arg)
@@ -76,16 +76,16 @@ class Seq2SeqTrainer(Trainer):
             config = GenerationConfig.from_pretrained(path.parent if file else str(gen_config_arg), file)
         else:
             raise TypeError(
-                f"Seq2SeqTrainingArguments(generation_config={gen_config_arg!r}): a "
-                f"{type(gen_config_arg).__name__} says nothing to `generate`. Write "
-                "generation_config=GenerationConfig(max_length=64), or the path of a folder that holds one."
+                f"`Seq2SeqTrainingArguments(generation_config={gen_config_arg!r})` can't work: it is of type "
+                f"{type(gen_config_arg).__name__}, and not a generation config. Write "
+                "`generation_config=GenerationConfig(max_length=64)`, or the path of a folder that holds one."
             )
         try:
             config.validate(strict=True)
         except ValueError as error:
             raise ValueError(
-                f"Seq2SeqTrainingArguments(generation_config={gen_config_arg!r}): its values contradict each other, "
-                f"and `save_model` would refuse it after training: {error}"
+                f"`Seq2SeqTrainingArguments(generation_config={gen_config_arg!r})` can't work: its values contradict "
+                f"each other, and `save_model` would refuse it after training: {error}"
             ) from error
         return config
 
@@ -99,11 +99,11 @@ class Seq2SeqTrainer(Trainer):
         """The metrics of a dataset; `gen_kwargs` go to `generate`, also for each dataset of a dict.
 
         Args:
-            eval_dataset: As of `Trainer.evaluate`.
-            ignore_keys: As of `Trainer.evaluate`.
-            metric_key_prefix: As of `Trainer.evaluate`.
-            **gen_kwargs: Arguments of `generate`, such as `max_length`, `max_new_tokens` and `num_beams`. What is
-                left out is taken from the training arguments, then from the model's generation config.
+            eval_dataset: As in `Trainer.evaluate`.
+            ignore_keys: As in `Trainer.evaluate`.
+            metric_key_prefix: As in `Trainer.evaluate`.
+            **gen_kwargs: Arguments of `generate`, such as `max_length`, `max_new_tokens` and `num_beams`. The training
+                arguments fill in the others, and then the model's generation config does.
         """
         with _generating(self, gen_kwargs):
             return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
@@ -118,10 +118,10 @@ class Seq2SeqTrainer(Trainer):
         """The generated tokens, labels and metrics of a dataset; `gen_kwargs` go to `generate`.
 
         Args:
-            test_dataset: As of `Trainer.predict`.
-            ignore_keys: As of `Trainer.predict`.
-            metric_key_prefix: As of `Trainer.predict`.
-            **gen_kwargs: As of `evaluate`.
+            test_dataset: As in `Trainer.predict`.
+            ignore_keys: As in `Trainer.predict`.
+            metric_key_prefix: As in `Trainer.predict`.
+            **gen_kwargs: As in `evaluate`.
         """
         with _generating(self, gen_kwargs):
             return super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
@@ -137,7 +137,7 @@ class Seq2SeqTrainer(Trainer):
         """The loss, the generated tokens and the labels of one batch.
 
         Args:
-            model: What to call for the loss.
+            model: The model to call for the loss.
             inputs: One batch.
             prediction_loss_only: Return the loss alone, and generate nothing.
             ignore_keys: Names of model outputs to leave out, where nothing is generated.
@@ -146,7 +146,7 @@ class Seq2SeqTrainer(Trainer):
         loss_only = prediction_loss_only or self.args.prediction_loss_only
         if loss_only or not getattr(self.args, "predict_with_generate", False):
             return super().prediction_step(model, inputs, loss_only, ignore_keys=ignore_keys)
-        # The loss first: the tensor remembers what it was divided by, and the loop adds that up.
+        # The loss is a tensor that carries its count, and the evaluation loop adds both up.
         loss = super().prediction_step(model, inputs, True)[0] if gives_loss(self, inputs) else None
         inputs = self._prepare_inputs(inputs)
         prompt = _without_answers(inputs)
@@ -159,7 +159,7 @@ class Seq2SeqTrainer(Trainer):
         return loss, self._pad_tensors_to_max_len(tokens, width), labels
 
     def _pad_tensors_to_max_len(self, tensor: Tensor, max_length: int) -> Tensor:
-        """Rows padded on the right, as long as asked; longer ones stay as they are."""
+        """Pad rows on the right to ``max_length``; longer rows stay as they are."""
         missing = max_length - tensor.shape[-1]
         return tensor if missing <= 0 else nn.functional.pad(tensor, (0, missing), value=pad_token(self))
 
@@ -176,7 +176,7 @@ def _configure(trainer: Seq2SeqTrainer) -> None:
 
 @contextmanager
 def _generating(trainer: Seq2SeqTrainer, gen_kwargs: Values) -> Generator[None]:
-    """The arguments of this call hold until it ends; a call inside it, for one dataset of a dict, adds its own."""
+    """Hold the arguments of a call until it ends; a call inside it, for one dataset of a dict, adds its own."""
     outer = trainer._gen_kwargs
     if trainer.model_init is not None:  # `train` has made another model
         _configure(trainer)
@@ -188,9 +188,9 @@ def _generating(trainer: Seq2SeqTrainer, gen_kwargs: Values) -> Generator[None]:
 
 
 def _lengths(model: PreTrainedModel, given: Values, prompt: Batch) -> tuple[Values, int]:
-    """The arguments for `generate`, and how long a sequence may become with them.
+    """The arguments for `generate`, and the length of the longest sequence that they allow.
 
-    To `generate`, a `max_new_tokens` of a config outranks the `max_length` of the call; here it does not.
+    In `generate`, a `max_new_tokens` of a config outranks the `max_length` of the call; here it does not.
     """
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     start = prompt[name].shape[-1] if name in prompt else 1  # 1: the decoder's start token
@@ -212,10 +212,10 @@ def _lengths(model: PreTrainedModel, given: Values, prompt: Batch) -> tuple[Valu
 
 
 def pad_token(trainer: Trainer) -> int:
-    """The token that fills rows up: the pad token, or else that of the end, of the tokenizer or of the model.
+    """The token that pads rows: the pad token of the tokenizer or the model, or else the end-of-sequence token.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is neither.
     """
     tokenizer: Processor | None = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     model = _generator(trainer)
@@ -225,17 +225,17 @@ def pad_token(trainer: Trainer) -> int:
             if token is not None:
                 return token[0] if isinstance(token, list) else token
     raise ValueError(
-        "Seq2SeqTrainer(predict_with_generate=True): generated sequences of unequal length are padded, but neither "
-        "the tokenizer nor the model has a pad or end-of-sequence token. Write "
-        "Seq2SeqTrainer(..., processing_class=tokenizer), or set model.config.pad_token_id = 0."
+        "`Seq2SeqTrainingArguments(predict_with_generate=True)` can't work: sequences of unequal length are padded, "
+        "but neither the tokenizer nor the model has a pad or end-of-sequence token. Write "
+        "`Seq2SeqTrainer(..., processing_class=tokenizer)`, or `model.config.pad_token_id = 0`."
     )
 
 
 def _filled(args: TrainingArguments, gen_kwargs: Values) -> Values:
-    """A call's own arguments, then those of the training arguments; the rest is the generation config's."""
+    """A call's arguments, filled up from the training arguments; `generate` takes the rest from its config."""
     optional = ("max_length", "max_new_tokens", "num_beams")
     given = {name: value for name, value in gen_kwargs.items() if value is not None or name not in optional}
-    if "generation_config" in given:  # a whole config is an answer to every question
+    if "generation_config" in given:  # a config of its own decides everything
         return given
     longest, beams = getattr(args, "generation_max_length", None), getattr(args, "generation_num_beams", None)
     if longest is not None and not {"max_length", "max_new_tokens"} & given.keys():
@@ -246,7 +246,7 @@ def _filled(args: TrainingArguments, gen_kwargs: Values) -> Values:
 
 
 def _without_answers(inputs: Batch) -> Batch:
-    """What the model may see to generate: no labels, and no decoder inputs that a collator made of them."""
+    """The inputs for generation: without labels, and without decoder inputs that a collator made of them."""
     labels, decoder = inputs.get("labels"), inputs.get("decoder_input_ids")
     answers = {"labels"}
     if labels is not None and decoder is not None and labels.shape == decoder.shape:

@@ -54,21 +54,22 @@ class Trainer(Reporting):
     """Train, evaluate and predict with a model, as transformers' Trainer does; every method may be overridden.
 
     The step is `trainfn.train_step`: pure, the same update for every split into micro-batches, resumable to the bit.
-    The model holds the newest parameters at all times, after errors and Ctrl-C too. Those that are split over ranks, as
-    by ``fsdp="full_shard"``, it holds in evaluations, in a `whole_model` block, and after `train`, by Ctrl-C too; else
-    they are NaN there, and after an error the checkpoints have them. Constructing a Trainer draws nothing and changes
-    nothing but ``model.config.use_cache``. `train` called again starts a new run from the weights
-    as they are: step, schedule, optimizer state and data order begin anew. A subclass may have any private name but
-    ``_trainfn``, under which a Trainer keeps what is its own.
+    The model holds the newest parameters at all times, after errors and Ctrl-C too. Parameters that are sharded over
+    ranks, as by ``fsdp="full_shard"``, it holds in evaluations, in a `whole_model` block, and after `train` or Ctrl-C.
+    At other times it holds NaN in their place, and after an error the checkpoints have them.
+
+    Constructing a Trainer draws nothing and changes nothing but ``model.config.use_cache``. `train` called again starts
+    a new run from the current weights: step, schedule, optimizer state and data order begin anew. A subclass may use
+    any private name but ``_trainfn``, under which a Trainer keeps its own values.
 
     Args:
-        model: What is called with the batches' entries as keywords; or ``model_init``, called for each run.
-        args: See `TrainingArguments`; by default those with ``output_dir="tmp_trainer"``.
+        model: The model, which is called with the batches' entries as keywords. Or pass ``model_init``.
+        args: The `TrainingArguments`, by default with ``output_dir="tmp_trainer"``.
         data_collator: Makes a batch of a list of rows; by default it pads if ``processing_class`` is a tokenizer.
         train_dataset: Rows to train on.
-        eval_dataset: Rows to evaluate on; or a dict of such by name.
+        eval_dataset: Rows to evaluate on; or a dict of datasets by name.
         processing_class: The tokenizer or processor, saved with the model.
-        model_init: ``() -> model`` or ``(trial) -> model``.
+        model_init: ``() -> model`` or ``(trial) -> model``, called for each run.
         compute_loss_func: ``(outputs, labels, num_items_in_batch) -> loss``.
         compute_metrics: ``EvalPrediction -> dict``.
         callbacks: Callbacks of transformers' kind, classes or instances.
@@ -79,7 +80,7 @@ class Trainer(Reporting):
         callback: The old name of ``callbacks``.
 
     Raises:
-        ValueError: If arguments contradict each other or ask for what can't be done, saying what to write.
+        ValueError: If arguments contradict each other or can't be honoured; the message says what to write.
 
     >>> import tempfile, torch, transformers
     >>> from trainfn import Trainer, TrainingArguments
@@ -141,7 +142,7 @@ class Trainer(Reporting):
         self.state, self.control = TrainerState(), TrainerControl()
         self.train_state: tfn.TrainState | None = None
         self.is_in_train = False
-        self._signature_columns: list[str] | None = None  # of transformers' Trainer, whose subclasses fill it in
+        self._signature_columns: list[str] | None = None  # subclasses of transformers' Trainer fill this in
         _logs.set_verbosity(self.args)
         given = with_defaults(gather(callbacks, callback), self.args, tracker_callbacks(self.args))
         self.callback_handler = CallbackHandler(given, self)
@@ -172,7 +173,7 @@ class Trainer(Reporting):
     # --- data -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Loader:
-        """One epoch of micro-batches; any iterable of dicts will do."""
+        """One epoch of micro-batches; an override may return any iterable of dicts."""
         return _data.train_loader(self)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> Loader:
@@ -181,7 +182,10 @@ class Trainer(Reporting):
         if isinstance(eval_dataset, str):
             dataset = cast("dict[str, Dataset]", self.eval_dataset)[eval_dataset]
         if dataset is None:
-            raise ValueError("Trainer: evaluation needs an `eval_dataset`.")
+            raise ValueError(
+                "`trainer.evaluate()` can't work: there is no evaluation set. Write `trainer.evaluate(dataset)`, or"
+                " `Trainer(model, args, eval_dataset=dataset)`."
+            )
         return _data.eval_loader(self, cast("Dataset", dataset), "evaluation")
 
     def get_test_dataloader(self, test_dataset: Dataset) -> Loader:
@@ -243,18 +247,18 @@ class Trainer(Reporting):
         """Train, from the beginning or from a checkpoint.
 
         Args:
-            resume_from_checkpoint: True for the newest one in ``output_dir``, or a path.
-            trial: Of a hyper-parameter search.
+            resume_from_checkpoint: True for the newest checkpoint in ``output_dir``, or a path.
+            trial: The trial, if a hyperparameter search calls this.
             ignore_keys_for_eval: Outputs that evaluations leave out.
 
         Raises:
             ValueError: If there is no such checkpoint.
-            trainfn.errors.CheckpointError: If it is damaged or does not fit.
+            trainfn.errors.CheckpointError: If the checkpoint is damaged or does not fit.
         """
         return _loop.train(self, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def hyperparameter_search(self, *args: Any, **options: Any) -> BestRun | list[BestRun]:
-        """Train with other arguments again and again; see `trainfn.hf._run._search.hyperparameter_search`."""
+        """Train one run for each trial, with its own arguments; see `trainfn.hf._run._search.hyperparameter_search`."""
         return _search.hyperparameter_search(self, *args, **options)
 
     def summary(self) -> str:
@@ -286,7 +290,7 @@ class Trainer(Reporting):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """What `evaluate` and `predict` share."""
+        """Predict over a loader and compute the metrics: the part that `evaluate` and `predict` share."""
         return _evaluate.evaluation_loop(
             self, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
@@ -312,10 +316,10 @@ class Trainer(Reporting):
 
     @contextlib.contextmanager
     def whole_model(self) -> Generator[nn.Module]:
-        """The model with all its values, for the time of a block; all ranks must enter it.
+        """The model with its full parameters, for the time of a block; all ranks must enter it.
 
-        In a callback, parameters that are split over ranks are NaN outside of it. It takes the memory of the whole
-        parameters; what is written to those that are split is lost. In one process it does nothing.
+        In a callback, sharded parameters are NaN outside of the block. Inside, the full parameters take their memory,
+        and changes of sharded ones are lost afterwards. In one process it does nothing.
         """
         with _parameters.whole(self):
             yield self.model
@@ -325,7 +329,7 @@ class Trainer(Reporting):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, the tokenizer and the arguments, so that ``from_pretrained`` reads them.
 
-        On several ranks all must call it, in callbacks too: parameters that are split come together. Rank 0 writes.
+        On several ranks all must call it, in callbacks too, because sharded parameters are gathered. Rank 0 writes.
         """
         self._save(output_dir or str(_folders.output_dir(self)))
         if self.args.push_to_hub and not _internal_call:
@@ -343,7 +347,7 @@ class Trainer(Reporting):
             _hub.push_from_checkpoint(self, str(folder))
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        """An estimate for a batch: six operations for each token and parameter that is no embedding."""
+        """An estimate for a batch: six operations for each token and parameter, without embeddings."""
         tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         if not isinstance(tokens, Tensor) or not hasattr(self.model, "num_parameters"):
             return 0
@@ -354,4 +358,4 @@ class Trainer(Reporting):
 
 
 for _method in (Trainer.training_step, Trainer.create_scheduler):
-    _method.not_overridden = True  # type: ignore[attr-defined]  # so that what is overridden can be told
+    _method.not_overridden = True  # type: ignore[attr-defined]  # so that overrides are recognized

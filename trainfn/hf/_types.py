@@ -1,4 +1,4 @@
-"""The types of this package: what goes through a Trainer, and what its helpers may ask of one."""
+"""The types of this package: the values that go through a Trainer, and a Trainer as its helpers see it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:  # the files that define these import this one
 Values: TypeAlias = dict[str, Any]
 """Values of any kind by name: options of a call, the content of a JSON file, a row."""
 Batch: TypeAlias = dict[str, Any]
-"""What a collator makes of rows, and what a model is called with: tensors, and what else it takes, by name."""
+"""A batch by name, as a collator returns it and a model takes it: tensors and other values."""
 Row: TypeAlias = Mapping[str, Any]
 """One row of a dataset."""
 Outputs: TypeAlias = Any
-"""What a model returns: a `transformers.utils.ModelOutput`, a dict or a tuple."""
+"""The outputs of a model: a `transformers.utils.ModelOutput`, a dict or a tuple."""
 OptState: TypeAlias = Any
 """The state of an optimizer: named tuples of tensors, and of dicts of them by parameter."""
 Loss: TypeAlias = Tensor | tfn.Mean
 Nested: TypeAlias = Any
 """A tensor or an array; or tuples, lists and dicts of them."""
 Metrics: TypeAlias = dict[str, Any]
-"""Metrics by name, as they are logged: numbers most of all."""
+"""Metrics by name, as they are logged: mostly numbers."""
 Rate: TypeAlias = tfn.Schedule | float
 """A learning rate: a function of the number of completed updates, or a number that a controller changes."""
 Optimizer: TypeAlias = torch.optim.Optimizer | tfn.Transform
@@ -84,10 +84,10 @@ class Trial(Protocol):
 
 
 class TrainerLike(Protocol):
-    """A Trainer, to the functions that do its work.
+    """A Trainer, as the functions that do its work see it.
 
-    The methods are those that a subclass may override, so they are called on the Trainer and not as functions. All that
-    is private is in `_trainfn`, but for the names that transformers' Trainer has and that its subclasses override.
+    A subclass may override the methods, so they are called on the Trainer and not as functions. Private values are in
+    `_trainfn`, except under names of transformers' Trainer that subclasses use.
     """
 
     _trainfn: Record

@@ -17,13 +17,13 @@ started by                                        is
 ``notebook_launcher(train, num_processes=N)``     N processes, from a notebook
 ================================================  ==========================================================
 
-What the processes exchange on the host has one home, too::
+The processes exchange small values on the host by one object::
 
     ranks = tfn.launch.ranks()               after `settings`, in every process
     path = ranks.first(make_a_folder)        called on rank 0 only, returned on all; an error is raised on all
 
-Each works on CPUs as on GPUs. ``trainfn test`` launches with your configuration, and checks that N ranks compute what
-one does.
+All of this works on CPUs and on GPUs. ``trainfn test`` launches with your configuration, and checks that N ranks
+compute the same numbers as one.
 """
 
 from trainfn._ranks._group import Ranks as Ranks

@@ -1,4 +1,4 @@
-"""From the variables that ``accelerate launch`` exports to a plan, and to settings beside it."""
+"""Read the variables that ``accelerate launch`` exports, into a plan and the settings beside it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Reading:
         self.seen: set[str] = set()
 
     def get(self, variable: str) -> str | None:
-        """The value; None if the launcher was not given one, for which it exports the word None."""
+        """Return the value; None if the user gave none, in which case the launcher exports the word None."""
         value = self.env.get(variable)
         return None if value in (None, "", "None", "none") else value
 
@@ -94,7 +94,7 @@ class Reading:
         self.fields.append(Field(shown(variable), self.env[variable], fate, detail))
 
     def unread(self, *prefixes: str) -> list[str]:
-        """The variables with a value whose fate is not recorded yet."""
+        """Return the variables with a value whose fate is not recorded yet."""
         return [
             name
             for name in sorted(self.env)
@@ -137,11 +137,11 @@ def _megatron(reading: Reading) -> None:
         reading.note(
             "ACCELERATE_USE_MEGATRON_LM",
             "refused",
-            "there is no Megatron-LM here. For tensor parallelism, write `distributed_type: FSDP`, `fsdp_version: 2`"
-            " and a `parallelism_config`.",
+            "trainfn does not run Megatron-LM. For tensor parallelism, write `distributed_type: FSDP`,"
+            " `fsdp_version: 2` and a `parallelism_config`.",
         )
         for name in reading.unread("MEGATRON_LM_"):
-            reading.note(name, "ignored", "as is Megatron-LM")
+            reading.note(name, "ignored", "only Megatron-LM reads it")
 
 
 # --- FSDP ---------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def _precision(reading: Reading) -> None:
     else:
         reading.note(variable, "refused", 'no plan computes in it. Write "bf16".')
         for fp8 in reading.unread("ACCELERATE_FP8_"):
-            reading.note(fp8, "ignored", "as is fp8")
+            reading.note(fp8, "ignored", "only fp8 reads it")
 
 
 def _compilation(reading: Reading) -> None:

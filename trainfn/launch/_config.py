@@ -1,4 +1,4 @@
-"""A configuration file, as the variables that ``accelerate launch`` would export of it."""
+"""Turn a configuration file into the variables that ``accelerate launch`` would export."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def exported(path: str | Path) -> dict[str, str]:
 
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"settings(config={str(path)!r}): the file holds a {type(content).__name__}, not fields.")
+        raise ValueError(
+            f"settings(config={str(path)!r}): the file holds a {type(content).__name__}, not fields. Write it by"
+            " `accelerate config`."
+        )
     if path.suffix == ".json" and "distributed_type" not in content:
         return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
     return _variables(content, f"settings(config={str(path)!r})")

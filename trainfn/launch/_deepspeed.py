@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration as a plan, field by field: the plan has its arithmetic, not its engine."""
+"""Turn a DeepSpeed configuration into a plan, field by field: the plan has its arithmetic, not its engine."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class _Native:
 
 
 def read(reading: Reading, given: Mapping[str, Any] | None = None) -> None:
-    """Map what the launcher exported of a DeepSpeed configuration, or a given one, onto the reading's plan."""
+    """Map the exported DeepSpeed configuration, or a given one, onto the reading's plan."""
     entries = list(_entries(reading) if given is None else _named(DeepSpeedJson(given)))
     if given is None:
         _default_stage(reading, entries)
@@ -141,18 +141,18 @@ def read(reading: Reading, given: Mapping[str, Any] | None = None) -> None:
 
 
 def configured(reading: Reading) -> dict[str, Any]:
-    """The exported configuration as one JSON; a value of the file counts before Accelerate's own."""
+    """Return the exported configuration as one JSON; a value of the file counts before Accelerate's own."""
     entries = list(_entries(reading))
     _default_stage(reading, entries)
     out = DeepSpeedJson({})
-    for entry in entries:  # the file's come last
+    for entry in entries:  # the entries of the file come last, and replace the others
         if out.get(entry.name) is None or entry.value not in ("auto", {}):
             out.put(entry.name, _value(entry.value))
     return out.content
 
 
 def _value(written: Any) -> Any:
-    """The value of a number or a flag that was exported as text."""
+    """Return the value of a number or a flag that was exported as text."""
     try:
         return json.loads(written) if isinstance(written, str) else written
     except json.JSONDecodeError:
@@ -183,7 +183,7 @@ def _named(config: DeepSpeedJson) -> Iterator[Entry]:
     return (Entry(name, name, value) for name, value in config.entries())
 
 
-# --- the fields that a plan, or what is beside it, has ------------------------------------------------------------
+# --- the fields that a plan or a setting stands for ---------------------------------------------------------------
 
 
 def _stage(native: _Native, entry: Entry) -> None:
@@ -267,7 +267,7 @@ def _number(argument: str, convert: Callable[[Any], Any], line: str) -> Callable
 
 
 def _chosen(native: _Native, entry: Entry) -> None:
-    """An entry of an optimizer or a scheduler: if all are auto, the step's own counts; a number would be lost."""
+    """Note an entry of an optimizer or a scheduler: the step has its own, so a number here would be lost."""
     section = entry.name.partition(".")[0]
     auto = all(
         value in ("auto", None, [])

@@ -12,7 +12,7 @@ class Field(NamedTuple):
     """A field of a configuration, and its fate.
 
     Attributes:
-        name: As the user wrote it: a key of Accelerate's yaml, or a dotted one of DeepSpeed's json.
+        name: The name that the user wrote: a key of Accelerate's yaml, or a dotted one of DeepSpeed's json.
         value: Its value.
         fate: ``"mapped"`` to a setting here; ``"not needed"`` if nothing is lost without it; ``"ignored"`` with a
             warning if something is; ``"refused"`` with an error.

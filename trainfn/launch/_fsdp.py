@@ -1,4 +1,4 @@
-"""The sharding strategies of FSDP 1, as plans: the one table of them."""
+"""The table of FSDP 1's sharding strategies, as plans."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Strategy(NamedTuple):
 
 
 def strategy(name: str, nodes: int) -> Strategy | None:
-    """The strategy of a name, in either case, or of a number from ``"1"`` on; None if there is none.
+    """Return the strategy of a name, in either case, or of a number from ``"1"`` on; None if it is not valid.
 
     Args:
         name: As in ``fsdp_sharding_strategy``.

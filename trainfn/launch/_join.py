@@ -40,7 +40,7 @@ def join(*, timeout: float = 1800.0) -> torch.device:
 
 
 def meet(*, timeout: float, cpu: bool) -> torch.device:
-    """`join`, on CPUs if ``cpu`` or if there is nothing else."""
+    """Do the work of `join`, on CPUs if ``cpu`` or if the machine has no accelerator."""
     world = launched()
     cpu = cpu or not _accelerated()
     if world == 1:
@@ -54,7 +54,7 @@ def meet(*, timeout: float, cpu: bool) -> torch.device:
     if state.num_processes != world or torch.distributed.get_world_size() != world:
         raise RuntimeError(
             f"join(): {world} processes were launched (WORLD_SIZE={world}), and Accelerate, which was asked first,"
-            f" believes in {state.num_processes} on {state.device}: each would train alone. Call"
+            f" found {state.num_processes} on {state.device}: each would train alone. Call"
             " `tfn.launch.settings()` before `Accelerator()` or `PartialState()`; or, on a machine without GPUs, launch"
             " with ACCELERATE_USE_CPU=true."
         )
@@ -75,8 +75,8 @@ def _check_alone() -> None:
     if asked and "RANK" not in env and "LOCAL_RANK" not in env:
         raise RuntimeError(
             "join(): `accelerate launch` was asked for several processes and has started one: without `--multi_gpu`,"
-            f" FSDP or DeepSpeed it starts no more, unless by mpirun. Launch with {_HOW}; with `--num_processes 1` if"
-            " one is what you want."
+            f" FSDP or DeepSpeed it starts no more, unless by mpirun. Launch with {_HOW}. For one process, write"
+            " `--num_processes 1`."
         )
 
 
@@ -105,7 +105,7 @@ def _met(world: int, cpu: bool, timeout: timedelta) -> Any:
 
 
 class _Ending:
-    """In place of `sys.excepthook`: it names the rank of an error that ends this process, and leaves the group."""
+    """It replaces `sys.excepthook`, names the rank of an error that ends this process, and leaves the group."""
 
     def __init__(self, before: Any) -> None:
         self.before, self.failed = before, False

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: the one reader of it, for the launcher's settings, the engine and the Trainer."""
+"""The reader of DeepSpeed's JSON, for the launcher's settings, the engine and the Trainer."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class DeepSpeedJson:
 
         Args:
             given: Any of the three.
-            call: What the user wrote, for the errors.
+            call: The call of the user, for the errors.
 
         Raises:
-            ValueError: If it is neither of them, or the file does not exist, or the JSON is not valid.
+            ValueError: If it is not one of them, or the file does not exist, or the JSON is not valid.
         """
         if isinstance(given, Mapping):
             return cls(given)

@@ -27,9 +27,9 @@ class Launch:
     """The configuration of a launcher; print it to see the fate of each field.
 
     Attributes:
-        plan: For `trainfn.shard` and `trainfn.train_step`.
+        plan: The plan for `trainfn.shard` and `trainfn.train_step`.
         device: The device of this process.
-        rank: This process's number; files are written and lines printed by 0.
+        rank: The number of this process; rank 0 writes files and prints lines.
         world: The number of processes.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; the plan computes in it already.
         loss_scale: With fp16, the arguments of `trainfn.transforms.dynamic_loss_scale`, which the step needs.
@@ -99,8 +99,8 @@ def settings(
     """
     if deepspeed not in (None, "native"):
         raise ValueError(
-            f'settings(deepspeed={deepspeed!r}): "native", or None. For the engine, `tfn.launch.join()` and then'
-            " `tfn.deepspeed.init(model)`."
+            f'settings(deepspeed={deepspeed!r}): it is "native" or None. For the engine, write `tfn.launch.join()` and'
+            " then `tfn.deepspeed.init(model)`."
         )
     env = _environment(config)
     device = meet(timeout=timeout, cpu=is_true(env.get("ACCELERATE_USE_CPU")))
@@ -125,13 +125,13 @@ def plan(
     rules: Sequence[tuple[str, Rule]] = (),
     timeout: float = 1800.0,
 ) -> Plan:
-    """The plan of `settings`, and a warning if the configuration asks for more than a plan holds.
+    """Return the plan of `settings`; warn if the configuration asks for more than a plan holds.
 
     Args:
-        config: See `settings`, as for the others.
-        deepspeed: The same.
-        rules: The same.
-        timeout: The same.
+        config: See `settings`.
+        deepspeed: See `settings`.
+        rules: See `settings`.
+        timeout: See `settings`.
 
     Raises:
         ValueError: See `settings`.
@@ -154,8 +154,8 @@ def plan(
     asked = [line for name, line in beside.items() if getattr(launch, name) not in (None, False, 1)]
     if asked and launch.rank == 0:
         warnings.warn(
-            f"plan(): the configuration asks for what a plan does not hold. `launch = tfn.launch.settings()` has it:"
-            f" {', '.join(asked)}.",
+            f"plan(): the configuration has settings that a plan does not hold. Write `launch = tfn.launch.settings()`,"
+            f" and use them: {', '.join(asked)}.",
             stacklevel=2,
         )
     return launch.plan
@@ -204,8 +204,8 @@ def _environment(config: str | Path | Mapping[str, Any] | None) -> dict[str, str
         return _without_deepspeed(env) | {"ACCELERATE_USE_DEEPSPEED": "true"}
     if "ACCELERATE_MIXED_PRECISION" in env:
         raise ValueError(
-            f"settings(config={str(config)!r}): `accelerate launch` has a configuration already. Give it this one,"
-            f" `accelerate launch --config_file {config} script.py`; or start the script by torchrun."
+            f"settings(config={str(config)!r}): `accelerate launch` has a configuration already. Write `accelerate"
+            f" launch --config_file {config} script.py`, or start the script by torchrun."
         )
     kept = {name: value for name, value in env.items() if name in ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")}
     return {**kept, **exported(config)}
@@ -217,7 +217,7 @@ def _without_deepspeed(env: Mapping[str, str]) -> dict[str, str]:
         if is_true(env.get(variable)):
             raise ValueError(
                 f"settings(config={{...}}): that is one of DeepSpeed, and `accelerate launch` was configured with"
-                f" {what}: each says how the state is split. Leave the one out, or start the script by torchrun."
+                f" {what}: each says how the state is sharded. Leave one out, or start the script by torchrun."
             )
     prefixes = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_")
     return {name: value for name, value in env.items() if not name.startswith(prefixes)}
@@ -227,7 +227,7 @@ def _read_deepspeed(reading: _accelerate.Reading, deepspeed: str | None, given: 
     asked = is_true(reading.get("ACCELERATE_USE_DEEPSPEED"))
     if asked and deepspeed is None:
         raise ValueError(
-            "settings(): the configuration is one of DeepSpeed. For its engine, `tfn.launch.join()` and then"
+            "settings(): the configuration is one of DeepSpeed. For its engine, write `tfn.launch.join()` and then"
             " `tfn.deepspeed.init(model)`; for a plan of the same ZeRO stage,"
             ' `tfn.launch.settings(deepspeed="native")`.'
         )
@@ -245,4 +245,4 @@ def _report(launch: Launch, deepspeed: str | None) -> None:
         print(launch)
     lost = [f"{field.name}={field.value} ({field.detail})" for field in launch.fields if field.fate == "ignored"]
     if lost:
-        warnings.warn(f"settings(): of the configuration, not honoured: {'; '.join(lost)}.", stacklevel=3)
+        warnings.warn(f"settings(): fields of the configuration are not honoured: {'; '.join(lost)}.", stacklevel=3)

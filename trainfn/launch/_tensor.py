@@ -40,11 +40,11 @@ def tensor_rules(model: Any) -> tuple[tuple[str, Rule], ...]:
         listed = ", ".join(f"{key!r}: {value!r}" for key, value in refused.items())
         raise ValueError(
             f"tensor_rules({name}): of its `base_model_tp_plan`, {listed} can't be done: a plan splits columns and rows"
-            " of linear layers. Write `rules=` for the layers of that kind, and leave the others out."
+            " of linear layers. Write `rules=` for those layers, and leave the others out."
         )
     return tuple((_pattern(key), _RULES[value]) for key, value in plan.items())
 
 
 def _pattern(key: str) -> str:
-    """A key of transformers' plan, in which ``*`` is a number, as an expression for parameter names."""
+    """Return a key of transformers' plan, in which ``*`` is a number, as an expression for parameter names."""
     return r"(^|\.)" + re.escape(key).replace(r"\*", r"\d+") + r"\."

@@ -59,7 +59,7 @@ class DataArguments(shared.DataArguments):
     max_target_length: int = option(128, "Tokens after which a summary is cut off.")
     val_max_target_length: int | None = option(None, "The same in evaluation and generation; as in training.")
     pad_to_max_length: bool = option(False, "Pad all rows to these lengths; if not, to the longest of their batch.")
-    num_beams: int | None = option(1, "Beams to generate with, where --generation_num_beams does not say it.")
+    num_beams: int | None = option(1, "Beams to generate with, unless --generation_num_beams is given.")
     ignore_pad_token_for_loss: bool = option(True, "Padding in the summaries does not count.")
     source_prefix: str = option("", "A text before each row, such as `summarize: `, which names the task for T5.")
     forced_bos_token: str | None = option(None, "The first token of a summary: the language, for mBART.")
@@ -70,7 +70,7 @@ class DataArguments(shared.DataArguments):
 
 
 def load_model(args: ModelArguments, data: DataArguments) -> tuple[Any, Any]:
-    """The tokenizer and the model, fit for these texts."""
+    """Return the tokenizer and the model, with room for these texts."""
     loading, source = args.loading(), args.model_name_or_path
     config = AutoConfig.from_pretrained(args.config_name or source, **loading)
     use_fast = args.use_fast_tokenizer
@@ -96,7 +96,7 @@ def load_model(args: ModelArguments, data: DataArguments) -> tuple[Any, Any]:
 
 
 def _speak(model: Any, tokenizer: Any, data: DataArguments) -> None:
-    """Have a model of many languages read and write the one that was asked for."""
+    """Set the language that a model of many languages reads and writes."""
     if not hasattr(tokenizer, "src_lang"):
         raise ValueError(f"`--lang {data.lang}`: a {type(tokenizer).__name__} knows of no languages. Leave it out.")
     tokenizer.src_lang = tokenizer.tgt_lang = data.lang

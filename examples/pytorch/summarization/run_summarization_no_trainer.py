@@ -44,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument_group("model").add_argument
     add("--model_name_or_path", help="a folder, or a name on the Hub")
-    add("--config_name", help="of the configuration, if it is another one than the model's")
-    add("--tokenizer_name", help="of the tokenizer, if it is another one than the model's")
+    add("--config_name", help="the name of the configuration, if it is not the model's")
+    add("--tokenizer_name", help="the name of the tokenizer, if it is not the model's")
     add("--model_type", choices=list(CONFIG_MAPPING), metavar="TYPE", help="in place of a model: a new one, of a type")
     add("--use_slow_tokenizer", action="store_true", help="leave the tokenizers library alone")
     add("--trust_remote_code", action="store_true", help="run code that the model's repository holds")
@@ -85,8 +85,8 @@ def parser() -> argparse.ArgumentParser:
     add("--with_tracking", action="store_true", help="log to the trackers of Accelerate")
     add("--report_to", default="all", help="which: tensorboard, wandb, ... (%(default)s that are installed)")
     add("--push_to_hub", action="store_true", help="upload the model")
-    add("--hub_model_id", help="as what; by default the name of --output_dir")
-    add("--hub_token", help="by default that of `hf auth login`")
+    add("--hub_model_id", help="the name of its repository; by default that of --output_dir")
+    add("--hub_token", help="the token; by default that of `hf auth login`")
     return made
 
 
@@ -126,7 +126,7 @@ def schedule(args: argparse.Namespace, total: int) -> tfn.Schedule:
 
 
 def folder_of(path: Path, updates: int) -> Path:
-    """A checkpoint's folder; `step_N` and `epoch_N`, as scripts with Accelerate call theirs, stand for one of ours."""
+    """Return a checkpoint's folder; `step_N` and `epoch_N` are the names in scripts with Accelerate."""
     kind, _, number = path.name.partition("_")
     if path.is_dir() or kind not in ("step", "epoch") or not number.isdecimal():
         return path
@@ -134,7 +134,7 @@ def folder_of(path: Path, updates: int) -> Path:
 
 
 def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tfn.Mean:
-    """Cross entropy in nats per token of the summaries; rows that fill up the last batch weigh nothing."""
+    """Cross entropy in nats per token of the summaries; rows that fill up the last batch have weight 0."""
     inputs = {name: batch[name] for name in FIELDS}
     return tfn.losses.cross_entropy(model(**inputs).logits, batch["labels"], weights=batch["weights"][:, None])
 
@@ -182,11 +182,11 @@ def save(args: argparse.Namespace, model: Any, tokenizer: Any, results: dict[str
 def main() -> None:
     args = parser().parse_args()
     check(args)
-    launch = tfn.launch.settings()  # processes that a launcher has started find each other; one has nothing to find
+    launch = tfn.launch.settings()  # the processes of a launcher find each other; one process alone does nothing
     set_seed(args.seed)
     tokenizer, model = load_model(args, launch.device)
     rouge, length = Rouge(tokenizer), args.val_max_target_length or args.max_target_length
-    with PartialState().main_process_first():  # the others read what it has prepared
+    with PartialState().main_process_first():  # the others read the data that rank 0 has prepared
         raw = shared.load(args)
         train = shared.rows(raw, "train", "training", args.max_train_samples)
         train = tokenized(train, tokenizer, args, args.max_target_length, "Tokenizing train").select_columns(FIELDS)

@@ -63,7 +63,7 @@ class Rouge:
     """ROUGE of generated tokens against the labels, in percent, and the mean length of what was generated.
 
     Args:
-        tokenizer: Turns tokens into text.
+        tokenizer: The tokenizer, which turns tokens into text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -72,7 +72,7 @@ class Rouge:
         self.scorer, self.tokenizer = scorer.RougeScorer(self.names, use_stemmer=True), tokenizer
 
     def text(self, tokens: np.ndarray) -> list[str]:
-        """Tokens as texts; what is ignored is padding."""
+        """Return tokens as texts; ignored labels count as padding."""
         tokens = np.where(np.asarray(tokens) == IGNORED, self.tokenizer.pad_token_id, tokens)
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]

@@ -83,7 +83,7 @@ class DataArguments(shared.DataArguments):
 
 
 def label_names(raw: DatasetDict) -> list[Any] | None:
-    """The classes; None if the labels are numbers to come close to."""
+    """Return the classes; None if the labels are numbers of a regression."""
     labelled = next((rows for rows in raw.values() if "label" in rows.column_names), None)
     if labelled is None:
         raise ValueError(f"The data have no column `label`, but {raw.column_names}. Rename the one that holds it.")
@@ -125,7 +125,7 @@ def encoder(tokenizer: Any, texts: tuple[str, ...], ids: dict[Any, int] | None, 
 def class_ids(raw: DatasetDict, names: list[Any], known: dict[str, int]) -> tuple[dict[Any, int], dict[int, str]]:
     """From a value in the column `label` to a class, and from a class to its name.
 
-    A model that was fine-tuned for these very classes keeps the numbers that it knows them by.
+    A model that was fine-tuned for the same classes keeps its numbers for them.
     """
     texts = [str(name) for name in names]
     numbers = known if set(known) == set(texts) else {text: i for i, text in enumerate(texts)}
@@ -221,7 +221,7 @@ def main() -> None:
     set_seed(args.seed)  # of a new head
     raw = shared.load(data, cache_dir=model_args.cache_dir, token=model_args.token)
     names = label_names(raw)
-    compute = metrics_of(data.task_name, names is None)  # now, for what is not installed is better known early
+    compute = metrics_of(data.task_name, names is None)  # early: a missing package is an error
     tokenizer, model, ids = model_for(names, functools.partial(class_ids, raw), model_args)
     encode = encoder(tokenizer, text_columns(next(iter(raw.values())), data.task_name), ids, data)
 

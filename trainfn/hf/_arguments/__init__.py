@@ -1,1 +1,1 @@
-"""`TrainingArguments`: every field, what reads it, and what older names are called today."""
+"""`TrainingArguments`: every field, its reader, and the older names that are translated."""

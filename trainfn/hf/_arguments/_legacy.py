@@ -15,13 +15,13 @@ Given: TypeAlias = Values
 
 
 class Rule(NamedTuple):
-    """What becomes of an old name.
+    """The translation of an old name.
 
     Attributes:
-        becomes: ``(value, all that was given) -> new arguments``; empty where there is nothing to set.
-        write: What the warning says to write, or why nothing.
-        new: The field that answers for the old name when it is read; None where the old value itself does.
-        kind: Of the value on a command line.
+        becomes: ``(value, all arguments given) -> new arguments``; empty where there is nothing to set.
+        write: The text that says what to write, or why to leave it out.
+        new: The field that is read under the old name; None where the old value itself is kept.
+        kind: The type of the value on a command line.
     """
 
     becomes: Callable[[Any, Given], Given]
@@ -83,7 +83,7 @@ def _safetensors(value: object, given: Given) -> Given:
     return {}
 
 
-_APEX = "mixed precision is torch's own autocast, there is nothing to choose"
+_APEX = "mixed precision is torch's own autocast, so there is nothing to choose"
 RULES: dict[str, Rule] = {
     "evaluation_strategy": _renamed("eval_strategy"),
     "per_gpu_train_batch_size": _renamed("per_device_train_batch_size", int),
@@ -134,12 +134,12 @@ def translate(given: Given, stated: Given, names: Given) -> Given:
     """Today's arguments for old ones, with one DeprecationWarning for each.
 
     Args:
-        given: All that was passed, old names and new.
-        stated: The part of it that was meant: on a command line every argument has a value.
-        names: The old names among them, with their values.
+        given: All arguments that were passed.
+        stated: The arguments that the user wrote; on a command line all others are passed with their defaults.
+        names: The old names, with their values.
 
     Raises:
-        ValueError: If an old and a new name were given, and differ.
+        ValueError: If an old and a new name were given with different values.
     """
     everything = {**given, **names}
     for name, value in names.items():
@@ -163,7 +163,7 @@ def _same(one: object, other: object) -> bool:
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn at the line that made the arguments: not in this package, not in the parser that called it."""
+    """Warn at the user's line that made the arguments, not inside this package or a parser."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_MADE_BY):
         level, frame = level + 1, frame.f_back
@@ -174,7 +174,7 @@ _MADE_BY = ("trainfn.hf.", "transformers.", "dataclasses")
 
 
 class Collect(Action):
-    """Gathers the old options of a command line, as the user spelled them, in one dict."""
+    """Collects the old options of a command line, as the user spelled them, in one dict."""
 
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: object, option_string: str | None = None
@@ -182,7 +182,7 @@ class Collect(Action):
         """Add one option."""
         name = (option_string or "").lstrip("-").replace("-", "_")
         if name not in RULES:
-            parser.error(f"{option_string} is not an option of its own: it stands for the old names of others")
+            parser.error(f"{option_string} is not an option itself: it stands for the old names of others")
         old: Given = dict(getattr(namespace, self.dest) or {})
         setattr(namespace, self.dest, {**old, name: _parsed(parser, name, values)})
 
@@ -195,7 +195,7 @@ def _parsed(parser: ArgumentParser, name: str, value: object) -> object:
             return words[str(value).lower()]  # an option without a value is True
         return value if value is True and kind is str else kind(value)
     except (KeyError, ValueError):
-        parser.error(f"argument --{name}: {value!r} is no {kind.__name__}")
+        parser.error(f"argument --{name}: {value!r} is not a valid {kind.__name__}")
 
 
 def options(names: set[str]) -> list[str]:

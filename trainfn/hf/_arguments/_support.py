@@ -16,13 +16,13 @@ Arguments: TypeAlias = transformers.TrainingArguments
 
 
 class Refused(NamedTuple):
-    """A value that can't be honoured.
+    """Values of a field that can't be honoured.
 
     Attributes:
-        field: Whose.
-        bad: Which values: ``(value, args) -> bool``.
-        why: Why not.
-        write: What to write instead.
+        field: The name of the field.
+        bad: ``(value, args) -> bool``, True for the values that are refused.
+        why: The reason.
+        write: The text that says what to write instead.
     """
 
     field: str
@@ -32,7 +32,7 @@ class Refused(NamedTuple):
 
 
 def check_supported(args: Arguments) -> None:
-    """Raise for what trainfn can't do, warn once about what has no meaning here.
+    """Raise for arguments that trainfn can't honour, and warn once of arguments that change nothing here.
 
     Raises:
         ValueError: If a field asks for something that this library doesn't have, with what to write instead.
@@ -41,7 +41,7 @@ def check_supported(args: Arguments) -> None:
     >>> check_supported(TrainingArguments(use_cpu=True))
     """
     for rule in REFUSED:
-        if rule.field not in type(args).__dataclass_fields__:  # of a newer or an older transformers
+        if rule.field not in type(args).__dataclass_fields__:  # of a newer or an older version of transformers
             continue
         value = getattr(args, rule.field)
         if rule.bad(value, args):
@@ -52,7 +52,7 @@ def check_supported(args: Arguments) -> None:
     if name.startswith("galore_adamw_8bit"):
         warnings.warn(
             f"`{type(args).__name__}(optim={name!r})`: the moments are not quantized here, and take four times the"
-            f" memory of 8 bits. Write `optim={name.replace('_8bit', '')!r}`, which says so.",
+            f" memory of 8 bits. Write `optim={name.replace('_8bit', '')!r}`, whose name says so.",
             UserWarning,
             stacklevel=2,
         )
@@ -68,7 +68,7 @@ def check_supported(args: Arguments) -> None:
 
 def _is_set(args: Arguments, name: str) -> bool:
     field = type(args).__dataclass_fields__.get(name)
-    if field is None:  # of the sequence-to-sequence arguments, or of another transformers
+    if field is None:  # of the sequence-to-sequence arguments, or of another version of transformers
         return False
     value = getattr(args, name)
     if isinstance(value, AcceleratorConfig):  # `split_batches` is used
@@ -109,7 +109,12 @@ REFUSED: tuple[Refused, ...] = (
         "the step accumulates gradients itself, and there is no Accelerator to be configured",
         "Write `gradient_accumulation_steps=...`, and leave the other keys out",
     ),
-    Refused("tf32", _on_cpu, "TF32 is a mode of NVIDIA's matrix units, and this is no NVIDIA GPU", "Leave `tf32` out"),
+    Refused(
+        "tf32",
+        _on_cpu,
+        "TF32 is a mode of NVIDIA's matrix units, and this device is not an NVIDIA GPU",
+        "Leave `tf32` out",
+    ),
     Refused(
         "optim_target_modules",
         lambda value, args: value is not None and "galore" not in args.optim,
@@ -121,13 +126,13 @@ REFUSED: tuple[Refused, ...] = (
         "debug",
         _truthy,
         "its hooks on every layer can't be part of a compiled step",
-        "Leave `debug` out; `trainfn.replay` goes through a part of a run again, to look at every step",
+        "Leave `debug` out; `trainfn.replay` repeats a part of a run, to look at every step",
     ),
     Refused(
         "skip_memory_metrics",
         lambda value, _: not value,
         "trainfn doesn't measure the memory of the process",
-        "Leave it out; `torch.cuda.max_memory_allocated()` says what a GPU has used",
+        "Leave it out; `torch.cuda.max_memory_allocated()` says how much a GPU has used",
     ),
     Refused(
         "torch_empty_cache_steps",
@@ -152,15 +157,15 @@ IGNORED: dict[str, str] = {
     "ddp_broadcast_buffers": _DDP,
     "ddp_static_graph": _DDP,
     "eval_use_gather_object": "outputs of any shape are gathered",
-    "accelerator_config": "of it `split_batches` is used; no row comes twice, and every rank reads its own rows",
+    "accelerator_config": "only its `split_batches` is used; no row comes twice, and every rank reads its own rows",
     "dataloader_persistent_workers": "trainfn.data keeps its workers as long as it needs them",
     "dataloader_multiprocessing_context": "trainfn.data starts its workers in its own way",
-    "dataloader_in_order": "the order of the rows is a function of the seed, whoever is first",
+    "dataloader_in_order": "the order of the rows is a function of the seed, not of the workers' speed",
     "trackio_static_space_id": "no snapshot of a Space is made; `trackio.freeze(space_id)` after `train()` makes one",
-    "sortish_sampler": "nothing reads it, in transformers neither; `train_sampling_strategy` is what sorts by length",
+    "sortish_sampler": "neither trainfn nor transformers reads it; `train_sampling_strategy` groups rows by length",
 }
 
-# The file under `hf/` that reads the field; behind "as", the name under which it does, if that is another.
+# The file under `hf/` that reads each field; after "as", the name under which it reads it, where that differs.
 _READ: dict[str, tuple[str, ...]] = {
     "_run/_loop.py": (
         *("full_determinism", "auto_find_batch_size", "enable_jit_checkpoint", "fp16", "use_liger_kernel"),

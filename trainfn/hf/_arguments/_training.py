@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class _NoArgument(AttributeError):
-    """Says the nearest name when it is shown: `hasattr` asks often, and looks at no message."""
+    """An unknown argument. The nearest name is looked up when the message is shown, because `hasattr` calls often."""
 
     def __init__(self, kind: str, wrong: str, known: Iterable[str]) -> None:
         super().__init__()
@@ -38,20 +38,20 @@ class _NoArgument(AttributeError):
 
 
 class _Named(type):
-    """Calling the class takes old names and ``...``, and tells the nearest name of an unknown one.
+    """A class whose call takes old names and ``...``, and reports the nearest name of an unknown one.
 
-    In the metaclass, for a user's own dataclass on top of ours has an ``__init__`` of its own.
+    The metaclass does it, because a user's dataclass that inherits from ours has an ``__init__`` of its own.
     """
 
     def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:  # type: ignore[misc]
         """Make the arguments."""
         fields = _fields(cls)
-        # A parser gives every field; who writes torch_compile=False by hand means it.
+        # A parser passes every field, so only in a call by hand is torch_compile=False a decision.
         by_hand = "torch_compile" in kwargs and "legacy_arguments" not in kwargs
         parsed = kwargs.pop("legacy_arguments", None)
         old = {name: kwargs[name] for name in kwargs if name in RULES and name not in fields}
         given = {name: value for name, value in kwargs.items() if name not in old}
-        old = {name: value for name, value in old.items() if value is not None}  # None was their "not given"
+        old = {name: value for name, value in old.items() if value is not None}  # None means "not given" there
         for name in given:
             if name not in fields:
                 raise TypeError(
@@ -59,7 +59,7 @@ class _Named(type):
                     f" {nearest(name, [*fields, *RULES], 'Did you mean `{}`?', otherwise='Leave it out.')}"
                 )
         stated = given
-        if parsed:  # from a command line, where what was not written is there too, with its default
+        if parsed:  # a command line passes all fields, those that were not written with their defaults
             stated = {name: value for name, value in given.items() if value and value != _default(fields[name])}
         old |= parsed or {}
         made = type.__call__(cls, *(a for a in args if a is not ...), **translate(given, stated, old))
@@ -69,7 +69,7 @@ class _Named(type):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """That of ``__init__``, which a metaclass would hide."""
+        """The signature of ``__init__``, which a metaclass would hide."""
         signature = inspect.signature(cls.__init__)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
@@ -83,16 +83,16 @@ def _default(field: dataclasses.Field[Any]) -> object:
 
 
 def _old_options(names: set[str]) -> Any:
-    """The one field through which a parser learns of the old names. It is None but on the way in."""
+    """The one field through which a parser learns the old names. It is None once the arguments are made."""
     metadata = {"help": argparse.SUPPRESS, "aliases": options(names), "action": Collect, "nargs": "?", "const": True}
     return dataclasses.field(default=None, repr=False, compare=False, kw_only=True, metadata=metadata)
 
 
 @dataclasses.dataclass(repr=False)
 class TrainingArguments(Arguments, metaclass=_Named):
-    """What a run of `Trainer` is to do: all fields of `transformers.TrainingArguments`, with their defaults.
+    """The arguments of a `Trainer`: all fields of `transformers.TrainingArguments`, with their defaults.
 
-    It differs in what making it needs and does:
+    It differs from that class in these points:
 
     ========================= ==============================================================================
     here                      there
@@ -120,7 +120,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
         output_dir: str = "trainer_output"  # type: ignore[assignment]  # it is None until `__post_init__` only
 
     # The documentation of the Trainer promises INFO for the main process, and WARNING for the others. The
-    # default in transformers, "passive", follows whatever the application has set: WARNING if nothing.
+    # default in transformers, "passive", follows the level that the application has set, or else is WARNING.
     log_level: str = dataclasses.field(
         default="info",
         metadata=dict(transformers.TrainingArguments.__dataclass_fields__["log_level"].metadata),
@@ -136,7 +136,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
             cls.__annotations__["legacy_arguments"] = "str | None"
 
     def __getattr__(self, name: str) -> Any:
-        """Old names can be read, too."""
+        """Read a field under its old name."""
         rule = RULES.get(name)
         if rule is None:
             raise _NoArgument(type(self).__name__, name, self.__dataclass_fields__)
@@ -162,7 +162,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
 
     @cached_property
     def _setup_devices(self) -> torch.device:
-        # There, this is where processes are joined and the state of Accelerate is reset. Here it only looks.
+        # In transformers this joins the processes and resets the state of Accelerate. Here it only finds the device.
         self.distributed_state = None
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if self.use_cpu or accelerator is None or _flag("ACCELERATE_USE_CPU"):
@@ -175,17 +175,17 @@ class TrainingArguments(Arguments, metaclass=_Named):
 
     @property
     def world_size(self) -> int:
-        """The number of processes, as their launcher said in the environment."""
+        """The number of processes, as their launcher set it in the environment."""
         return torch.distributed.get_world_size() if is_joined() else _integer("WORLD_SIZE", 1)
 
     @property
     def process_index(self) -> int:
-        """The number of this process among all, as the launcher said; 0 without one."""
+        """The number of this process among all, as the launcher set it; 0 without one."""
         return torch.distributed.get_rank() if is_joined() else _integer("RANK", 0)
 
     @property
     def local_process_index(self) -> int:
-        """The number of this process on its machine, as the launcher said; 0 without one."""
+        """The number of this process on its machine, as the launcher set it; 0 without one."""
         return _integer("LOCAL_RANK", max(self.local_rank, 0))
 
     @property
@@ -196,7 +196,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
     def get_process_log_level(self) -> int:
         """The level for this process: ``log_level`` on the main process, ``log_level_replica`` on the others.
 
-        With ``log_on_each_node`` every machine has a main process, else there is one in all. ``"passive"`` leaves
+        With ``log_on_each_node`` every machine has a main process; otherwise one machine has it. ``"passive"`` leaves
         the level as the application set it.
 
         >>> TrainingArguments(use_cpu=True).get_process_log_level()  # logging.INFO
@@ -209,18 +209,20 @@ class TrainingArguments(Arguments, metaclass=_Named):
 
     @contextlib.contextmanager
     def main_process_first(self, local: bool = True, desc: str = "work") -> Generator[None]:
-        """Have the others wait until the main process has gone through; for one process, nothing.
+        """Let the main process run a block before the others; with one process it does nothing.
 
-        The processes find each other here, if they have not yet.
+        The processes join each other here, if they have not done so before.
 
         Args:
             local: Whether each machine has a main process, or there is one in all.
-            desc: What is being done; for the reader of the code.
+            desc: A name for the block, for readers of the code.
         """
         first = (self.local_process_index if local else self.process_index) == 0
         joined = self.world_size > 1
         if joined and not is_joined():
             _layout.meet(self)
+        # One barrier in all: the others enter it before the block, and the main process after it. The main process does
+        # so after an error too, else the others would wait for ever.
         if joined and not first:
             torch.distributed.barrier()
         try:
@@ -230,7 +232,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
                 torch.distributed.barrier()
 
     def set_training(self, *args: Any, **kwargs: Any) -> TrainingArguments:
-        """As in transformers; what it sets has both names here, too."""
+        """Set the arguments of a training as in transformers, and renamed fields under both names."""
         before = {name: getattr(self, name) for name in RENAMED.values()}
         super().set_training(*args, **kwargs)
         for old, new in RENAMED.items():
@@ -240,7 +242,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
 
     @contextlib.contextmanager
     def matmul_precision(self) -> Generator[None]:
-        """TF32 as the field ``tf32`` says, for as long as a run lasts; None leaves torch's setting alone."""
+        """Set TF32 to the field ``tf32`` for a block; None keeps torch's setting."""
         if self.tf32 is None:
             yield
             return
@@ -252,7 +254,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
             torch.set_float32_matmul_precision(before)
 
     def to_dict(self) -> Values:
-        """All fields as plain values, tokens masked; what ``TrainingArguments(**…)`` takes."""
+        """All fields as plain values, with tokens masked; ``TrainingArguments(**…)`` takes them."""
         fields = super().to_dict()
         return {name: value for name, value in fields.items() if name != "legacy_arguments"}
 
@@ -265,7 +267,7 @@ class TrainingArguments(Arguments, metaclass=_Named):
 
 @dataclasses.dataclass(repr=False)
 class Seq2SeqTrainingArguments(TrainingArguments, transformers.Seq2SeqTrainingArguments):  # type: ignore[misc]
-    """What a run of `Seq2SeqTrainer` is to do: `TrainingArguments`, and how to generate.
+    """The arguments of a `Seq2SeqTrainer`: `TrainingArguments`, and how to generate.
 
     >>> Seq2SeqTrainingArguments(predict_with_generate=True, use_cpu=True).generation_max_length is None
     True
@@ -273,7 +275,7 @@ class Seq2SeqTrainingArguments(TrainingArguments, transformers.Seq2SeqTrainingAr
 
 
 def _allow_every_strategy(args: TrainingArguments) -> None:
-    """Transformers knows some of FSDP's strategies in the words of its first version only; here they are all one."""
+    """Ask for FSDP's version 1 where transformers knows a strategy only there; here the versions are the same."""
     items = args.fsdp.split() if isinstance(args.fsdp, str) else args.fsdp if isinstance(args.fsdp, list) else []
     old = {"no_shard", "hybrid_shard", "hybrid_shard_zero2"} & {str(getattr(x, "value", x)).lower() for x in items}
     if old and (args.fsdp_config is None or isinstance(args.fsdp_config, dict)):
@@ -282,20 +284,20 @@ def _allow_every_strategy(args: TrainingArguments) -> None:
 
 @contextlib.contextmanager
 def _held_back(args: TrainingArguments) -> Generator[None]:
-    """Keep from transformers' checks the fields that make them change torch or require a machine.
+    """Hide fields from transformers' checks, where these would change torch or require a machine.
 
-    These are TF32 and torch.compile, which set TF32 for the process; DeepSpeed, which registers itself
-    globally; and on a CPU bf16, which they refuse, although torch's autocast has it there.
+    For TF32 and torch.compile the checks set TF32 for the process, and DeepSpeed registers itself globally. On a CPU
+    they refuse bf16, although torch's autocast supports it there.
     """
     neutral: Values = {"tf32": None, "torch_compile": False, "deepspeed": None}
     neutral |= {"torch_compile_mode": None, "torch_compile_backend": None}
     if args.fp16 and args.bf16:
         raise ValueError(
-            f"`{type(args).__name__}(fp16=True, bf16=True)` can't work: it is the one or the other. Write `bf16=True`."
+            f"`{type(args).__name__}(fp16=True, bf16=True)` can't work: a run has one of the two. Write `bf16=True`."
         )
     if args.device.type == "cpu":
         neutral |= {"bf16": False, "bf16_full_eval": False}
-    # The first they set for all of the process, if there is `fsdp`; at the second they ask for the package.
+    # With `fsdp` the checks set the first for the whole process; where the second is set, they require the package.
     variables = ("FSDP_CPU_RAM_EFFICIENT_LOADING", "ACCELERATE_USE_DEEPSPEED")
     kept, before = {name: getattr(args, name) for name in neutral}, {name: os.environ.get(name) for name in variables}
     os.environ.pop(variables[1], None)
@@ -317,7 +319,7 @@ def _explain_bf16(args: TrainingArguments) -> None:
     if args.device.type == "cpu" and not args.use_cpu:
         warn(
             f"`{type(args).__name__}(bf16=True)`: there is no accelerator here, so the autocast to bfloat16 runs on"
-            " the CPU, which is right but seldom faster. Write `use_cpu=True` if that is meant, or `bf16=False`.",
+            " the CPU, which is correct but seldom faster. Write `use_cpu=True` if you mean that, or `bf16=False`.",
             UserWarning,
         )
 

@@ -29,10 +29,10 @@ def make_optimizer(args: Arguments, model: nn.Module | Mapping[str, Tensor], sch
     Args:
         args: The fields ``optim, optim_args, weight_decay, adam_beta1, adam_beta2, adam_epsilon,
             max_grad_norm``; for GaLore, ``optim_target_modules``.
-        model: What decides which parameters decay, see `decay_names`; or a dict of its parameters, of which
-            the names alone decide.
-        schedule: The learning rate as a function of the number of completed updates; or a number, which is then
-            a hyperparameter that `trainfn.optim.set_hyperparams` changes.
+        model: The model, which decides which parameters decay; see `decay_names`. Or a dict of its parameters;
+            then their names alone decide.
+        schedule: The learning rate as a function of the number of completed updates. Or a number; then it is a
+            hyperparameter that `trainfn.optim.set_hyperparams` changes.
 
     Raises:
         ValueError: If the optimizer is one that trainfn doesn't have, or ``optim_args`` has a key or a value
@@ -62,7 +62,7 @@ def make_optimizer(args: Arguments, model: nn.Module | Mapping[str, Tensor], sch
 
 
 def clipped(args: Arguments, rule: tfn.Transform) -> tfn.Transform:
-    """A transform after clipping by ``max_grad_norm``; 0, a negative number or None is no clipping.
+    """A transform after clipping by ``max_grad_norm``; 0, a negative number and None mean that nothing is clipped.
 
     >>> from trainfn.hf import TrainingArguments
     >>> rule = tfn.optim.scale(-1.0)
@@ -82,7 +82,7 @@ def decay_names(model: nn.Module) -> frozenset[str]:
     inside = {
         f"{prefix}.{name}"
         for prefix, module in model.named_modules(remove_duplicate=False)
-        if prefix and isinstance(module, nn.LayerNorm)  # a model that is nothing but a LayerNorm decays, there too
+        if prefix and isinstance(module, nn.LayerNorm)  # a model that is only a LayerNorm decays, as in transformers
         for name, _ in module.named_parameters(remove_duplicate=False)
     }
     return frozenset(name for name, _ in model.named_parameters() if name not in inside and not _NO_DECAY.search(name))
@@ -103,7 +103,7 @@ def check_optimizer(name: str) -> None:
 
 
 def parse_optim_args(optim: str, text: str | Values | None) -> Values:
-    """The options in ``"momentum=0.9, nesterov=true"``, in the types that the optimizer wants.
+    """The options in ``"momentum=0.9, nesterov=true"``, in the types that the optimizer takes.
 
     Raises:
         ValueError: If a key is unknown, or a value is not of its type.
@@ -117,11 +117,13 @@ def parse_optim_args(optim: str, text: str | Values | None) -> Values:
     for key, value in _pairs(call, text):
         if key == "weight_decay":  # transformers takes it, and then overrides it in both parameter groups
             raise ValueError(
-                f"`{call}` can't work: the decay is a field of its own, which also knows what not to decay. Write"
+                f"`{call}` can't work: the decay has a field of its own, which spares norms and biases. Write"
                 f" `TrainingArguments(optim={optim!r}, weight_decay={value})`."
             )
         if key not in known:
-            which = f"only {', '.join(known)}" if known else "and no other: it follows the fields of its own"
+            which = (
+                f"only {', '.join(known)}" if known else "nor any other: its settings are fields of TrainingArguments"
+            )
             write = nearest(key, known, "Write `{}=...`.") or nearest(
                 key, _FIELDS, "Write `TrainingArguments({}=...)`."
             )
@@ -154,7 +156,8 @@ def _typed(call: str, key: str, value: object, kind: type) -> object:
         example = {bool: "true", int: "64"}.get(kind, "0.9")
         a = "an" if kind is int else "a"
         raise ValueError(
-            f"`{call}` can't work: {key} is {a} {kind.__name__}, and {value!r} is none. Write `{key}={example}`."
+            f"`{call}` can't work: {key} is {a} {kind.__name__}, and {value!r} is not a valid one. Write"
+            f" `{key}={example}`."
         ) from None
 
 
@@ -166,7 +169,7 @@ def _decays(model: nn.Module | Mapping[str, Tensor]) -> Decay:
 
 
 def _coupled(args: Arguments, rule: tfn.Transform, decays: Decay) -> tfn.Transform:
-    """The decay as the gradient of a penalty, which is what it means in torch's SGD, Adagrad and RMSprop."""
+    """A transform with weight decay as the gradient of a penalty, as in torch's SGD, Adagrad and RMSprop."""
     decay = args.weight_decay
     return tfn.optim.chain(tfn.optim.add_decayed_weights(decay, decays), rule) if decay else rule
 
@@ -185,7 +188,7 @@ def _lion(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.T
 
 
 def _sgd(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    momentum = options.get("momentum") or None  # 0 is no momentum, and no memory for it
+    momentum = options.get("momentum") or None  # 0 means none, and takes no memory
     rest = {"nesterov": options.get("nesterov", False), "dampening": options.get("dampening", 0.0)}
     return _coupled(args, tfn.optim.sgd(rate, momentum=momentum, **rest), decays)
 
@@ -211,7 +214,7 @@ def _adagrad(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tf
 
 
 def _galore_adamw(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    # transformers passes the learning rate alone: its users have galore-torch's eps, which is not the field's default.
+    # transformers passes the learning rate alone, so the field's default, 1e-8, means galore-torch's own eps there.
     eps = 1e-6 if args.adam_epsilon == 1e-8 else args.adam_epsilon
     betas = (args.adam_beta1, args.adam_beta2)
     return tfn.optim.galore_adamw(rate, *betas, eps, weight_decay=args.weight_decay, mask=decays, **options)
@@ -250,13 +253,13 @@ def slowing(lr_decay: float) -> tfn.Transform:
 
 _OPTIMIZERS: dict[str, Callable[[Arguments, Rate, Options, Decay], tfn.Transform]] = {
     "adamw_torch": _adamw,
-    "adamw_torch_fused": _adamw,  # how torch fuses it is up to the compiler here; the arithmetic is the same
+    "adamw_torch_fused": _adamw,  # the arithmetic is the same, and the compiler does the fusing
     "adafactor": _adafactor,
     "sgd": _sgd,
     "adagrad": _adagrad,
     "rmsprop": _rmsprop,
     "lion_32bit": _lion,  # bitsandbytes' name for plain Lion
-    # Layer by layer is a way to need less memory for gradients; the steps are the same.
+    # Layer by layer saves memory of gradients; the steps are the same.
     **dict.fromkeys(("galore_adamw", "galore_adamw_layerwise"), _galore_adamw),
     **dict.fromkeys(("galore_adamw_8bit", "galore_adamw_8bit_layerwise"), _galore_adamw_8bit),
     **dict.fromkeys(("galore_adafactor", "galore_adafactor_layerwise"), _galore_adafactor),
@@ -284,7 +287,7 @@ _ABSENT = (  # (which names, why not, what instead); the first that matches
     (r"schedule_free", f"{_UNBUILT} the averages of schedule-free optimizers yet", "adamw_torch"),
     (r"grokadamw", f"{_UNBUILT} GrokAdamW, which feeds on the loss of the last step", "adamw_torch"),
     (r"stable_adamw", f"{_UNBUILT} StableAdamW's clipped updates yet", "adamw_torch"),
-    (r"lion", "bitsandbytes' quantised or paged kernels change memory in place, which no pure step can", "lion_32bit"),
-    (r"rmsprop", "bitsandbytes' kernels change memory in place, which no pure step can", "rmsprop"),
-    (r"", "bitsandbytes' kernels change memory in place, which no pure step can", "adamw_torch"),
+    (r"lion", "bitsandbytes' quantised or paged kernels change memory in place, which a pure step can't", "lion_32bit"),
+    (r"rmsprop", "bitsandbytes' kernels change memory in place, which a pure step can't", "rmsprop"),
+    (r"", "bitsandbytes' kernels change memory in place, which a pure step can't", "adamw_torch"),
 )

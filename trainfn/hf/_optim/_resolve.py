@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 def create(trainer: TrainerLike, num_training_steps: int) -> None:
-    """Set ``optimizer`` and ``lr_scheduler``, and how the learning rate moves."""
+    """Set ``optimizer`` and ``lr_scheduler``, and the learning rate of each parameter group."""
     given, trainer.lr_scheduler = trainer._trainfn.given
+    # The schedule comes first, because the transform that `create_optimizer` makes contains it.
     trainer.optimizer = given
     if trainer.lr_scheduler is None and isinstance(given, torch.optim.Optimizer) and not _schedules(trainer):
         trainer.lr_scheduler = for_groups(trainer.args, given, num_training_steps)
@@ -52,7 +53,7 @@ def _schedules(trainer: TrainerLike) -> bool:
 
 
 def _stand_in(trainer: TrainerLike) -> torch.optim.Optimizer:
-    """For an override of `create_scheduler` that wants a torch optimizer to schedule."""
+    """A torch optimizer without a model, for an override of `create_scheduler` that needs one."""
     return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=trainer.args.learning_rate)
 
 
@@ -67,13 +68,13 @@ def _rates(scheduler: Scheduler | None, num_training_steps: int) -> list[Rate]:
     if callable(scheduler):
         return [scheduler]
     raise TypeError(
-        f"Trainer: the schedule is a {type(scheduler).__name__}. Give a torch LR scheduler, or a function of the step"
-        " such as `tfn.schedules.cosine(1e-3, total_steps)`."
+        f"`Trainer(optimizers=(..., schedule))` can't work: the schedule is a {type(scheduler).__name__}. Pass a"
+        " torch LR scheduler, or a function of the step: `tfn.schedules.cosine(1e-3, total_steps)`."
     )
 
 
 def transform_of(trainer: TrainerLike, num_training_steps: int) -> tfn.Transform:
-    """What the step does with gradients: the Trainer's optimizer as a transform.
+    """The Trainer's optimizer as a transform, which is part of the step.
 
     Raises:
         ValueError: If the optimizer can't be converted.
@@ -91,14 +92,14 @@ def transform_of(trainer: TrainerLike, num_training_steps: int) -> tfn.Transform
             return clipped(trainer.args, made)
     kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     raise ValueError(
-        f"Trainer(optimizers=({kind}(...), ...)): what this optimizer does is known to its Python code alone, which"
-        " can't be part of a pure step. Give one of torch's SGD, Adam, AdamW, RMSprop, Adagrad or transformers'"
-        " Adafactor, which are converted; or a transform of `tfn.optim`; or name it in `TrainingArguments(optim=...)`."
+        f"`Trainer(optimizers=({kind}(...), ...))` can't work: only its own Python code knows its update, and that"
+        " can't be part of a pure step. Pass torch's SGD, Adam, AdamW, RMSprop or Adagrad, or transformers' Adafactor,"
+        " which are converted; or a transform of `tfn.optim`; or write `TrainingArguments(optim=...)`."
     )
 
 
 def learning_rate(trainer: TrainerLike) -> float:
-    """The rate that the newest step used."""
+    """The learning rate that the newest step used."""
     rate = trainer._trainfn.rates[0]
     if callable(rate):
         return float(rate(torch.tensor(max(int(trainer.state.global_step) - 1, 0))))
@@ -106,7 +107,7 @@ def learning_rate(trainer: TrainerLike) -> float:
 
 
 def after_evaluation(trainer: TrainerLike, metrics: Metrics) -> None:
-    """Let a controller look at the metric, and set the rate it answers with."""
+    """Pass the metric to the controller, and set the learning rate that it returns."""
     controller = _controller(trainer)
     if controller is None or not trainer.is_in_train:
         return
@@ -114,36 +115,37 @@ def after_evaluation(trainer: TrainerLike, metrics: Metrics) -> None:
     name = metric_name(trainer.args) or "eval_loss"
     if name not in metrics:
         raise KeyError(
-            f"TrainingArguments(lr_scheduler_type={str(trainer.args.lr_scheduler_type)!r}): it follows {name!r}, which"
-            f" is not among the evaluation's metrics {sorted(metrics)}. Set `metric_for_best_model`."
+            f"`TrainingArguments(lr_scheduler_type={str(trainer.args.lr_scheduler_type)!r})` can't work: it follows"
+            f" {name!r}, which is not among the evaluation's metrics {sorted(metrics)}. Write"
+            " `metric_for_best_model=...` with one of them."
         )
     held = controller.init() if run.controller_state is None else run.controller_state
     _control(run, controller.update(float(metrics[name]), held))
 
 
 def control_again(trainer: TrainerLike, run: TrainingRun, saved: Values) -> None:
-    """Give a controller the state of a checkpoint, and set the rate that it had decided."""
+    """Restore the state of a controller from a checkpoint, and set its learning rate."""
     controller = _controller(trainer)
-    assert controller is not None  # without one, the saved state has not fitted
+    assert controller is not None  # without one, the checkpoint's state would not have fitted
     first = controller.init()
     held = {n: torch.tensor(v, dtype=getattr(first, n).dtype) for n, v in saved.items()}
     _control(run, first._replace(**held))
 
 
 def _controller(trainer: TrainerLike) -> tfn.schedules.Controller | None:
-    """What the learning rate follows, if it follows a metric."""
+    """The controller of the learning rate, if it follows a metric."""
     scheduled = trainer.lr_scheduler[0] if isinstance(trainer.lr_scheduler, list) else trainer.lr_scheduler
     return scheduled.controller if isinstance(scheduled, Scheduled) else None
 
 
 def _control(run: TrainingRun, held: ControllerState) -> None:
-    """Keep a controller's state; from the next step on the rate is the one it says."""
+    """Keep a controller's state, and use its learning rate from the next step on."""
     run.controller_state = held
     rate = float(held.learning_rate)
     run.changes.append(lambda state: tfn.optim.set_hyperparams(state, learning_rate=rate))
 
 
 def metric_name(args: TrainingArguments) -> str | None:
-    """The metric to choose the best by, with its prefix."""
+    """The metric that chooses the best checkpoint, with its prefix."""
     name = args.metric_for_best_model
     return name if name is None or name.startswith("eval_") else f"eval_{name}"

@@ -25,8 +25,8 @@ class Scheduled(NamedTuple):
     """How the learning rate moves: with the step, or with a metric.
 
     Attributes:
-        schedule: A function of the number of completed updates; with a controller the first rate, a number.
-        controller: What changes that number after each evaluation; None for a function of the step.
+        schedule: A function of the number of completed updates; with a controller, the first learning rate.
+        controller: The controller that changes the rate after each evaluation; None for a function of the step.
     """
 
     schedule: tfn.Schedule | float
@@ -36,7 +36,7 @@ class Scheduled(NamedTuple):
 def make_schedule(args: Arguments, num_training_steps: int) -> Scheduled:
     """The learning rate of ``lr_scheduler_type``, its ``lr_scheduler_kwargs`` and the warm-up.
 
-    At each step it is the rate that `transformers.get_scheduler` has the optimizer use at that step.
+    At each step it equals the rate that the optimizer uses there with `transformers.get_scheduler`.
 
     Args:
         args: The fields ``learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_steps``, and
@@ -60,7 +60,7 @@ def make_schedule(args: Arguments, num_training_steps: int) -> Scheduled:
             return Scheduled(args.learning_rate, _CONTROLLERS[name](args.learning_rate, **kwargs))
         warmup = args.get_warmup_steps(num_training_steps)
         return Scheduled(_SCHEDULES[name](args.learning_rate, num_training_steps, warmup, kwargs))
-    except TypeError as error:  # a key that the schedule can't do without
+    except TypeError as error:  # a key that the schedule requires is missing
         raise ValueError(
             f"`TrainingArguments(lr_scheduler_type={name!r}, lr_scheduler_kwargs={args.lr_scheduler_kwargs!r})`"
             f" can't work: {error}. Write for example `lr_scheduler_kwargs={_EXAMPLES.get(name, {})!r}`."
@@ -70,11 +70,11 @@ def make_schedule(args: Arguments, num_training_steps: int) -> Scheduled:
 def for_groups(args: Arguments, optimizer: torch.optim.Optimizer, num_training_steps: int) -> list[Scheduled]:
     """The schedule of the arguments for a torch optimizer: each parameter group starts from its own rate.
 
-    As in transformers, ``args.learning_rate`` plays no part then.
+    As in transformers, ``args.learning_rate`` has no effect then.
 
     Args:
         args: As for `make_schedule`.
-        optimizer: Its groups say where the rates start.
+        optimizer: The torch optimizer, whose groups have the first rates.
         num_training_steps: Updates in the whole run.
 
     >>> from trainfn.hf import TrainingArguments
@@ -96,10 +96,9 @@ def for_groups(args: Arguments, optimizer: torch.optim.Optimizer, num_training_s
 def from_lambda_lr(scheduler: LRScheduler, num_training_steps: int) -> list[tfn.Schedule]:
     """The learning rates of a torch scheduler, one function of the step per parameter group.
 
-    A scheduler is Python that changes an optimizer, so it can't be part of a compiled step; but what it will
-    do is known beforehand. So a copy of it, from where it stands, runs through the whole training on an
-    optimizer of nothing, and the rates it sets become a table. Neither the scheduler nor its optimizer is
-    changed.
+    A scheduler is Python that changes an optimizer, so it can't be part of a compiled step. But its rates are
+    known beforehand: a copy of it runs through the whole training on a stand-in optimizer, and the rates become a
+    table. Neither the scheduler nor its optimizer is changed.
 
     Args:
         scheduler: Any scheduler whose rates depend on the step alone.
@@ -137,7 +136,7 @@ def from_lambda_lr(scheduler: LRScheduler, num_training_steps: int) -> list[tfn.
             if _rest(stand_in) != rest:
                 raise ValueError(
                     f"`optimizers=(..., {type(scheduler).__name__}(...))` can't work: this scheduler changes the"
-                    " momentum of the optimizer too, and a schedule is of the learning rate alone. Write"
+                    " momentum of the optimizer too, and a schedule sets only the learning rate. Write"
                     " `cycle_momentum=False`."
                 )
     return [
@@ -147,7 +146,7 @@ def from_lambda_lr(scheduler: LRScheduler, num_training_steps: int) -> list[tfn.
 
 
 def _table(rates: tuple[float, ...], device: torch.device) -> tfn.Schedule:
-    """A schedule that looks its values up, where the parameters are; beyond the end, the last."""
+    """A schedule that reads its values from a table on the parameters' device; after the end, the last one stays."""
     table = torch.tensor(rates, dtype=torch.float32, device=device)
 
     def schedule(count: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which weights `optim_target_modules` means."""
+"""The weights that `optim_target_modules` selects."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def target_names(args: transformers.TrainingArguments, model: nn.Module | Mappin
     ``Conv1D``, are left out, and a log line names them.
 
     Raises:
-        ValueError: If ``optim_target_modules`` is None, no regular expression, or matches no linear layer; or if the
-            parameters are given without a model.
+        ValueError: If ``optim_target_modules`` is None, not a valid regular expression, or matches no linear layer; or
+            if the parameters are given without a model.
         TypeError: If it is neither a string nor a list of strings.
 
     >>> from trainfn.hf import TrainingArguments
@@ -36,7 +36,7 @@ def target_names(args: transformers.TrainingArguments, model: nn.Module | Mappin
     call = f"TrainingArguments(optim={name!r}, optim_target_modules={targets!r})"
     if targets is None:
         raise ValueError(
-            f"`TrainingArguments(optim={name!r})` can't work: GaLore projects the weights that it is told to. Write"
+            f"`TrainingArguments(optim={name!r})` can't work: GaLore must know which weights to project. Write"
             f" `TrainingArguments(optim={name!r}, optim_target_modules=['attn', 'mlp'])`, or 'all-linear'."
         )
     if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
@@ -64,10 +64,10 @@ def _names(call: str, targets: str | list[str], model: nn.Module) -> frozenset[s
     ]
     if others:
         _logger.warning("%s: GaLore projects linear layers only, and not %s.", call, shortened(others))
-    # Of weights that layers share, `named_parameters` has the first name only.
+    # `named_parameters` lists a weight that layers share under its first name only.
     names = {name for name, _ in model.named_parameters()} & {f"{name}.weight".removeprefix(".") for name in chosen}
     if not names:
-        have = f"its linear layers are {shortened(linear)}" if linear else "there is none in it at all"
+        have = f"its linear layers are {shortened(linear)}" if linear else "the model has no linear layer"
         instead = f"`optim_target_modules=[{linear[0].split('.')[-1]!r}]`" if linear else "`optim='adamw_torch'`"
         raise ValueError(
             f"`{call}` can't work: no linear layer of this {type(model).__name__} matches; {have}. Write {instead}."
@@ -83,6 +83,6 @@ def _matches(call: str, targets: str | list[str], name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in patterns)
     except re.error as error:
         raise ValueError(
-            f"`{call}` can't work: {error.pattern!r} is no regular expression, {error.msg}. Write `'.*attn.*'` for what"
-            " has 'attn' anywhere in its name."
+            f"`{call}` can't work: {error.pattern!r} is not a valid regular expression, {error.msg}. Write"
+            " `'.*attn.*'` for what has 'attn' anywhere in its name."
         ) from None

@@ -26,23 +26,23 @@ def from_torch(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     rates: Sequence[Rate] | None = None,
 ) -> tfn.Transform | None:
-    """The transform that does what a torch optimizer would do, group by group, moments included.
+    """The transform that makes the updates of a torch optimizer, group by group, from its moments on.
 
     Parameters that are in no group stay as they are. The optimizer is read and never changed.
 
     Args:
         optimizer: An instance of `torch.optim.SGD`, ``Adam``, ``AdamW``, ``RMSprop``, ``Adagrad`` or
             transformers' ``Adafactor``.
-        named_parameters: Those of the model; groups hold parameters, transforms know them by name.
-        rates: The learning rate of each group: functions of the number of completed updates, or numbers, which
-            are then hyperparameters that `trainfn.optim.set_hyperparams` changes. None for those in the groups.
+        named_parameters: The model's parameters: groups hold them without names, and transforms know them by name.
+        rates: The learning rate of each group, by default the one in the group. It is a function of the number of
+            completed updates, or a number: a hyperparameter that `trainfn.optim.set_hyperparams` changes.
 
     Returns:
-        None if the optimizer is of another class, a subclass included: what that would do, its Python alone
-        knows.
+        The transform, or None if the optimizer is of another class. Subclasses are other classes: only their Python
+        code knows their update.
 
     Raises:
-        ValueError: If an option or a state of it can't be carried over, or a parameter isn't the model's.
+        ValueError: If an option or a state of it can't be carried over, or a parameter isn't one of the model's.
 
     >>> model = nn.Linear(1, 1)
     >>> rule = from_torch(torch.optim.SGD(model.parameters(), lr=0.5), model.named_parameters())
@@ -74,7 +74,7 @@ def from_torch(
 
 
 def _rated(convert: Callable[..., tfn.Transform], group: Group, rate: Rate | None) -> tfn.Transform:
-    """With the group's own number, a function of the step, or a number that can be changed."""
+    """The transform with the group's own rate, a function of the step, or a rate that can be changed."""
     if rate is None:
         return convert({**group, "lr": None if group["lr"] is None else float(group["lr"])})
     if callable(rate):
@@ -95,7 +95,7 @@ def _names(call: str, index: int, parameters: Sequence[Tensor], names: Mapping[i
     if strangers:
         raise ValueError(
             f"`{call}` can't work: parameter group {index} has a tensor of shape {list(strangers[0].shape)} that is"
-            " no parameter of the model, so no step would change it. Build the optimizer from"
+            " not a parameter of the model, so no step changes it. Build the optimizer from"
             " `model.parameters()`, after the last change of the model."
         )
     return [names[id(p)] for p in parameters]
@@ -111,7 +111,7 @@ def _check(call: str, group: Group) -> None:
 def _carried(
     rule: tfn.Transform, states: States, make: Callable[[Callable[[str], dict[str, Tensor]]], object]
 ) -> tfn.Transform:
-    """A transform that starts from the moments the optimizer already has, if it has any."""
+    """A transform that starts from the moments of the optimizer, if it has any."""
     if not states:
         return rule
 
@@ -127,7 +127,7 @@ def _count(call: str, states: States) -> Tensor:
     if len(steps) > 1:
         raise ValueError(
             f"`{call}` can't work: its parameters have seen different numbers of steps, {sorted(steps)[:4]}, and a"
-            " transform counts once. Pass a new optimizer."
+            " transform has one count. Pass a new optimizer."
         )
     return torch.tensor(steps.pop() if steps else 0)
 
@@ -151,7 +151,7 @@ def _sgd(call: str, states: States, group: Group) -> tfn.Transform:
     if not group["momentum"]:
         return tfn.optim.chain(_decay(group), rate)
     core = tfn.optim.trace(float(group["momentum"]), nesterov=group["nesterov"], dampening=float(group["dampening"]))
-    # torch has no count: that there is a buffer means that the first step is done.
+    # torch's SGD has no count: a momentum buffer means that the first step is done, and only that matters here.
     core = _carried(
         core,
         states,
@@ -179,7 +179,7 @@ def _rmsprop(call: str, states: States, group: Group) -> tfn.Transform:
 
 def _adagrad(call: str, states: States, group: Group) -> tfn.Transform:
     core = tfn.optim.scale_by_adagrad(float(group["initial_accumulator_value"]), float(group["eps"]))
-    # torch's Adagrad has its sums from the start, so this covers the first use too.
+    # torch's Adagrad has its sums from the start, so a new optimizer's initial values are carried over too.
     core = _carried(core, states, lambda column: tfn.optim.ScaleByAdagradState(column("sum")))
     count = _count(call, states)
     slow = slowing(float(group["lr_decay"]))
@@ -213,7 +213,7 @@ def _decay(group: Group) -> tfn.Transform:
 
 
 def _on(count: Tensor, states: States) -> Tensor:
-    """The count where the moments are; a new tensor each time."""
+    """The count on the device of the moments; a new tensor each time, because a step may reuse its memory."""
     moments = [x for state in states.values() for key, x in state.items() if key != "step" and isinstance(x, Tensor)]
     return count.clone().to(moments[0].device) if moments else count.clone()
 

@@ -29,10 +29,13 @@ T = TypeVar("T")
 
 
 def train_loader(trainer: TrainerLike) -> Loader:
-    """One epoch of micro-batches, or this rank's rows of each; those of other epochs are in another order."""
+    """One epoch of micro-batches, or of this rank's rows. Each epoch has its own order, unless it is sequential."""
     args, dataset = trainer.args, trainer.train_dataset
     if dataset is None:
-        raise ValueError("Trainer: training needs `train_dataset=`.")
+        raise ValueError(
+            "`Trainer(train_dataset=None)` can't work: training needs rows. Write"
+            " `Trainer(model, args, train_dataset=dataset)`."
+        )
     seed = args.seed if args.data_seed is None else args.data_seed
     dataset, collate = prepared(trainer, dataset, "training")
     last = "drop" if args.dataloader_drop_last else "short"
@@ -68,7 +71,7 @@ def eval_loader(trainer: TrainerLike, dataset: Dataset, description: str) -> Loa
 
 
 def together(trainer: TrainerLike, size: int) -> int:
-    """The rows of a micro-batch on all ranks, of which each has ``size``; or ``size``, if that is to be split."""
+    """The rows of a micro-batch on all ranks: ``size`` for each rank, or ``size`` in all with ``split_batches``."""
     split = getattr(trainer.args.accelerator_config, "split_batches", False)
     return size if split else size * trainer._trainfn.world.parts
 
@@ -78,16 +81,18 @@ def _is_sized(dataset: Dataset) -> TypeGuard[SizedDataset]:
 
 
 def _check_enough(trainer: TrainerLike, dataset: Dataset, description: str, name: str, last: str, size: int) -> None:
-    """Raise if there is no batch of ``size`` rows, in the words of the arguments; ``name`` is the one for its rows."""
+    """Raise if a dataset has too few rows for one batch; ``name`` is the argument that set the batch size."""
     ranks = trainer._trainfn.world.parts
     rows = len(dataset) if isinstance(dataset, Sized) else None
     if rows == 0:
-        raise ValueError(f"Trainer: the {description} set has no rows.")
+        raise ValueError(
+            f"Trainer: the {description} set has no rows, so it gives no batch. Pass a dataset with at least one row."
+        )
     if rows is not None and last == "drop" and rows < size:
         given, on = getattr(trainer.args, name), f" on {ranks} ranks" if ranks > 1 else ""
         raise ValueError(
-            f"TrainingArguments({name}={given}, dataloader_drop_last=True){on}: the {description} set has"
-            f" {rows} row{'s' if rows > 1 else ''}, fewer than a batch, and all are dropped. Write"
+            f"`TrainingArguments({name}={given}, dataloader_drop_last=True)`{on} can't work: the {description} set has"
+            f" {rows} row{'s' if rows > 1 else ''}, fewer than one batch, and an incomplete batch is dropped. Write"
             f" `dataloader_drop_last=False`, or a {name} of at most {max(rows // ranks, 1)}."
         )
 
@@ -98,12 +103,13 @@ def _workers(args: TrainingArguments) -> Values:
 
 
 def _reader(args: TrainingArguments) -> Values:
-    """The same for a stream, which one worker reads, or none."""
+    """The options of a stream, which at most one worker reads."""
     options = _workers(args)
     if options["num_workers"] > 1:
         logger.warning_once(
-            f"TrainingArguments(dataloader_num_workers={options['num_workers']}): an iterable dataset is read by one"
-            " worker, for with more its order would depend on them. For more, give a dataset with rows by number."
+            f"`TrainingArguments(dataloader_num_workers={options['num_workers']})`: an iterable dataset is read by one"
+            " worker, because its order would depend on the number of them. Write `dataloader_num_workers=1`, or pass"
+            " a dataset with rows by number."
         )
     return {**options, "num_workers": min(options["num_workers"], 1)}
 
@@ -122,8 +128,9 @@ def prepared(trainer: TrainerLike, dataset: Dataset, description: str) -> tuple[
     if len(unused) == len(dataset.column_names):
         raise ValueError(
             f"Trainer: none of the {description} set's columns {unused} is an argument of"
-            f" {type(trainer.model).__name__}.forward ({', '.join(wanted)}). Tokenize it first:"
-            " `dataset.map(lambda row: tokenizer(row['text']))`; or keep them all, `remove_unused_columns=False`."
+            f" {type(trainer.model).__name__}.forward ({', '.join(wanted)}). Tokenize the set:"
+            " write `dataset.map(lambda row: tokenizer(row['text']))`; or keep all columns: write"
+            " `remove_unused_columns=False`."
         )
     return dataset.remove_columns(unused), collate
 
@@ -136,8 +143,9 @@ def lengths(trainer: TrainerLike, dataset: SizedDataset) -> np.ndarray:
     name = str((getattr(trainer.processing_class, "model_input_names", None) or ["input_ids"])[0])
     if name not in dataset[0]:
         raise ValueError(
-            f"Trainer: grouping by length needs the column {column!r} or {name!r}; a row has {sorted(dataset[0])}. Say"
-            ' which one it is: `TrainingArguments(length_column_name="...")`.'
+            "`TrainingArguments(train_sampling_strategy='group_by_length')` can't work: it needs the column"
+            f" {column!r} or {name!r}, and a row has {sorted(dataset[0])}. Name the column with the lengths: write"
+            ' `length_column_name="..."`.'
         )
     return np.asarray([len(dataset[i][name]) for i in range(len(dataset))])
 
@@ -147,11 +155,11 @@ class Length:
     """How long a run is.
 
     Attributes:
-        micro_per_epoch: Micro-batches in an epoch, or None if nobody knows.
-        accumulate: Micro-batches of an update; the last one of an epoch may have fewer.
-        max_steps: Updates in all.
-        epochs: Epochs begun.
-        num_examples: Rows in an epoch.
+        micro_per_epoch: Micro-batches in an epoch, or None if the loader has no length.
+        accumulate: Micro-batches of an update; the last update of an epoch may have fewer.
+        max_steps: Updates in the whole run.
+        epochs: Epochs that the run begins; the last one may stay incomplete.
+        num_examples: Rows in an epoch, or None if their number is not known.
     """
 
     micro_per_epoch: int | None
@@ -162,14 +170,14 @@ class Length:
 
     @property
     def updates_per_epoch(self) -> int:
-        """Updates in an epoch; all of them, if it has no end that is known."""
+        """Updates in an epoch; ``max_steps``, if the length of an epoch is not known."""
         if self.micro_per_epoch is None:
             return self.max_steps
         return max(math.ceil(self.micro_per_epoch / self.accumulate), 1)
 
     @property
     def micro_counted(self) -> int:
-        """Micro-batches by which the epoch's fraction is counted."""
+        """Micro-batches that count as one epoch in the state's ``epoch``."""
         return self.micro_per_epoch or self.max_steps * self.accumulate
 
 
@@ -183,9 +191,10 @@ def arithmetic(args: TrainingArguments, loader: Loader, num_examples: int | None
     if micro is None:
         if args.max_steps <= 0:
             raise ValueError(
-                "Trainer: this train_dataset has no length, so the end of training is unknown. Say"
-                " `TrainingArguments(max_steps=1000)`."
+                f"`TrainingArguments(max_steps={args.max_steps})` can't work: this train_dataset has no length, so"
+                " the end of training is not known. Write `max_steps=1000`."
             )
+        # `max_steps` ends such a run, so the number of epochs must only be large enough.
         return Length(None, accumulate, args.max_steps, 2**62, None)
     updates = max(math.ceil(micro / accumulate), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
@@ -193,17 +202,17 @@ def arithmetic(args: TrainingArguments, loader: Loader, num_examples: int | None
 
 
 class Ended(Exception):
-    """There is no further window: the epochs are over, or somebody said stop between two steps."""
+    """There is no further window: the epochs are over, or a callback stopped the run between two steps."""
 
 
 class Windows:
-    """The micro-batches of each update, from wherever the run stands; fires what happens before a step.
+    """The micro-batches of each update, from the run's position on; it fires the events before each step.
 
     Args:
-        trainer: Its `_prepare_inputs` is applied to each micro-batch.
-        loader: From `get_train_dataloader`.
-        length: Of the run.
-        ended: What belongs to the end of an epoch.
+        trainer: The Trainer, whose `_prepare_inputs` is applied to each micro-batch.
+        loader: The result of `get_train_dataloader`.
+        length: The numbers of steps and epochs of the run.
+        ended: A function that is called at the end of each epoch.
     """
 
     def __init__(
@@ -213,13 +222,13 @@ class Windows:
         self.epoch = self.window = 0
         self.micro_done = 0  # in this epoch
         self.first: Batch = {}  # micro-batch of the newest window
-        self.counted = [0.0, 0.0]  # operations and tokens that only this rank knows of
+        self.counted = [0.0, 0.0]  # operations and tokens of this rank that are not yet added up
 
     def start(self, step: int) -> Iterator[Batch | list[Batch] | Iterator[Batch]]:
-        """The windows from ``(epoch, window)`` on; ``step`` only says that the run has come there."""
+        """Yield the windows from ``(epoch, window)`` on; this position decides, and ``step`` is not read."""
         trainer, length = self.trainer, self.length
         while self.epoch < length.epochs:
-            if self.window < length.updates_per_epoch:  # else the epoch is done, but for its end
+            if self.window < length.updates_per_epoch:  # else the resumed epoch has only its end left
                 event(trainer, "on_epoch_begin")
             self.micro_done = min(self.window * length.accumulate, length.micro_counted)
             with contextlib.closing(self._micro(self.epoch, self.micro_done)) as micro:
@@ -232,7 +241,10 @@ class Windows:
                     if trainer.control.should_epoch_stop or trainer.control.should_training_stop:
                         break
             if self.micro_done == 0:
-                logger.warning("Trainer: this epoch has not a single batch; training stops here.")
+                logger.warning(
+                    "Trainer.train(): the loader gave no batch in this epoch, so training stops here. Return a loader"
+                    " that can be iterated again from `get_train_dataloader`, not a generator."
+                )
                 break
             self.end_epoch()
             if trainer.control.should_training_stop:
@@ -242,11 +254,11 @@ class Windows:
     def _given(self, window: list[Batch]) -> Batch | list[Batch] | Iterator[Batch]:
         if self.length.accumulate == 1 and not self.trainer.args.auto_find_batch_size:
             return window[0]
-        # On ranks a stream: each is asked whether it has rows for a micro-batch.
+        # On several ranks an iterator: before each micro-batch all ranks ask each other whether any has rows left.
         return window if self.trainer._trainfn.world.plan is None else iter(window)
 
     def end_epoch(self) -> None:
-        """What belongs to the end of an epoch; what is saved there begins with the next one."""
+        """End the epoch. A checkpoint that is saved here resumes at the beginning of the next one."""
         self.epoch, self.window = self.epoch + 1, 0
         self.ended()
 
@@ -266,8 +278,8 @@ class Windows:
             if isinstance(batch, tfn.data.NoRows):
                 size = self.trainer._trainfn.world.parts
                 raise TypeError(
-                    f"Trainer.train() on {size} ranks: the loader has no batch for this one where"
-                    " others have, and no tensor to make one of no rows of. Return tensors from the collator:"
+                    f"`trainer.train()` on {size} ranks can't work: this rank's loader has no batch where others have"
+                    " one, and no tensor to make an empty batch from. Return tensors from the collator:"
                     ' `{"input_ids": ..., "labels": ...}`.'
                 )
             inputs = self.trainer._prepare_inputs(batch)
@@ -275,7 +287,7 @@ class Windows:
             yield inputs
 
     def _count(self, inputs: Batch) -> None:
-        """Floating-point operations and, where asked for, tokens."""
+        """Count floating-point operations and, with ``include_num_input_tokens_seen``, tokens."""
         trainer = self.trainer
         given = trainer.args.include_num_input_tokens_seen
         kind, counted = str(getattr(given, "value", given)), self.counted
@@ -288,7 +300,7 @@ class Windows:
             self.take_counts(counted)
 
     def take_counts(self, counted: list[float]) -> None:
-        """Add what all ranks have counted since the last time to the Trainer's state."""
+        """Add the operations and tokens of all ranks since the last call to the Trainer's state."""
         self.trainer.state.total_flos += counted[0]
         self.trainer.state.num_input_tokens_seen += int(counted[1])
         self.counted = [0.0, 0.0]
@@ -310,9 +322,9 @@ def _limited(batches: Iterator[T], count: int) -> Generator[T]:
 
 
 def _seeded(loader: Loader, seed: int, epoch: int, skip: int) -> Generator[Batch]:
-    """One epoch of somebody else's loader, whose order and augmentation follow from (seed, epoch).
+    """One epoch of a loader that is not trainfn's, whose order and augmentation follow from (seed, epoch).
 
-    It draws from the global generators, which are lent to it for each batch and given back.
+    Such a loader draws from the global generators. For each batch they have its states, and afterwards their own.
     """
     for shuffles in (loader, getattr(loader, "sampler", None)):  # a `DistributedSampler`, say
         if callable(set_epoch := getattr(shuffles, "set_epoch", None)):
@@ -328,7 +340,7 @@ def _seeded(loader: Loader, seed: int, epoch: int, skip: int) -> Generator[Batch
                 batch = next(batches)
             except StopIteration:
                 return
-        if n >= skip:
+        if n >= skip:  # skipped batches are read too, so that the generators advance as in the first run
             yield batch
 
 
@@ -337,7 +349,7 @@ def _number(seed: int, epoch: int) -> int:
 
 
 class _Generators:
-    """States of the global generators, put in place for a block."""
+    """A loader's states of the global generators, in place for the time of a block."""
 
     def __init__(self, seed: int, epoch: int) -> None:
         number = _number(seed, epoch)
@@ -360,8 +372,8 @@ def prepared_inputs(trainer: TrainerLike, inputs: Batch) -> Batch:
     """A collator's batch as a plain dict of tensors on the device."""
     if not isinstance(inputs, Mapping):
         raise TypeError(
-            f"Trainer: the data collator returned a {type(inputs).__name__}, and the model is called with keywords."
-            ' Return a dict: `{"input_ids": ..., "labels": ...}`.'
+            f"`Trainer(data_collator=...)` can't work: the data collator returned a {type(inputs).__name__}, and the"
+            ' model is called with keywords. Return a dict: `{"input_ids": ..., "labels": ...}`.'
         )
     device = trainer.args.device
     return {name: _moved(value, device) for name, value in inputs.items()}

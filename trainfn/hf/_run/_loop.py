@@ -44,16 +44,19 @@ def train(
     trial: Trial | None,
     ignore_keys_for_eval: list[str] | None,
 ) -> TrainOutput:
-    """Train from the beginning or from a checkpoint, and return what `Trainer.train` promises."""
+    """Train from the beginning or from a checkpoint; see `Trainer.train`."""
     if trial is not None and trainer._trainfn.search is None:
-        raise ValueError("train(trial=...): trials are of `trainer.hyperparameter_search(...)`, which calls train.")
+        raise ValueError(
+            "`trainer.train(trial=...)` can't work: only a search makes trials, and it calls `train` itself. Write"
+            " `trainer.hyperparameter_search(...)`."
+        )
     _parameters.check_whole(trainer)
     folder = _folders.to_resume(trainer, resume_from_checkpoint)
     if trainer.model_init is not None:
         new_model(trainer)
     if trial is not None:
         trainer.label_smoother = smoother(trainer.args, trainer.model)
-    if trainer.args.use_liger_kernel:  # it replaces layers of the model, for good; twice is the same as once
+    if trainer.args.use_liger_kernel:  # it replaces layers for good; a second call changes nothing
         apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
     loader = dealt(trainer._trainfn.world, trainer.get_train_dataloader())
     length = arithmetic(trainer.args, loader, trainer.num_examples(loader))
@@ -75,7 +78,7 @@ def train(
     except BaseException as error:
         if trainer._trainfn.released:
             error.add_note(
-                "trainer.model has no values now: they were split over the ranks. The checkpoints have them."
+                "trainer.model has no values now: they were sharded over the ranks. The checkpoints have them."
             )
         raise
     finally:
@@ -85,7 +88,7 @@ def train(
 
 @contextlib.contextmanager
 def _surroundings(trainer: TrainerLike, run: TrainingRun) -> Generator[None]:
-    """What holds for a run and not after it, however it ends."""
+    """Set up what holds for one run only, and undo it however the run ends."""
     args, model = trainer.args, trainer.model
     deterministic = torch.are_deterministic_algorithms_enabled()
     with contextlib.ExitStack() as stack:
@@ -106,14 +109,17 @@ def _surroundings(trainer: TrainerLike, run: TrainingRun) -> Generator[None]:
 
 @contextlib.contextmanager
 def _saving_at_sigterm(run: TrainingRun) -> Generator[None]:
-    """Save and stop after the current step when a cluster says that the machine is about to go."""
+    """Note a SIGTERM, by which a cluster announces the end of a job. The run then saves and stops after the step."""
     with tfn.process.termination() as run.sigterm:
         yield
 
 
 @contextlib.contextmanager
 def _holding_ctrl_c(run: TrainingRun, world: World) -> Generator[None]:
-    """On several ranks Ctrl-C waits until all have heard of it; a second one is raised at once."""
+    """On several ranks, hold Ctrl-C until all ranks know of it; a second one is raised at once.
+
+    A rank that raised it at once would leave the others waiting in their next collective.
+    """
     if world.plan is None:
         yield
         return
@@ -123,13 +129,14 @@ def _holding_ctrl_c(run: TrainingRun, world: World) -> Generator[None]:
             yield
         finally:
             run.held = tfn.process.Pending()
-    if world.ranks.any([held.arrived])[0]:  # after the last step
+    # For one that arrived after the last step. All ranks come here, so all of them raise or none does.
+    if world.ranks.any([held.arrived])[0]:
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def _recomputing(model: nn.Module, options: Values) -> Generator[None]:
-    """Blocks forget their activations and compute them again in the backward pass, for the time of a block."""
+    """Let the model recompute its activations in the backward pass, for the time of a block."""
     if attribute(model, "is_activation_checkpointing", "is_gradient_checkpointing"):
         yield
         return
@@ -138,8 +145,8 @@ def _recomputing(model: nn.Module, options: Values) -> Generator[None]:
     enable = attribute(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")
     if enable is None:
         raise ValueError(
-            f"`TrainingArguments(activation_checkpointing=True)`: {type(model).__name__} has no method"
-            " `activation_checkpointing_enable`, so its blocks can't be computed again. Leave the argument out."
+            f"`TrainingArguments(activation_checkpointing=True)` can't work: {type(model).__name__} has no method"
+            " `activation_checkpointing_enable`, which recomputes activations. Leave the argument out."
         )
     enable({"use_reentrant": False, **options}, **whole)
     try:
@@ -149,11 +156,12 @@ def _recomputing(model: nn.Module, options: Values) -> Generator[None]:
 
 
 def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
-    """The optimizer, the schedule, the first state and the step; a fresh log."""
+    """Make the optimizer, the schedule, the first state and the step of a run, and an empty log."""
     args, length = trainer.args, run.length
     trainer._trainfn.rates = []
     trainer.create_optimizer_and_scheduler(num_training_steps=length.max_steps)
     transform = transform_of(trainer, length.max_steps)
+    # "adopt" shares the model's memory: parameters are held once, and the model has the newest ones.
     trainer.train_state = tfn.init(trainer.model, transform, seed=args.seed, storage="adopt")
     plan = trainer._trainfn.world.plan
     alone = length.accumulate == 1 and not args.auto_find_batch_size
@@ -169,10 +177,11 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
         _parameters.see(trainer)
         _parameters.warn_of_callbacks(trainer)
     how: Values = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
+    # "auto": batches of many lengths share a few graphs.
     how |= {
         "dynamic": "auto",
         **(trainer._trainfn.world.compile or {}),
-    }  # rows of ragged length: a few graphs, not one each
+    }
     run.step = tfn.jit(step, compile=compiled, donate=True, max_graphs=64, **how)
     if args.auto_find_batch_size:
         run.step = Halving(run.step)
@@ -191,11 +200,11 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
 
 
 def _scaled(trainer: TrainerLike, step: tfn.TrainStep) -> tfn.TrainStep:
-    """The step with a loss scale in its state: float16 gradients neither vanish nor overflow."""
+    """The step with a loss scale in its state, so that float16 gradients neither vanish nor overflow."""
     if _manual.overrides(trainer):
         raise ValueError(
-            "TrainingArguments(fp16=True) with an overridden training_step: its backward pass knows nothing of the loss"
-            " scale. Override compute_loss in place of training_step, or write `bf16=True`."
+            "`TrainingArguments(fp16=True)` can't work with an overridden training_step: its backward pass does not"
+            " apply the loss scale. Override compute_loss in place of training_step, or write `bf16=True`."
         )
     scaling = tfn.transforms.dynamic_loss_scale(**trainer._trainfn.world.loss_scale)
     trainer.train_state = scaling.init(newest_state(trainer))
@@ -213,7 +222,7 @@ def compiles(trainer: TrainerLike) -> tuple[bool, str]:
     if trainer._trainfn.world.compile is not None:
         return True, "as the launcher's configuration says"
     if args.device.type == "cpu":
-        return False, "on a CPU compiling takes longer than most runs; torch_compile=True does it"
+        return False, "on a CPU, compiling takes longer than most runs; torch_compile=True compiles all the same"
     return True, "by default on an accelerator; torch_compile=False runs the same step eagerly"
 
 
@@ -243,7 +252,7 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
                 _after(trainer, run, info)
                 if trainer.control.should_training_stop:
                     break
-        if open_epoch and windows.window:  # the stream was left inside or at the end of an epoch
+        if open_epoch and windows.window:  # the loop was left inside or at the end of an epoch
             windows.end_epoch()
         output = _finished(trainer, run, first)
         event(trainer, "on_train_end")
@@ -251,13 +260,13 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
 
 
 def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
-    """The step, after what was decided between the steps: another learning rate, say."""
+    """The step, which first applies the changes decided between steps, such as another learning rate."""
     world, windows = trainer._trainfn.world, run.windows
     looked = trainer.args.gradient_accumulation_steps == 1 and world.plan is None
     known = False
 
     def look() -> None:
-        """Find out what the loss is like, of the first rows; ranks must believe the same."""
+        """Try out on the first rows whether the loss shifts labels, and whether it adds up over rows."""
         nonlocal looked, known
         with _parameters.whole(trainer):
             if not tfn.data.is_empty(windows.first):
@@ -265,6 +274,8 @@ def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
                 if not looked:
                     check_additive(trainer, windows.first)
         looked = True
+        # A rank without rows can't try, and all ranks must compile the same step: so they share what they found.
+        # It costs one or two gathers of a flag, until one rank knows or none ever can.
         found = [shifts for shifts in world.ranks.gathered(trainer._trainfn.shifts) if shifts is not None]
         trainer._trainfn.shifts = found[0] if found else None
         known = bool(found) or not any(world.ranks.gathered(may_shift(trainer, windows.first)))
@@ -288,11 +299,12 @@ def _end_epoch(trainer: TrainerLike, run: TrainingRun) -> None:
 
 
 def agree(trainer: TrainerLike, run: TrainingRun) -> None:
-    """What any rank has decided, all have; and what each has counted is added up."""
+    """Set on all ranks the decisions that any rank has made, and add up the counts of all."""
     world = trainer._trainfn.world
     run.terminated |= run.sigterm.arrived
     if world.plan is None:
         return
+    # A rank that saved or stopped alone would leave the others waiting in a collective. The cost is two small sums.
     control = trainer.control
     flags = [*(bool(getattr(control, name)) for name in DECISIONS), run.terminated, run.held.arrived]
     *found, run.terminated, run.interrupted = world.ranks.any(flags)
@@ -302,9 +314,10 @@ def agree(trainer: TrainerLike, run: TrainingRun) -> None:
 
 
 def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:
-    """The events of a step that is done, then the log, the evaluation and the checkpoint that are due."""
+    """Fire the events of a completed step; then log, evaluate and save where due."""
     state, windows, length = trainer.state, run.windows, run.length
     run.saving.check()
+    # The step is one function, so the events inside it are fired after it, in the order of transformers.
     for _ in range(windows.micro_done - (windows.window - 1) * length.accumulate - 1):
         event(trainer, "on_substep_end")
     event(trainer, "on_pre_optimizer_step")
@@ -320,10 +333,11 @@ def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:
 
 
 def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun) -> None:
-    """Log, evaluate and save, in this order, if the callbacks decided so; then end, if Ctrl-C was pressed on a rank.
+    """Log, evaluate and save, in this order, if the callbacks decided so. Then stop, if Ctrl-C was pressed on a rank.
 
     Raises:
-        KeyboardInterrupt: On all ranks after the same step, with all values in the model.
+        KeyboardInterrupt: If Ctrl-C was pressed. All ranks raise it after the same step, with full parameters in the
+            model.
     """
     control = trainer.control
     acted = control.should_log or control.should_evaluate or control.should_save
@@ -337,7 +351,7 @@ def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun) -> None:
     if control.should_save:
         trainer._save_checkpoint(trainer.model, trial=None)
         event(trainer, "on_save")
-    if acted:
+    if acted:  # logs, evaluations and checkpoints fire events, in which callbacks decide again
         agree(trainer, run)
     if run.interrupted:
         _parameters.fill(trainer)

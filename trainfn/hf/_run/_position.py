@@ -1,7 +1,7 @@
-"""Where a run stands in its data, and where the run that goes on from there begins.
+"""The position of a run in its data, and the position at which a resumed run begins.
 
-It is counted in micro-batches of all ranks, so their size is kept, too: a run with other batches goes on after the same
-rows, and says what is another from there on.
+It is counted in micro-batches of all ranks, and their size is kept too. A run with other batch sizes resumes after the
+same rows, and warns of what differs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ logger = logging.get_logger(__name__)
 
 
 def position(windows: Windows) -> Values:
-    """What a checkpoint keeps of the place in the data.
+    """The position in the data, as a checkpoint keeps it.
 
     ===================== ===========================================================================================
-    ``epoch``, ``micro``  epochs that are done, and micro-batches of the next one, on all ranks together
-    ``of``                micro-batches of an epoch, or None if nobody knows
-    ``rows``              of a micro-batch, on all ranks together; see `rows_of`
+    ``epoch``, ``micro``  completed epochs, and micro-batches of the next one, on all ranks together
+    ``of``                micro-batches of an epoch, or None if the loader has no length
+    ``rows``              rows of a micro-batch, on all ranks together; see `rows_of`
     ``accumulate``        micro-batches of an update
     ===================== ===========================================================================================
     """
@@ -32,7 +32,7 @@ def position(windows: Windows) -> Values:
 
 
 def rows_of(windows: Windows) -> int:
-    """The rows of a micro-batch on all ranks; or batches, of somebody else's loader that does not tell its size."""
+    """The rows of a micro-batch on all ranks; for a loader without a ``batch_size``, each batch counts as one row."""
     loader = windows.loader
     if isinstance(loader, tfn.data.Loader):
         return loader.sampler.batch_size
@@ -42,12 +42,12 @@ def rows_of(windows: Windows) -> int:
 
 
 def go_to(windows: Windows, then: Values, *, skip: bool) -> None:
-    """Let the data go on after the rows that were seen; tell what differs.
+    """Resume the data after the rows that were seen, and warn of what differs.
 
     Args:
-        windows: Of the new run.
-        then: A checkpoint's `position`; older ones have no sizes, which are taken to be those of now.
-        skip: Whether to go on within the epoch, and not at its beginning.
+        windows: The windows of the new run.
+        then: A checkpoint's `position`. Older checkpoints have no sizes; those of the new run stand in for them.
+        skip: Whether to resume within the epoch, and not at its beginning.
     """
     length, rows = windows.length, rows_of(windows)
     then = {"of": length.micro_per_epoch, "rows": rows, "accumulate": length.accumulate, **then}
@@ -60,17 +60,17 @@ def go_to(windows: Windows, then: Values, *, skip: bool) -> None:
     if again:
         said.append(
             f"gradient_accumulation_steps={length.accumulate} with micro-batches of {rows} rows does not divide the"
-            f" {then['micro'] * then['rows']} rows of this epoch that the checkpoint had seen: the last {again} of them"
+            f" {then['micro'] * then['rows']} rows of this epoch that the checkpoint had seen; the last {again} of them"
             " are seen again"
         )
     if then["rows"] != rows and windows.window and not _same_order(windows.loader):
         said.append(
-            "rows that are grouped into batches, as by length, are grouped in another way: some of this epoch are seen"
-            " again, and others not at all"
+            "rows that are grouped by length are grouped in another way; some of this epoch are seen again, and others"
+            " not at all"
         )
     if said and windows.trainer._trainfn.world.ranks.rank == 0:
         said += _remedy(windows, then, rows)
-        logger.warning(f"Trainer.train(resume_from_checkpoint=...): {'; '.join(said)}.")
+        logger.warning(f"`trainer.train(resume_from_checkpoint=...)`: {'; '.join(said)}.")
 
 
 def _same_order(loader: Loader) -> bool:
@@ -78,7 +78,7 @@ def _same_order(loader: Loader) -> bool:
 
 
 def _sizes(windows: Windows, then: Values, rows: int) -> list[str]:
-    """How the updates differ, if they do: in their rows, or in how many there are."""
+    """The ways in which the updates differ from the checkpoint's: in their rows, or in their number."""
     length = windows.length
     was, now = then["rows"] * then["accumulate"], rows * length.accumulate
     before = None if then["of"] is None else max(-(-then["of"] // then["accumulate"]), 1)
@@ -92,11 +92,11 @@ def _sizes(windows: Windows, then: Values, rows: int) -> list[str]:
     if before is not None and length.micro_per_epoch is not None:
         said.append(f"an epoch has {length.updates_per_epoch} updates, and had {before}")
     done = windows.trainer.state.global_step
-    return [*said, f"the learning rate's schedule goes over {length.max_steps} updates, of which {done} are done"]
+    return [*said, f"the learning rate's schedule has {length.max_steps} updates, of which {done} are done"]
 
 
 def _remedy(windows: Windows, then: Values, rows: int) -> list[str]:
-    """What to write for the same run."""
+    """The arguments to write for the same run as the checkpoint's."""
     trainer, lines = windows.trainer, []
     ranks = together(trainer, 1)
     if then["rows"] != rows and then["rows"] % ranks == 0:

@@ -1,4 +1,4 @@
-"""What a Trainer keeps to itself: one record for as long as it lives, and one for each run."""
+"""The private records of a Trainer: one for its whole life, and one for each run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Search(NamedTuple):
     """The trial of a hyperparameter search that is being trained.
 
     Attributes:
-        trial: Of optuna.
+        trial: The trial of optuna.
         objective: ``metrics -> number``, or several numbers.
         name: ``trial -> name``, for the trackers.
     """
@@ -53,13 +53,13 @@ class TrainingRun:
         ignore_keys: Outputs that evaluations leave out.
         step: The compiled step, once it is prepared.
         saving: The checkpoints, once the loop has begun.
-        changes: What happens to the state before the next step.
-        controller_state: Of a learning rate that follows a metric.
+        changes: Functions that change the state before the next step.
+        controller_state: The state of the controller, if the learning rate follows a metric.
         began: When the loop began, in seconds since the epoch.
         tokens_before: The tokens that were seen before the loop began.
-        terminated: Whether SIGTERM asked for a checkpoint and the end.
-        interrupted: Whether Ctrl-C was pressed on any rank, and all know of it.
-        held: Whether Ctrl-C was pressed on this rank, of which the others have not heard.
+        terminated: Whether a SIGTERM on any rank asked the run to save and stop.
+        interrupted: Whether Ctrl-C was pressed on any rank, as all ranks know.
+        held: Whether Ctrl-C was pressed on this rank, as the others do not know yet.
         sigterm: Whether SIGTERM has arrived on this rank.
     """
 
@@ -80,24 +80,24 @@ class TrainingRun:
 
 
 def no_metrics(inputs: Batch, outputs: Outputs) -> dict[str, tfn.Mean]:
-    """A loss that comes without metrics of its own."""
+    """The metrics of a loss that has none of its own: an empty dict."""
     return {}
 
 
 @dataclasses.dataclass(eq=False)
 class Record:
-    """What is private on a Trainer, all under the one name ``_trainfn``: a subclass may have any other.
+    """All private values of a Trainer, under the one name ``_trainfn``; a subclass may use any other name.
 
     Attributes:
         world: The processes that train together.
         given: The optimizer and the schedule that the user passed.
-        run: The newest run; it stays after its end, for those who look at its step.
+        run: The newest run. It stays after its end, so that its step can be looked at.
         search: The trial that is being trained, if there is one.
         rates: The learning rate of each parameter group.
         latest: The step of the newest evaluation, and its metrics.
-        shifts: Whether the model's loss shifts labels; None as long as nobody knows.
-        parameter_count: The model's parameters without embeddings; None until it is asked for.
-        released: Whether parameters are split over ranks, and not in the model.
+        shifts: Whether the model's loss shifts labels; None until it is known.
+        parameter_count: The model's parameters without embeddings; None until they are counted.
+        released: Whether the parameters are sharded over ranks, so that the model does not hold them.
         manual_mean: The loss of the newest `training_step`, undivided.
         loss_metrics: What is logged with the loss. It is part of the step, so nothing in it may wait for the device.
     """
@@ -122,12 +122,12 @@ def current_run(trainer: TrainerLike) -> TrainingRun:
     """The run that the Trainer is in.
 
     Raises:
-        RuntimeError: If it is in none.
+        RuntimeError: If no run is active.
     """
     run = trainer._trainfn.run
     if run is None or not trainer.is_in_train:
         raise RuntimeError(
-            f"{type(trainer).__name__}: this method needs a run, and none is under way. Call it from a callback or an"
+            f"{type(trainer).__name__}: this method needs a run, and no run is active. Call it from a callback or an"
             " override while `trainer.train()` runs; `trainer.save_model(folder)` saves the model at any time."
         )
     return run

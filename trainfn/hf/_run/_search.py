@@ -1,4 +1,4 @@
-"""Hyper-parameter search with optuna: each trial is a run of its own, from a model of its own."""
+"""Hyperparameter search with optuna: each trial is a run of its own, from a model of its own."""
 
 from __future__ import annotations
 
@@ -35,45 +35,53 @@ def hyperparameter_search(
     hp_name: Callable[[Trial], str] | None = None,
     **options: Any,
 ) -> BestRun | list[BestRun]:
-    """Train with other arguments again and again, and return the best of the runs.
+    """Train one run for each trial, with its own arguments, and return the best run.
 
-    Trial ``n`` saves to ``output_dir/run-n``. The trainer's own arguments are as before afterwards.
+    Trial ``n`` saves to ``output_dir/run-n``. Afterwards the trainer has its own arguments again.
 
     Args:
-        trainer: With a ``model_init``.
+        trainer: A Trainer with a ``model_init``.
         hp_space: ``trial -> {argument: value}``, by default transformers' own.
         compute_objective: ``metrics -> number``, by default the evaluation's loss, or the sum of the other metrics if
             there are any.
-        n_trials: How many runs.
+        n_trials: The number of runs.
         direction: ``"minimize"`` or ``"maximize"``, or a list of them for several objectives.
         backend: ``"optuna"``.
         hp_name: ``trial -> name``, for the trackers.
         **options: For ``optuna.create_study`` (``sampler``, ``storage``, …) and ``study.optimize`` (``timeout``, …).
 
     Raises:
-        ValueError: If there is no ``model_init``, the backend is another one, or an argument does not exist.
+        ValueError: If there is no ``model_init``, the backend is not optuna, ``n_jobs`` is not 1, an argument does not
+            exist, or there are several processes.
         ImportError: If optuna is not installed.
     """
     world = trainer._trainfn.world
     if world.plan is not None:
         raise ValueError(
-            f"hyperparameter_search on {world.ranks.size} processes: each would draw trials of its own. Start the"
-            " search with `python script.py`, and train what it finds on all of them."
+            f"`trainer.hyperparameter_search(...)` on {world.ranks.size} processes can't work: each of them would"
+            " draw its own trials. Search with `python script.py`, and train with the result on all processes."
         )
     if trainer.model_init is None:
         raise ValueError(
-            "hyperparameter_search: every trial begins with a model of its own, so the Trainer needs"
-            " `Trainer(model_init=lambda: MyModel(...))` in place of `model=`."
+            "`trainer.hyperparameter_search(...)` can't work without `model_init`: every trial begins with its own"
+            " model. Write `Trainer(model_init=lambda: MyModel(...))` in place of `model=`."
         )
     if str(getattr(backend, "value", backend or "optuna")) != "optuna":
-        raise ValueError(f"hyperparameter_search(backend={backend!r}): optuna is the one there is. Leave it out.")
+        raise ValueError(
+            f"`hyperparameter_search(backend={backend!r})` can't work: optuna is the only backend. Leave `backend` out."
+        )
     if find_spec("optuna") is None:
-        raise ImportError("hyperparameter_search needs optuna: `pip install optuna`.")
+        raise ImportError(
+            "`hyperparameter_search(...)` needs optuna, which is not installed. Run `pip install optuna`."
+        )
     import optuna
 
     own, optimize = trainer.args, {k: options.pop(k) for k in ("timeout", "n_jobs", "gc_after_trial") if k in options}
     if optimize.get("n_jobs", 1) != 1:
-        raise ValueError("hyperparameter_search(n_jobs=...): trials share this Trainer, so they run one by one.")
+        raise ValueError(
+            f"`hyperparameter_search(n_jobs={optimize['n_jobs']})` can't work: all trials share this Trainer, so they"
+            " run one by one. Leave `n_jobs` out."
+        )
     objective = compute_objective or default_compute_objective
 
     def run(trial: optuna.Trial) -> float | list[float]:
@@ -96,20 +104,22 @@ def hyperparameter_search(
 
 
 def with_values(args: TrainingArguments, values: Values) -> TrainingArguments:
-    """A copy of the arguments with other values, each of the type that the old one has."""
+    """A copy of the arguments with other values, each converted to the type of the old one."""
     new = copy.copy(args)
     known = [field.name for field in dataclasses.fields(args)]
     for name, value in values.items():
         if name not in known:
             near = nearest(name, known, likeness=0)
-            raise ValueError(f"hyperparameter_search: {name!r} is not a field of TrainingArguments.{near}")
+            raise ValueError(
+                f"`hyperparameter_search(hp_space=...)` can't work: {name!r} is not a field of TrainingArguments.{near}"
+            )
         old = getattr(args, name)
         setattr(new, name, type(old)(value) if type(old) in (int, float, str, bool) else value)
     return new
 
 
 def report(search: Search, metrics: Metrics, step: int) -> None:
-    """Report an evaluation to the trial, and end its run if it has no prospects."""
+    """Report an evaluation to the trial, and end its run if optuna prunes it."""
     import optuna
 
     if isinstance(value := search.objective(dict(metrics)), int | float):

@@ -1,4 +1,4 @@
-"""What a Trainer is made of when it is constructed."""
+"""The parts of a Trainer that are made when it is constructed, and their checks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def report_misspelt(cls: type, base: type) -> None:
-    """Warn of a method whose name is nearly that of one to override: it would never be called."""
+    """Warn of a method whose name is nearly that of a method to override: it would never be called."""
     known = [name for name in dir(base) if not name.startswith("__")]
     for name, value in vars(cls).items():
         if name.startswith("__") or name in known or not callable(value):
@@ -38,26 +38,37 @@ def report_misspelt(cls: type, base: type) -> None:
 def first_model(
     model: nn.Module | None, model_init: Callable[..., nn.Module] | None, args: TrainingArguments
 ) -> nn.Module:
-    """The model to begin with: the one given, or a first one of ``model_init``."""
+    """The first model: ``model``, or one that ``model_init`` makes."""
     if (model is None) == (model_init is None):
-        raise ValueError("Trainer(model=..., model_init=...): give exactly one of the two.")
+        raise ValueError(
+            "`Trainer(model=..., model_init=...)` can't work with both or neither: exactly one of the two gives the"
+            " model. Write `Trainer(model)`, or `Trainer(model_init=lambda: MyModel(...))`."
+        )
     if model is None:
         return made_model(model_init, args)
     if model is ...:
-        raise ValueError("Trainer(...): `...` is a placeholder of the documentation. Give a model: Trainer(model).")
+        raise ValueError(
+            "`Trainer(...)` can't work: `...` is a placeholder of the documentation. Write `Trainer(model)`."
+        )
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Trainer(model={type(model).__name__}): a torch.nn.Module is needed.")
+        raise TypeError(
+            f"`Trainer(model)` can't work: the model is a {type(model).__name__}, and a torch.nn.Module is needed."
+            " Pass the module itself, not its name: `Trainer(AutoModelForCausalLM.from_pretrained(name))`."
+        )
     return model.to(args.device)
 
 
 def made_model(
     model_init: Callable[..., nn.Module] | None, args: TrainingArguments, trial: Trial | None = None
 ) -> nn.Module:
-    """A model of ``model_init``, which may take a trial; seeded, and the global generator is given back."""
+    """A seeded model of ``model_init``, which may take a trial; the global generator keeps its state."""
     assert model_init is not None
     takes = len(inspect.signature(model_init).parameters)
     if takes > 1:
-        raise ValueError(f"Trainer(model_init=...): it takes {takes} arguments; it may take none, or a trial.")
+        raise ValueError(
+            f"`Trainer(model_init=...)` can't work: the function has {takes} parameters, and it is called with"
+            " nothing or a trial. Write `model_init=lambda: MyModel(...)`."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         model = model_init(trial) if takes else model_init()
@@ -65,7 +76,7 @@ def made_model(
 
 
 def new_model(trainer: TrainerLike) -> None:
-    """Give the Trainer another model of its ``model_init``, and forget what was known of the one before."""
+    """Give the Trainer a new model of its ``model_init``, and forget what was found out about the old one."""
     record = trainer._trainfn
     trial = None if record.search is None else record.search.trial
     trainer.model = made_model(trainer.model_init, trainer.args, trial)
@@ -74,47 +85,59 @@ def new_model(trainer: TrainerLike) -> None:
 
 
 def smoother(args: TrainingArguments, model: nn.Module) -> LabelSmoother | None:
-    """Label smoothing, if it is asked for and means something."""
+    """The label smoother, or None if nothing is to be smoothed."""
     if args.label_smoothing_factor == 0:
         return None
     if getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification":
-        warnings.warn("Label smoothing means nothing for multi-label classification; it is left out.", stacklevel=3)
+        warnings.warn(
+            f"`TrainingArguments(label_smoothing_factor={args.label_smoothing_factor})`: label smoothing has no"
+            " meaning for multi-label classification, so it is not applied. Leave it out.",
+            stacklevel=3,
+        )
         return None
     return LabelSmoother(epsilon=args.label_smoothing_factor)
 
 
 def set_use_cache(model: nn.Module, args: TrainingArguments) -> None:
-    """Whether the model keeps keys and values, which training has no use for."""
+    """Set whether the model keeps a cache of keys and values, which training does not need."""
     config: PreTrainedConfig | None = getattr(model, "config", None)
     if config is not None:
         config.use_cache = args.use_cache
 
 
 def check_liger(args: TrainingArguments) -> None:
-    """Raise now, and not when training begins, if the package is missing."""
+    """Raise at construction, and not when training begins, if liger-kernel is missing."""
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ImportError(
-            "TrainingArguments(use_liger_kernel=True) needs liger-kernel 0.3 or newer: `pip install liger-kernel`."
+            "`TrainingArguments(use_liger_kernel=True)` needs liger-kernel 0.3 or newer."
+            " Run `pip install liger-kernel`."
         )
 
 
 def arguments_of(model: nn.Module) -> list[str]:
-    """What a model's forward takes; that of the base model, under adapters."""
+    """The names that a model's forward takes; with adapters, those of the base model."""
     return list(inspect.signature(base_of(model).forward).parameters)
 
 
 def renamed(old: str, old_value: T | None, new: str, new_value: T | None) -> T | None:
-    """The value of an argument that has an old name too."""
+    """The value of an argument that also has an old name."""
     if old_value is None:
         return new_value
     if new_value is not None and new_value is not old_value:
-        raise ValueError(f"Trainer({old}=..., {new}=...): two names for one thing, with two values. Give {new}= only.")
-    warnings.warn(f"Trainer({old}=...) is now called `{new}=`.", DeprecationWarning, stacklevel=3)
+        raise ValueError(
+            f"`Trainer({old}=..., {new}=...)` can't work: these are two names for one thing, with two values. Write"
+            f" `{new}=...` alone."
+        )
+    warnings.warn(
+        f"`Trainer({old}=...)` is the old name of `{new}`. Write `Trainer({new}=...)`.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
     return old_value
 
 
 def default_collator(processing_class: Processor | None) -> Collator:
-    """It pads, if there is something to pad with."""
+    """The default collator, which pads if there is a tokenizer or feature extractor to pad with."""
     if isinstance(processing_class, PreTrainedTokenizerBase | SequenceFeatureExtractor):
         return DataCollatorWithPadding(processing_class)  # type: ignore[arg-type]
     return default_data_collator

@@ -1,4 +1,4 @@
-"""What a run is going to do, in words, before it starts."""
+"""The description of a run before it starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def summary(trainer: TrainerLike) -> str:
-    """The resolved run: rows, batches, updates, the schedule, and when it logs, evaluates and saves."""
+    """Describe the resolved run: rows, batches, updates, the schedule, and when it logs, evaluates and saves."""
     args, run = trainer.args, trainer._trainfn.run
     loader = trainer.get_train_dataloader() if run is None else run.windows.loader
     length = arithmetic(args, loader, trainer.num_examples(loader))
@@ -47,7 +47,7 @@ def _layout(world: World) -> str:
     axes = ", ".join(f"{axis}={size}" for axis, size in plan.shape(world.ranks.size).items())
     split = {0: "nothing", 1: "the optimizer state", 2: "optimizer state and gradients", 3: "parameters, too"}
     what = split[plan.stage] if plan.shape(world.ranks.size)["shard"] > 1 else "nothing"
-    return f"{world.ranks.size} processes, {axes}; split: {what}"
+    return f"{world.ranks.size} processes, {axes}; sharded: {what}"
 
 
 def _per_epoch(length: Length, args: TrainingArguments) -> str:

@@ -1,4 +1,4 @@
-"""Does a loss add up over rows? If not, the split into micro-batches changes what is learned, and we say so."""
+"""A check whether a loss adds up over rows: if not, the split into micro-batches changes the update."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ def check_additive(trainer: TrainerLike, inputs: Batch) -> None:
         with eval_mode(trainer.model), torch.no_grad(), tfn.keyed(tfn.random.key(0)):
             whole = exact_loss(trainer, trainer.model, _cut(inputs, 0, count))[0]
             pieces = sum(exact_loss(trainer, trainer.model, _cut(inputs, i, i + 1))[0] for i in range(count))
-    except Exception:  # a loss of pairs, say, can't be had of one row; it is no business of this check to fail
+    except Exception:  # a loss of pairs, for example, needs two rows; a check must not end a run that works
         return
     together, apart = float(whole.value), float(pieces.value)  # type: ignore[union-attr]
     tolerance = _LOW_PRECISION if trainer.args.bf16 or trainer.args.fp16 else _TOLERANCE
     if abs(together - apart) > tolerance * max(abs(together), abs(apart)):
         warnings.warn(
-            f"The loss of {count} rows is {together:.4g} together and {apart:.4g} one by one, so the split into"
-            f" {trainer.args.gradient_accumulation_steps} micro-batches changes the update. Most often the loss is a"
-            " mean with weights that only it knows: return them, `return tfn.Mean.of(values, weights)` in compute_loss"
-            " (or `tfn.losses.cross_entropy(logits, labels, class_weights=...)`). If rows are meant to see each other"
-            " (an auxiliary loss of a mixture of experts, in-batch negatives), the micro-batch is part of the method.",
+            f"`{type(trainer).__name__}.compute_loss`: the loss of {count} rows is {together:.4g} together and"
+            f" {apart:.4g} one by one, so the split into {trainer.args.gradient_accumulation_steps} micro-batches"
+            " changes the update. Most often the loss is a mean with weights that only it knows. Return them: write"
+            " `return tfn.Mean.of(values, weights)` in compute_loss, or `tfn.losses.cross_entropy(logits, labels,"
+            " class_weights=...)`. If rows are meant to see each other (an auxiliary loss of a mixture of experts,"
+            " in-batch negatives), the micro-batch is part of the method.",
             SplitDependentLossWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Smaller micro-batches where the memory does not do. The update is the same for every split: nothing changes."""
+"""Smaller micro-batches for a device without enough memory. The update is the same for every split."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Halving:
-    """A step that cuts its micro-batches in two, and once more, until they fit.
+    """A step that halves its micro-batches until they fit into memory.
 
-    Only the gradients take much memory, and they change no state: a step that failed can be made again.
+    Memory runs out while gradients are computed, which changes no state, so a failed step can be repeated.
 
     Args:
         step: A step over a list of micro-batches.
@@ -34,18 +34,20 @@ class Halving:
         self.step, self.pieces = step, 1
 
     def __call__(self, state: tfn.TrainState, window: list[Batch]) -> tuple[tfn.TrainState, tfn.Metrics]:
-        """Make a step, in as many pieces as it takes."""
+        """Make a step, in as many pieces as the memory needs."""
         while True:
             try:
                 return self.step(state, self._cut(window))
             except Exception as error:
                 if not is_out_of_memory(error) or all(_rows(micro) <= self.pieces for micro in window):
                     raise
-            # Not inside the handler: what the failed step held would be held on to.
+            # Not inside the handler: there the error's traceback still holds the memory of the failed step.
             self.pieces *= 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            logger.warning(f"Out of memory: every micro-batch is cut into {self.pieces}. The updates stay the same.")
+            logger.warning(
+                f"Out of memory: every micro-batch is cut into {self.pieces} pieces. The updates stay the same."
+            )
 
     def _cut(self, window: list[Batch]) -> list[Batch]:
         if self.pieces == 1:

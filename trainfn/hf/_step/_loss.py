@@ -1,8 +1,8 @@
 """Exact losses from heads and overrides that return means.
 
-A head of transformers returns the mean over the labels it counts, and so do most overrides of `compute_loss`. What is
-counted is known from the labels, so the sum can be had back: total = mean x count. The core adds totals and counts
-over micro-batches, and divides once.
+A head of transformers returns the mean over the labels it counts, and so do most overrides of `compute_loss`. The
+labels show how many are counted, so the total is the mean times the count. The core adds totals and counts over
+micro-batches, and divides once.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def exact_loss(
     """The loss of a batch as an undivided mean, and the model's outputs.
 
     Args:
-        trainer: Its `compute_loss` is called, overridden or not; it may return a `trainfn.Mean`, which is taken as it
-            is, or a scalar, which is taken as the mean over the batch's labels that are not -100 (or over its rows, if
-            the labels are no class indices).
+        trainer: A Trainer; its `compute_loss`, overridden or not, returns a `trainfn.Mean` or a scalar. A scalar counts
+            as the mean over the batch's labels that are not -100. If the labels are not class indices, it counts as
+            the mean over the rows.
         model: The model to call.
         inputs: The batch; it is not changed.
-        takes: From `takes_of`; found out if it is not given.
+        takes: The result of `takes_of`, which is called by default.
 
     Raises:
         TypeError: If `compute_loss` returns something else.
@@ -50,10 +50,10 @@ def exact_loss(
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         kind = f"a Tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise TypeError(
-            f"{type(trainer).__name__}.compute_loss returned {kind} for the loss. Return a scalar mean, or"
+            f"`{type(trainer).__name__}.compute_loss` returned {kind} for the loss. Return a scalar mean, or"
             " `tfn.Mean.of(values, weights)`, which is exact for any weights."
         )
-    # A mean of nothing is 0 / 0; its gradient is 0, but its value would spoil the sum.
+    # A mean over no labels is 0 / 0. Its gradient is 0, but its value, NaN, would spoil the sum.
     total = torch.where(count > 0, loss.float() * count, 0.0)
     return tfn.Mean(total, count), outputs
 
@@ -69,7 +69,7 @@ def _computed(
 
 
 def takes_of(trainer: TrainerLike) -> frozenset[str]:
-    """Which of the optional arguments this trainer's `compute_loss` takes; older overrides know fewer."""
+    """The optional arguments that this trainer's `compute_loss` takes; older overrides have fewer."""
     found = inspect.signature(trainer.compute_loss).parameters
     known = {"num_items_in_batch", "return_outputs"}
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values()):
@@ -78,7 +78,7 @@ def takes_of(trainer: TrainerLike) -> frozenset[str]:
 
 
 def counted(trainer: TrainerLike, inputs: Batch) -> Tensor:
-    """How many labels a mean over this batch counts, ``float32[]``."""
+    """The number of labels that a mean over this batch counts, ``float32[]``."""
     labels = inputs.get("shift_labels")
     shifted = labels is None and shifts_labels(trainer)
     labels = inputs.get("labels") if labels is None else labels
@@ -94,16 +94,16 @@ def counted(trainer: TrainerLike, inputs: Batch) -> Tensor:
 
 
 def shifts_labels(trainer: TrainerLike) -> bool:
-    """Whether the model's own loss compares position t with label t + 1, so that the first label counts for nothing.
+    """Whether the model's own loss compares position t with label t + 1, so that the first label is not counted.
 
-    The model's ``loss_type`` says it, where it has one. Where it has not, `find_shift` has tried it out.
+    A known ``loss_type`` of the model decides. Without one, `find_shift` has tried it out.
     """
     known = _known_shift(trainer.model)
     return bool(trainer._trainfn.shifts) if known is None else known
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model itself, under adapters of peft."""
+    """The model under the adapters of peft, or else the model itself."""
     base: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
     return base() if base is not None and hasattr(model, "peft_config") else model
 
@@ -117,7 +117,7 @@ def _known_shift(model: nn.Module) -> bool | None:
 
 
 def find_shift(trainer: TrainerLike, inputs: Batch) -> None:
-    """Find out whether the model shifts labels: does its loss change without the first ones? Once per trainer."""
+    """Try out, once per trainer, whether the model shifts labels: then its loss ignores the first ones."""
     if not may_shift(trainer, inputs):
         return
     labels = inputs["labels"]
@@ -125,7 +125,7 @@ def find_shift(trainer: TrainerLike, inputs: Batch) -> None:
     inputs = {k: x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == rows else x for k, x in inputs.items()}
     labels = labels[:2]
     if bool((labels[:, 0] == IGNORED).all()) or bool((labels[:, 1:] == IGNORED).all()):
-        return  # the next batch may tell
+        return  # such labels decide nothing; the next batch may
     without = labels.clone()
     without[:, 0] = IGNORED
     one, two = (_tried(trainer.model, {**inputs, "labels": x}) for x in (labels, without))
@@ -133,7 +133,7 @@ def find_shift(trainer: TrainerLike, inputs: Batch) -> None:
 
 
 def may_shift(trainer: TrainerLike, inputs: Batch) -> bool:
-    """Whether it is not known yet if the model shifts labels, and could be found out of such a batch."""
+    """Whether it is still unknown if the model shifts labels, and such a batch could show it."""
     labels = inputs.get("labels")
     if trainer._trainfn.shifts is not None or _known_shift(trainer.model) is not None:
         return False
@@ -143,7 +143,7 @@ def may_shift(trainer: TrainerLike, inputs: Batch) -> bool:
 
 
 def _tried(model: nn.Module, inputs: Batch) -> Tensor:
-    """The head's loss in eval mode: it leaves running statistics alone."""
+    """The head's loss in eval mode, which does not change running statistics."""
     with eval_mode(model), torch.no_grad(), tfn.keyed(tfn.random.key(0)):
         return _head_loss(model(**inputs), inputs)
 
@@ -160,7 +160,7 @@ def compute_loss(
     return_outputs: bool = False,
     num_items_in_batch: Tensor | None = None,
 ) -> Loss | tuple[Loss, Outputs]:
-    """What `Trainer.compute_loss` does unless it is overridden: label smoothing, ``compute_loss_func``, or the head.
+    """The default of `Trainer.compute_loss`: label smoothing, ``compute_loss_func``, or the loss of the head.
 
     Raises:
         ValueError: If the model returns no loss.
@@ -184,8 +184,8 @@ def compute_loss(
 def _head_loss(outputs: Outputs, inputs: Batch) -> Tensor:
     if isinstance(outputs, Mapping) and "loss" not in outputs:
         raise ValueError(
-            f"the model returned no loss; it has {list(outputs)}, for the inputs {list(inputs)}. Give it labels (is the"
-            " column called `labels`, and not removed?), or write `compute_loss` or `compute_loss_func`."
+            f"`model(**inputs)` returned no loss, only {list(outputs)}, for the inputs {list(inputs)}. Pass labels:"
+            " call their column `labels`, and don't let it be removed. Or write `compute_loss` or `compute_loss_func`."
         )
     return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
 
@@ -204,7 +204,7 @@ def training_loss(trainer: TrainerLike) -> Callable[[nn.Module, Batch], tuple[tf
 
 @contextlib.contextmanager
 def autocast(args: TrainingArguments, device: torch.device) -> Generator[None]:
-    """bf16 (or fp16) for matrix products, if the arguments say so."""
+    """Compute matrix products in bf16 or fp16, if the arguments ask for it."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     if dtype is None:
         yield

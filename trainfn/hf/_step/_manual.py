@@ -25,9 +25,9 @@ def overrides(trainer: TrainerLike) -> list[str]:
 def training_step(
     trainer: TrainerLike, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None
 ) -> Tensor:
-    """One micro-batch: its loss, and the gradients of it, a mean, added to ``.grad``.
+    """Compute the loss of one micro-batch, and add the gradients of its mean to ``.grad``.
 
-    An override's own backward pass beside this one, or what it does to ``.grad``, is in the same units then.
+    An override that adds a backward pass or changes ``.grad`` then works in the same units.
     """
     mean, _ = exact_loss(trainer, model, inputs)
     weight = mean.weight.detach()
@@ -39,7 +39,8 @@ def training_step(
 def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
     """The same step, with its gradients from `Trainer.training_step`.
 
-    On ranks each brings the parameters together for every micro-batch, for the method sees the model's own.
+    On several ranks each gathers the full parameters for every micro-batch, because the method reads them from the
+    model.
     """
     record = trainer._trainfn
     plan = record.world.plan
@@ -59,7 +60,7 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
             with torch.enable_grad(), tfn.keyed(key, rows=tfn.tree.row_count(batch), first_row=first_row):
                 loss = trainer.training_step(model, dict(batch), count)
             mean = record.manual_mean
-            if mean is None:  # a backward pass of its own, of a mean over what is counted
+            if mean is None:  # an override ran its own backward pass, of a mean over the counted labels
                 mean = tfn.Mean(loss.detach().float() * count, count)
             held = dict(model.named_parameters(remove_duplicate=True))
             grads = {
@@ -82,7 +83,7 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
 
 
 def _summand(param: Tensor, grad: Tensor | None) -> Tensor:
-    """A gradient of this rank's rows, or zeros; on ranks, as one summand of the sum."""
+    """A gradient of this rank's rows, or zeros; on several ranks, as one summand of the sum over ranks."""
     if not isinstance(param, DTensor):
         return torch.zeros_like(param) if grad is None else grad
     grad = torch.zeros(param.shape, dtype=param.dtype, device=param.device) if grad is None else grad
@@ -93,7 +94,7 @@ def _check_axes(trainer: TrainerLike, plan: tfn.Plan | None) -> None:
     sizes = {} if plan is None else {axis: n for axis, n in plan.shape(plan.world).items() if n > 1}
     if len(sizes) > 1 or "tensor" in sizes:
         raise ValueError(
-            f"{type(trainer).__name__}.training_step is overridden, and its backward pass gives gradients of whole"
-            f" parameters, which can't be laid out over {sizes}. Override compute_loss in place of training_step, or"
+            f"{type(trainer).__name__}.training_step is overridden, and its backward pass gives gradients of full"
+            f" parameters, which can't be sharded over {sizes}. Override compute_loss in place of training_step, or"
             " train with one axis: DDP, or FSDP without `hybrid_shard` and tensor parallelism."
         )

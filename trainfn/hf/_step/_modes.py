@@ -1,4 +1,4 @@
-"""A model, an optimizer and the global generators that are left exactly as they were found."""
+"""Contexts after which a model, an optimizer and the global generators are exactly as before."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainfn.hf._types import Optimizer, TrainerLike
 
 @contextmanager
 def as_found(trainer: TrainerLike) -> Generator[None]:
-    """Evaluation mode for what is inside; modes, dtypes and generators are put back after it, also after an error."""
+    """Set evaluation mode for a block; modes, dtypes and generators are restored after it, also after an error."""
     args = trainer.args
     dtype = torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None
     with ExitStack() as stack:
@@ -30,7 +30,7 @@ def as_found(trainer: TrainerLike) -> Generator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Generator[None]:
-    """`model.eval()` for what is inside; the modes are put back after it."""
+    """Call `model.eval()` for a block, and restore all modes after it."""
     with same_modes(model):
         model.eval()
         yield
@@ -38,7 +38,7 @@ def eval_mode(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def same_modes(model: nn.Module) -> Generator[None]:
-    """Afterwards each submodule has the mode it had, which need not be its parent's."""
+    """Restore after a block the mode of each submodule, which need not be its parent's."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -49,7 +49,7 @@ def same_modes(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def _averaged_weights(optimizer: Optimizer | None) -> Generator[None]:
-    """Schedule-free optimizers hold two sets of weights, and `eval()` swaps in the one to evaluate."""
+    """Swap in the weights to evaluate of a schedule-free optimizer, which holds two sets of weights."""
     groups = getattr(optimizer, "param_groups", [])
     swap: Callable[[], None] | None = getattr(optimizer, "eval", None)
     back: Callable[[], None] | None = getattr(optimizer, "train", None)
@@ -65,7 +65,7 @@ def _averaged_weights(optimizer: Optimizer | None) -> Generator[None]:
 
 @contextmanager
 def _cast(model: nn.Module, dtype: torch.dtype) -> Generator[None]:
-    """The model in 16 bits. The tensors stay the same objects, so ties hold; their old storage comes back after."""
+    """Cast the model to 16 bits for a block. The tensors stay the same objects, so ties hold."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     storage = [t.data for t in tensors]
     try:

@@ -18,14 +18,17 @@ from trainfn.hf._step._loss import base_of
 def neftune(model: nn.Module, alpha: float) -> Generator[None]:
     """Add uniform noise in ``± alpha / sqrt(positions * width)`` to the embeddings of training steps.
 
-    The noise is drawn from the state's key, as all randomness of a step. The hook goes when the block ends, however it
-    ends.
+    The noise is drawn from the state's key, as all randomness of a step. The hook is removed when the block ends, also
+    after an error.
 
     Raises:
         ValueError: If ``alpha`` is not positive.
     """
     if alpha <= 0:
-        raise ValueError(f"TrainingArguments(neftune_noise_alpha={alpha}): give a positive number such as 5, or None.")
+        raise ValueError(
+            f"`TrainingArguments(neftune_noise_alpha={alpha})` can't work: the scale of the noise is positive. Write"
+            " `neftune_noise_alpha=5.0`, or leave it out."
+        )
 
     def add_noise(module: nn.Module, _: object, output: Tensor) -> Tensor:
         if not module.training:
