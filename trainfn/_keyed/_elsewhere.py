@@ -29,7 +29,7 @@ def positions() -> dict[str, Any]:
 
 
 def moved(before: dict[str, Any]) -> list[str]:
-    """Return the generators that have drawn since."""
+    """Return the names of the generators that have drawn since."""
     now = positions()
     return [name for name in before if before[name] != now[name]]
 
