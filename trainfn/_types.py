@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 Params: TypeAlias = dict[str, Tensor]
 Buffers: TypeAlias = dict[str, Tensor]
+NOTHING: Params = {}  # a default; nothing writes to it
 Batch: TypeAlias = Any  # a tree of tensors whose first dimension is the row
 Tree: TypeAlias = Any  # dicts, lists, tuples and NamedTuples of tensors
 
@@ -108,7 +109,7 @@ class TrainState(NamedTuple):
     Attributes:
         step: Completed optimizer updates, ``int64[]``.
         params: What the optimizer updates, by name.
-        buffers: Everything else the module holds: its buffers, frozen and non-float parameters, by name.
+        buffers: Everything else the module holds: its buffers, frozen and integer parameters, by name.
         opt_state: The optimizer's own tree.
         key: Source of all randomness, ``int64[2]``; never changes: each step folds `step` into it.
         extra: What step transforms keep, such as an exponential moving average.
@@ -124,6 +125,10 @@ class TrainState(NamedTuple):
     module = cast("nn.Module | None", None)  # the user's nn.Module; set on the subclass that `init` makes
     sites = cast("tuple[Any, ...]", ())  # where each named tensor sits in the module; see _module.py
     modes = cast("tuple[Any, ...]", ())  # the module's submodules, and which of them train
+    held = cast("tuple[int, ...] | None", None)  # the identities of the tensors at the sites, if they stay
+    looked = -1  # when the module was last looked at; see _changes.py
+    warned = False  # whether a warning about its modes was given
+    aliases = cast("tuple[Any, ...]", ())  # what else in the module holds a parameter; see _audit.py
 
     def __repr__(self) -> str:
         numel = sum(p.numel() for p in self.params.values() if isinstance(p, Tensor))
@@ -138,15 +143,20 @@ class Gradients(NamedTuple):
 
     Attributes:
         loss: Total and weight of the loss.
-        grads: d loss.total / d params, by name: a sum, not yet divided by the weight.
+        grads: d loss.total / d params, by name: a sum, not yet divided by the weight. None for a parameter that the
+            loss does not reach.
         metrics: The loss function's metrics.
-        buffers: The module's buffers after the forward pass.
+        buffers: The module's buffers and frozen parameters after the forward pass.
+        written: The parameters that the forward pass itself wrote to, by name.
+        reached: Of parameters that this rank's rows do not reach: whether those of any rank do, ``bool[]``.
     """
 
     loss: Mean
-    grads: Params
+    grads: dict[str, Tensor | None]
     metrics: Metrics
     buffers: Buffers
+    written: Params = NOTHING
+    reached: Params = NOTHING
 
 
 class Transform(NamedTuple):

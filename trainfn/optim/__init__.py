@@ -61,6 +61,7 @@ from trainfn.optim._muon import scale_by_shape as scale_by_shape
 from trainfn.optim._scale import ScaleByAdagradState as ScaleByAdagradState
 from trainfn.optim._scale import ScaleByAdamState as ScaleByAdamState
 from trainfn.optim._scale import ScaleByLionState as ScaleByLionState
+from trainfn.optim._scale import ScaleByOwnScheduleState as ScaleByOwnScheduleState
 from trainfn.optim._scale import ScaleByRmsState as ScaleByRmsState
 from trainfn.optim._scale import ScaleByScheduleState as ScaleByScheduleState
 from trainfn.optim._scale import TraceState as TraceState

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._types import Params, Transform, Tree
+from trainfn._types import NOTHING, Params, Transform, Tree
 from trainfn.optim._clip import clip_by_block_rms, rms
 from trainfn.optim._combine import EmptyState, chain, identity, masked
 from trainfn.optim._masks import Mask
-from trainfn.optim._math import Rate, Scalar, average, fraction, nonnegative, zero_count
+from trainfn.optim._math import Rate, Scalar, average, fraction, no_complex, nonnegative, zero_count
 from trainfn.optim._scale import scale, scale_by_schedule
 from trainfn.optim._wrappers import ema
 
@@ -21,13 +21,15 @@ class ScaleByFactoredRmsState(NamedTuple):
     """Count of completed updates, ``int64[]``; second moments, at least float32.
 
     Tensors ``[..., R, C]`` have the means over columns, ``row[..., R]``, and over rows, ``col[..., C]``. Vectors and
-    scalars have the moment itself, ``full``. Each holds the names that it concerns.
+    scalars have the moment itself, ``full``. Each holds the names that it concerns. ``late`` holds how many updates a
+    parameter missed, ``int64[]`` by name; empty if none missed any.
     """
 
     count: Tensor  # type: ignore[assignment]  # shadows tuple.count
     row: Params
     col: Params
     full: Params
+    late: Params = NOTHING
 
 
 class AddScaledDecayState(NamedTuple):
@@ -57,6 +59,7 @@ def scale_by_factored_rms(decay_rate: Scalar = -0.8, eps: Scalar = 1e-30) -> Tra
     """
 
     def init(params: Params) -> Tree:
+        no_complex("adafactor", params)
         wide = {name: _widen(param) for name, param in params.items()}
         row = {name: torch.zeros_like(p[..., 0]) for name, p in wide.items() if p.dim() >= 2}
         col = {name: torch.zeros_like(p[..., 0, :]) for name, p in wide.items() if p.dim() >= 2}
@@ -65,11 +68,18 @@ def scale_by_factored_rms(decay_rate: Scalar = -0.8, eps: Scalar = 1e-30) -> Tra
 
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         count = state.count + 1
-        b2 = 1.0 - count.float() ** decay_rate
         square = {name: _widen(g) ** 2 + eps for name, g in updates.items()}
-        row = average(state.row, {name: square[name].mean(-1) for name in state.row}, b2)
-        col = average(state.col, {name: square[name].mean(-2) for name in state.col}, b2)
-        full = average(state.full, {name: square[name] for name in state.full}, b2)
+
+        def averaged(old: Params, new: Params) -> Params:
+            mixed = average(old, new, 1.0 - count.float() ** decay_rate)
+            for name in state.late.keys() & old.keys():
+                b2 = 1.0 - (count - state.late[name]).float() ** decay_rate
+                mixed[name] = average(old[name], new[name], b2)
+            return mixed
+
+        row = averaged(state.row, {name: square[name].mean(-1) for name in state.row})
+        col = averaged(state.col, {name: square[name].mean(-2) for name in state.col})
+        full = averaged(state.full, {name: square[name] for name in state.full})
 
         def root(name: str) -> Tensor:
             if name in full:
@@ -78,7 +88,7 @@ def scale_by_factored_rms(decay_rate: Scalar = -0.8, eps: Scalar = 1e-30) -> Tra
             return torch.rsqrt(share).unsqueeze(-1) * torch.rsqrt(col[name]).unsqueeze(-2)
 
         step = {name: (root(name) * g).to(g.dtype) for name, g in updates.items()}
-        return step, ScaleByFactoredRmsState(count, row, col, full)
+        return step, ScaleByFactoredRmsState(count, row, col, full, state.late)
 
     return Transform(init, update)
 
@@ -157,7 +167,10 @@ def adafactor(
             " schedule with a warm-up."
         )
     rate = _relative_step(warmup_init) if learning_rate is None else learning_rate
-    size = chain(scale_by_schedule(rate), scale_by_param_rms(eps_param) if scale_parameter else identity())
+    size = chain(
+        scale_by_schedule(rate, own=learning_rate is None),
+        scale_by_param_rms(eps_param) if scale_parameter else identity(),
+    )
     return chain(
         scale_by_factored_rms(decay_rate, eps),
         clip_by_block_rms(clip_threshold),

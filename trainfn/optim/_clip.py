@@ -9,7 +9,7 @@ import torch
 from trainfn import tree
 from trainfn._types import Params, Transform, Tree
 from trainfn.optim._combine import EmptyState
-from trainfn.optim._math import Scalar, positive, times
+from trainfn.optim._math import Scalar, on_parts, positive, times
 
 
 def clip_by_global_norm(max_norm: Scalar) -> Transform:
@@ -50,7 +50,7 @@ def clip_by_value(max_value: Scalar) -> Transform:
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         return tree.map(lambda u: torch.clamp(u, -bound, bound).to(u.dtype), updates), state
 
-    return Transform(lambda params: EmptyState(), update)
+    return Transform(lambda params: EmptyState(), on_parts(update))
 
 
 def clip_by_block_rms(threshold: Scalar) -> Transform:
@@ -70,7 +70,7 @@ def clip_by_block_rms(threshold: Scalar) -> Transform:
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         return tree.map(lambda u: (u / torch.clamp(rms(u) / threshold, min=1.0)).to(u.dtype), updates), state
 
-    return Transform(lambda params: EmptyState(), update)
+    return Transform(lambda params: EmptyState(), on_parts(update))
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._types import Params, Transform, Tree
+from trainfn._types import NOTHING, Params, Transform, Tree
 from trainfn.optim._adafactor import scale_by_factored_rms
 from trainfn.optim._clip import clip_by_block_rms
 from trainfn.optim._combine import chain, identity, masked
@@ -18,6 +18,7 @@ from trainfn.optim._math import (
     Scalar,
     average,
     fraction,
+    no_complex,
     nonnegative,
     plus,
     positive,
@@ -36,13 +37,15 @@ class GaloreState(NamedTuple):
     """Count of completed updates, ``int64[]``, the bases, and the state of the inner rule.
 
     Matrices ``[R, C]`` have the orthonormal columns ``left[R, rank]`` and rows ``right[rank, C]``, in the dtype of the
-    parameter. Each holds the names that it concerns.
+    parameter. Each holds the names that it concerns. ``late`` holds how many updates a parameter missed, ``int64[]`` by
+    name; empty if none missed any.
     """
 
     count: Tensor  # type: ignore[assignment]  # shadows tuple.count
     left: Params
     right: Params
     inner: Tree
+    late: Params = NOTHING
 
 
 class DecayAtRateState(NamedTuple):
@@ -115,13 +118,19 @@ def galore(
         )
 
     def init(params: Params) -> Tree:
+        no_complex("galore", params)
         left, right = _zero_bases(_matrices(targets, params), rank, proj_type)
         return GaloreState(zero_count(params), left, right, inner.init(_project(params, left, right)))
 
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         left, right = _refresh(state.count % update_proj_gap == 0, updates, state.left, state.right, align)
+        for name, missed in state.late.items():
+            due = (state.count - missed) % update_proj_gap == 0
+            mine = [{name: held[name]} if name in held else {} for held in (state.left, state.right)]
+            new_left, new_right = _refresh(due, updates, mine[0], mine[1], align)
+            left, right = {**left, **new_left}, {**right, **new_right}
         low, new = inner.update(_project(updates, left, right), state.inner, _project(params, left, right))
-        return _project_back(low, left, right, scale), GaloreState(state.count + 1, left, right, new)
+        return _project_back(low, left, right, scale), GaloreState(state.count + 1, left, right, new, state.late)
 
     return Transform(init, update)
 
@@ -281,9 +290,13 @@ def _scale_by_uncorrected_adam(b1: Scalar, b2: Scalar, eps: Scalar) -> Transform
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         count = state.count + 1
         mu, nu = average(state.mu, updates, b1), average(state.nu, square(updates), b2)
-        correction = torch.rsqrt(unbias(torch.ones((), device=count.device), b2, count))
-        step = tree.div(unbias(mu, b1, count), plus(tree.sqrt(nu), eps))
-        return tree.cast_like(times(step, correction), updates), ScaleByAdamState(count, mu, nu)
+
+        def root(count: Tensor) -> Tensor:
+            return torch.rsqrt(unbias(torch.ones((), device=count.device), b2, count))
+
+        step = tree.div(unbias(mu, b1, count, state.late), plus(tree.sqrt(nu), eps))
+        step = {**times(step, root(count)), **{n: times(step[n], root(count - by)) for n, by in state.late.items()}}
+        return tree.cast_like(step, updates), ScaleByAdamState(count, mu, nu, state.late)
 
     return Transform(init, update)
 

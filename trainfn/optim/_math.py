@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._types import Schedule, Tree
+from trainfn._types import Params, Schedule, Tree
 
 Scalar: TypeAlias = float | Tensor
 """A number: a float, or a ``float32[]`` tensor that may change without a recompile."""
+
+Update: TypeAlias = Callable[[Params, Tree, Params], tuple[Params, Tree]]
 
 Rate: TypeAlias = float | Tensor | Schedule
 """A learning rate: a `Scalar`, or a function of the number of completed updates."""
@@ -44,16 +46,47 @@ def average(old: Tree, new: Tree, decay: Scalar) -> Tree:
     return tree.lerp(old, new, 1 - decay)
 
 
+def on_parts(update: Update) -> Update:
+    """An update that takes the real and the imaginary part of a complex number as two numbers, as torch's rules do."""
+
+    def parts(tree_of: Tree) -> Tree:
+        return tree.map(lambda x: torch.view_as_real(x) if x.is_complex() else x, tree_of)
+
+    def whole(tree_of: Tree, like: Tree) -> Tree:
+        return tree.map(lambda x, y: torch.view_as_complex(x) if y.is_complex() else x, tree_of, like)
+
+    def of_parts(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
+        if not any(map(torch.is_complex, tree.leaves(updates))):
+            return update(updates, state, params)
+        out, new = update(parts(updates), parts(state), parts(params))
+        return whole(out, updates), whole(new, state)
+
+    return of_parts
+
+
+def no_complex(call: str, params: Params) -> None:
+    """Raise a ValueError if a parameter is complex, which the rule has no meaning for."""
+    name = next((name for name, param in params.items() if param.is_complex()), None)
+    if name is not None:
+        raise ValueError(
+            f"`{call}` can't work: {name!r} is complex. Write `partition` with another rule for it, such as `adam`."
+        )
+
+
 def square(a: Tree) -> Tree:
     """``a²``, leaf by leaf."""
     return tree.mul(a, a)
 
 
-def unbias(moment: Tree, decay: Scalar, count: Tensor) -> Tree:
+def unbias(moment: Tree, decay: Scalar, count: Tensor, late: Params | None = None) -> Tree:
     """``moment / (1 - decay^count)``: a moving average that started at 0, corrected (Kingma & Ba, section 3).
 
-    ``expm1`` keeps all digits where ``1 - 0.999^1`` in float32 keeps four.
+    ``expm1`` keeps all digits where ``1 - 0.999^1`` in float32 keeps four. ``late`` says which parameters have had
+    fewer updates than the count, and how many fewer.
     """
+    if late:
+        own = {name: unbias(moment[name], decay, count - missed) for name, missed in late.items() if name in moment}
+        return {**unbias(moment, decay, count), **own}
     wide = any(x.dtype == torch.float64 for x in optree.tree_leaves(moment))
     t = count.to(torch.float64 if wide else torch.float32)
     log_decay = torch.log(decay) if isinstance(decay, Tensor) else math.log(decay) if decay else -math.inf

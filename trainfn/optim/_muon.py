@@ -14,7 +14,7 @@ from trainfn.optim._aliases import adamw
 from trainfn.optim._combine import EmptyState, chain, partition
 from trainfn.optim._decay import add_decayed_weights
 from trainfn.optim._masks import Labels, Mask
-from trainfn.optim._math import Rate, Scalar, average, fraction, nonnegative
+from trainfn.optim._math import Rate, Scalar, average, fraction, no_complex, nonnegative
 from trainfn.optim._scale import scale_by_learning_rate
 
 Coefficients = tuple[float, float, float]
@@ -95,6 +95,7 @@ def scale_by_muon(
     fraction("scale_by_muon", momentum=momentum)
 
     def init(params: Params) -> Tree:
+        no_complex("muon", params)
         for name, param in params.items():
             if param.dim() != 2:
                 raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._types import Params, Transform, Tree
+from trainfn._types import NOTHING, Params, Transform, Tree
 from trainfn.optim._combine import EmptyState
 from trainfn.optim._math import (
     Rate,
@@ -16,6 +16,7 @@ from trainfn.optim._math import (
     average,
     fraction,
     nonnegative,
+    on_parts,
     plus,
     square,
     times,
@@ -30,19 +31,34 @@ class ScaleByScheduleState(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # shadows tuple.count
 
 
+class ScaleByOwnScheduleState(NamedTuple):
+    """Count of completed updates, and how many of them a parameter missed, by name: ``int64[]`` all."""
+
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count
+    late: Params = NOTHING
+
+
 class TraceState(NamedTuple):
-    """Count of completed updates, ``int64[]``, and the decaying sum of the past updates."""
+    """Count of completed updates, ``int64[]``, and the decaying sum of the past updates.
+
+    ``late`` holds how many updates a parameter missed, ``int64[]`` by name; empty if none missed any.
+    """
 
     count: Tensor  # type: ignore[assignment]  # shadows tuple.count
     trace: Params
+    late: Params = NOTHING
 
 
 class ScaleByAdamState(NamedTuple):
-    """Count of completed updates, ``int64[]``; first and second moment, like the parameters."""
+    """Count of completed updates, ``int64[]``; first and second moment, like the parameters.
+
+    ``late`` holds how many updates a parameter missed, ``int64[]`` by name; empty if none missed any.
+    """
 
     count: Tensor  # type: ignore[assignment]  # shadows tuple.count
     mu: Params
     nu: Params
+    late: Params = NOTHING
 
 
 class ScaleByLionState(NamedTuple):
@@ -78,8 +94,13 @@ def scale(factor: Scalar) -> Transform:
     return Transform(lambda params: EmptyState(), update)
 
 
-def scale_by_schedule(schedule: Rate) -> Transform:
+def scale_by_schedule(schedule: Rate, *, own: bool = False) -> Transform:
     """Multiply the updates by ``schedule(count)``, where count is the number of completed updates, first 0.
+
+    Args:
+        schedule: A function of the count, or a number.
+        own: Whether a parameter that the loss did not reach at some steps counts its own updates, as in the rules of
+            torch that make their rate themselves; by default all steps count for all parameters.
 
     >>> rule = scale_by_schedule(lambda count: 1.0 / (count + 1))
     >>> updates, state = rule.update({"w": torch.ones(1)}, rule.init({}), {})
@@ -90,10 +111,15 @@ def scale_by_schedule(schedule: Rate) -> Transform:
         return scale(schedule)
 
     def init(params: Params) -> Tree:
-        return ScaleByScheduleState(zero_count(params))
+        return (ScaleByOwnScheduleState if own else ScaleByScheduleState)(zero_count(params))
 
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
-        return times(updates, schedule(state.count)), ScaleByScheduleState(state.count + 1)
+        scaled = times(updates, schedule(state.count))
+        if not own:
+            return scaled, ScaleByScheduleState(state.count + 1)
+        late = {name: missed for name, missed in state.late.items() if name in updates}
+        mine = {name: times(updates[name], schedule(state.count - missed)) for name, missed in late.items()}
+        return {**scaled, **mine}, ScaleByOwnScheduleState(state.count + 1, state.late)
 
     return Transform(init, update)
 
@@ -141,11 +167,13 @@ def trace(decay: Scalar, *, nesterov: bool = False, dampening: Scalar = 0.0) -> 
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         new = updates
         if isinstance(dampening, Tensor) or dampening:
-            first = state.count == 0
-            new = tree.where(first, updates, times(updates, 1.0 - dampening))
+            damped = times(updates, 1.0 - dampening)
+            new = tree.where(state.count == 0, updates, damped)
+            late = state.late.items()
+            new = {**new, **{n: torch.where(state.count == missed, updates[n], damped[n]) for n, missed in late}}
         sums = tree.add(times(state.trace, decay), new)
         updates = tree.add(updates, times(sums, decay)) if nesterov else sums
-        return updates, TraceState(state.count + 1, sums)
+        return updates, TraceState(state.count + 1, sums, state.late)
 
     return Transform(init, update)
 
@@ -194,11 +222,11 @@ def scale_by_adam(
         count = state.count + 1
         mu = average(state.mu, updates, b1)
         nu = average(state.nu, square(tree.cast_like(updates, state.nu)), b2)
-        mu_hat, nu_hat = unbias(mu, b1, count), unbias(nu, b2, count)
+        mu_hat, nu_hat = unbias(mu, b1, count, state.late), unbias(nu, b2, count, state.late)
         step = tree.div(mu_hat, plus(tree.sqrt(nu_hat), eps))
-        return tree.cast_like(step, updates), ScaleByAdamState(count, mu, nu)
+        return tree.cast_like(step, updates), ScaleByAdamState(count, mu, nu, state.late)
 
-    return Transform(init, update)
+    return Transform(init, on_parts(update))
 
 
 def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99, *, mu_dtype: torch.dtype | None = None) -> Transform:
@@ -227,7 +255,7 @@ def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99, *, mu_dtype: torch.dtype 
         step = tree.map(torch.sign, average(state.mu, updates, b1))
         return tree.cast_like(step, updates), ScaleByLionState(average(state.mu, updates, b2))
 
-    return Transform(init, update)
+    return Transform(init, on_parts(update))
 
 
 def scale_by_rms(decay: Scalar = 0.99, eps: Scalar = 1e-8, *, centered: bool = False) -> Transform:
@@ -260,7 +288,7 @@ def scale_by_rms(decay: Scalar = 0.99, eps: Scalar = 1e-8, *, centered: bool = F
         variance = tree.addcmul(nu, mu, mu, -1.0) if centered else nu
         return tree.div(updates, plus(tree.sqrt(variance), eps)), ScaleByRmsState(nu, mu)
 
-    return Transform(init, update)
+    return Transform(init, on_parts(update))
 
 
 def scale_by_adagrad(initial: Scalar = 0.0, eps: Scalar = 1e-10) -> Transform:
@@ -289,4 +317,4 @@ def scale_by_adagrad(initial: Scalar = 0.0, eps: Scalar = 1e-10) -> Transform:
         total = tree.addcmul(state.total, updates, updates)
         return tree.div(updates, plus(tree.sqrt(total), eps)), ScaleByAdagradState(total)
 
-    return Transform(init, update)
+    return Transform(init, on_parts(update))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._types import Params, Transform, Tree
+from trainfn._types import NOTHING, Params, Transform, Tree
 from trainfn.optim._combine import around
 from trainfn.optim._math import Scalar, average, fraction, times, unbias, zero_count
 
@@ -22,10 +22,14 @@ class LookaheadState(NamedTuple):
 
 
 class EmaState(NamedTuple):
-    """Count of completed updates, ``int64[]``, and the moving average, like the parameters."""
+    """Count of completed updates, ``int64[]``, and the moving average, like the parameters.
+
+    ``late`` holds how many updates a parameter missed, ``int64[]`` by name; empty if none missed any.
+    """
 
     count: Tensor  # type: ignore[assignment]  # shadows tuple.count
     ema: Params
+    late: Params = NOTHING
 
 
 def lookahead(inner: Transform, sync_period: int = 6, slow_step_size: Scalar = 0.5) -> Transform:
@@ -101,7 +105,7 @@ def ema(decay: Scalar, *, debias: bool = True, dtype: torch.dtype | None = None)
     def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
         count = state.count + 1
         mean = average(state.ema, updates, decay)
-        out = unbias(mean, decay, count) if debias else mean
-        return tree.cast_like(out, updates), EmaState(count, mean)
+        out = unbias(mean, decay, count, state.late) if debias else mean
+        return tree.cast_like(out, updates), EmaState(count, mean, state.late)
 
     return Transform(init, update)

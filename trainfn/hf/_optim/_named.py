@@ -248,7 +248,7 @@ def slowing(lr_decay: float) -> tfn.Transform:
     """
     if not lr_decay:
         return tfn.optim.identity()
-    return tfn.optim.scale_by_schedule(lambda count: 1.0 / (1.0 + count.float() * lr_decay))
+    return tfn.optim.scale_by_schedule(lambda count: 1.0 / (1.0 + count.float() * lr_decay), own=True)
 
 
 _OPTIMIZERS: dict[str, Callable[[Arguments, Rate, Options, Decay], tfn.Transform]] = {

@@ -184,7 +184,7 @@ def _adagrad(call: str, states: States, group: Group) -> tfn.Transform:
     count = _count(call, states)
     slow = slowing(float(group["lr_decay"]))
     if group["lr_decay"]:
-        slow = _carried(slow, states, lambda _: tfn.optim.ScaleByScheduleState(_on(count, states)))
+        slow = _carried(slow, states, lambda _: tfn.optim.ScaleByOwnScheduleState(_on(count, states)))
     return tfn.optim.chain(_decay(group), core, slow, tfn.optim.scale_by_learning_rate(group["lr"]))
 
 
