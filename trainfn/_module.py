@@ -1,14 +1,12 @@
 """From an ``nn.Module`` to a state and back.
 
 A state's *type* remembers the module (`TrainState.module`) and where each named tensor sits in it
-(`TrainState.sites`); its *value* holds the tensors. `bound` puts the tensors in place for the time of one loss.
+(`TrainState.sites`); its *value* holds the tensors. `trainfn._bound` puts them in place for the time of one loss.
 """
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Generator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
 
 from trainfn import random, tree
+from trainfn._audit import audit
 from trainfn._dtensor import full, is_distributed
 from trainfn._text import shortened
 from trainfn._types import Buffers, Params, TrainState, Transform
@@ -44,8 +43,8 @@ def init(
 ) -> TrainState:
     """The first state of a training run.
 
-    Floating-point parameters with ``requires_grad`` become ``state.params``; all else the module holds (its
-    buffers, frozen and non-float parameters) becomes ``state.buffers``: saved and used, never updated by the
+    Floating-point and complex parameters with ``requires_grad`` become ``state.params``; all else the module holds (its
+    buffers, frozen and integer parameters) becomes ``state.buffers``: saved and used, never updated by the
     optimizer. Tied weights appear once, under their first name. Submodules that are in eval mode while the module
     itself is in training mode stay so in every training step: a frozen BatchNorm, say.
 
@@ -70,13 +69,14 @@ def init(
     params, buffers = _tensors(model) if isinstance(model, nn.Module) else (dict(model), {})
     if not params:
         raise ValueError(
-            "init(model, ...): no parameter of this model can be trained (floating-point with requires_grad=True)."
-            " Call `model.requires_grad_(True)` on what should learn."
+            "init(model, ...): no parameter of this model can be trained (floating-point or complex, with"
+            " requires_grad=True). Call `model.requires_grad_(True)` on what should learn."
         )
     if storage == "copy":
         params, buffers = tree.copy(params), tree.copy(buffers)
     elif storage == "move":
         _empty(state_type.sites)
+        state_type.held = None  # `export` puts others in their place
     device = next(iter(params.values())).device
     return state_type(
         step=torch.zeros((), dtype=torch.int64, device=device),
@@ -106,10 +106,13 @@ def _check(model: object, optimizer: object, storage: str) -> None:
 
 
 def _state_type(module: nn.Module) -> type[TrainState]:
-    sites, modes = _sites(module), _modes(module)
+    sites, modes = sites_of(module), _modes(module)
+    aliases = audit(module, {id(_held(site)): site.name for site in sites if site.is_parameter})
     known = _STATE_TYPES.get(id(module))
     if known is not None and (known.module, known.sites, known.modes) == (module, sites, modes):
-        return known
+        alike = {alias.where for alias in known.aliases} == {alias.where for alias in aliases}
+        if alike and known.held in (None, identities(sites)):
+            return known
     body = {
         "__slots__": (),
         "__module__": "trainfn",
@@ -117,13 +120,17 @@ def _state_type(module: nn.Module) -> type[TrainState]:
         "module": module,
         "sites": sites,
         "modes": modes,
+        "aliases": aliases,
+        "held": identities(sites),
+        "looked": -1,
+        "warned": False,
     }
     made = type("TrainState", (TrainState,), body)
     _STATE_TYPES[id(module)] = made
     return made
 
 
-def _sites(module: nn.Module) -> tuple[Site, ...]:
+def sites_of(module: nn.Module) -> tuple[Site, ...]:
     names: dict[int, str] = {}
     found: list[Site] = []
     for prefix, owner in module.named_modules():
@@ -141,6 +148,15 @@ def _sites(module: nn.Module) -> tuple[Site, ...]:
     return tuple(found)
 
 
+def identities(sites: tuple[Site, ...]) -> tuple[int, ...]:
+    """Of the Parameters at the sites of a module."""
+    return tuple(id(_held(site)) for site in sites if site.is_parameter)
+
+
+def _held(site: Site) -> Any:
+    return (site.owner._parameters if site.is_parameter else site.owner._buffers)[site.attribute]
+
+
 def _modes(module: nn.Module) -> tuple[tuple[nn.Module, bool], ...]:
     """The mode of each submodule in a training step: its own, or True if the whole module is in eval mode."""
     return tuple((m, m.training or not module.training) for m in module.modules())
@@ -149,10 +165,10 @@ def _modes(module: nn.Module) -> tuple[tuple[nn.Module, bool], ...]:
 def _tensors(module: nn.Module) -> tuple[Params, Buffers]:
     params: Params = {}
     buffers: Buffers = {}
-    for name, owner, attribute, is_parameter in _sites(module):
+    for name, owner, attribute, is_parameter in sites_of(module):
         tensor = getattr(owner, attribute) if not is_parameter else owner._parameters[attribute]
         assert isinstance(tensor, Tensor)
-        trained = is_parameter and tensor.requires_grad and tensor.is_floating_point()
+        trained = is_parameter and tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
         if name not in params and name not in buffers:
             (params if trained else buffers)[name] = tensor.detach()
     return params, buffers
@@ -189,51 +205,6 @@ def check_whole(state: TrainState) -> None:
         )
 
 
-@contextlib.contextmanager
-def bound(state: TrainState, params: Params, *, training: bool) -> Generator[tuple[Any, Buffers]]:
-    """Run the state's module on ``params`` and the state's buffers for the time of a ``with`` block.
-
-    Yields the model and a dict that holds the buffers' values when the block ends. Autograd must run inside the
-    block: a checkpointed module computes its forward again during the backward pass, on what it then holds.
-    """
-    module = state.module
-    buffers: Buffers = {}
-    if module is None:
-        yield params, buffers
-        return
-    own = {site.name for site in state.sites if not site.is_parameter} if state.buffers else ()
-    # A forward pass may write into its buffers: it gets copies. Frozen parameters are only read.
-    tensors = {name: tensor.clone() if name in own else tensor for name, tensor in state.buffers.items()}
-    tensors.update(params)
-    missing = [site.name for site in state.sites if site.name not in tensors]
-    if missing:
-        raise ValueError(
-            f"step(state, batch): the module's {missing[0]!r} is in neither state.params nor state.buffers"
-            f" ({len(missing)} missing). Replace values, not names: `{{**state.params, name: value}}`."
-        )
-    held = [(s.owner._parameters if s.is_parameter else s.owner._buffers, s.attribute, s.name) for s in state.sites]
-    saved = [(place, attribute, place[attribute]) for place, attribute, _ in held]
-    modes = [(m, m.training) for m, _ in state.modes]
-    try:
-        for place, attribute, name in held:
-            place[attribute] = tensors[name]
-        _set_modes([(m, training and mode) for m, mode in state.modes])
-        yield module, buffers
-        for (place, attribute, name), site in zip(held, state.sites, strict=True) if state.buffers else ():
-            if name in state.buffers:
-                buffers[name] = state.buffers[name] if site.is_parameter else place[attribute].detach()
-    finally:
-        for place, attribute, old in saved:
-            place[attribute] = old
-        _set_modes(modes)
-
-
-def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, mode in modes:
-        if module.training != mode:  # to set it takes a microsecond
-            module.training = mode
-
-
 def export(state: TrainState, model: nn.Module | None = None) -> nn.Module:
     """Write the state's parameters and buffers into a module, and return it.
 
@@ -258,7 +229,7 @@ def export(state: TrainState, model: nn.Module | None = None) -> nn.Module:
     if target is None:
         raise ValueError("export(state): this state was made from a dict of tensors; `state.params` is that dict.")
     tensors = {**state.buffers, **state.params}
-    sites = _sites(target)
+    sites = sites_of(target)
     _check_fit(tensors, sites)
     placed: dict[str, Tensor] = {}
     with torch.no_grad():
