@@ -6,6 +6,7 @@
 
     tt.check_row_additive(loss, model, batch)      # a loss
     tt.check_step(step, state, batch)              # a step: every law below that applies
+    tt.check_module(model, loss, batch)            # a module of your own
     tt.check_transform(optimizer)                  # an optimizer
     tt.check_resume_bitexact(make_run)             # a run
 
@@ -44,6 +45,7 @@ of a step
 =================================== ===================================================================
 of the rest
 =================================== ===================================================================
+`check_module`                      a module trains as in torch's plain loop, whatever it holds
 `check_transform`                   an optimizer is a pair of pure functions, and equals its reference
 `check_schedule`                    a schedule is a pure function of the step, and equals its reference
 `check_sampler`                     a sampler is a pure function of the step, and covers every row
@@ -80,6 +82,8 @@ from trainfn.testing._loss_laws import check_permutation_invariant as check_perm
 from trainfn.testing._loss_laws import check_rank_invariant as check_rank_invariant
 from trainfn.testing._loss_laws import check_row_additive as check_row_additive
 from trainfn.testing._loss_laws import check_split_invariant as check_split_invariant
+from trainfn.testing._module_laws import ModuleReport as ModuleReport
+from trainfn.testing._module_laws import check_module as check_module
 from trainfn.testing._sampler_laws import check_sampler as check_sampler
 from trainfn.testing._search import register_profiles as register_profiles
 from trainfn.testing._splits import Piece as Piece

@@ -12,7 +12,7 @@ from trainfn import random, tree
 from trainfn._grad import value_and_grad
 from trainfn._types import Batch, Gradients, Loss, Params, TrainState
 from trainfn.testing._search import counterexample
-from trainfn.testing._sums import Sample, Subject
+from trainfn.testing._sums import Sample, Subject, whole_grads
 from trainfn.testing._things import random_like
 from trainfn.testing._violation import violation
 
@@ -99,7 +99,7 @@ def _slopes(subject: Subject, batch: Batch, key: Tensor) -> list[_Slope]:
     names = list(subject.state.params)
     some = [names[int(i)] for i in random.permutation(key, len(names))[:_AT_A_TIME]]
     directions = random_like({name: subject.state.params[name] for name in some}, key)
-    grads = _at(subject, batch, subject.state.params).grads
+    grads = whole_grads(_at(subject, batch, subject.state.params).grads, subject.state.params)
     return [_slope(subject, batch, name, directions[name], grads[name]) for name in some]
 
 

@@ -14,7 +14,7 @@ from trainfn import tree
 from trainfn._grad import value_and_grad
 from trainfn._module import init
 from trainfn._types import Batch, Loss, Params, TrainState
-from trainfn.errors import InexactLossWarning
+from trainfn.errors import InexactLossWarning, UnreachedWarning
 from trainfn.optim import sgd
 from trainfn.testing._batches import ROWS, picks
 from trainfn.testing._batches import batches as _batches
@@ -49,6 +49,11 @@ class Sums(NamedTuple):
             f"loss {float(self.mean['the loss']):.6g} (total {float(self.total):.6g} over weight"
             f" {float(self.weight):g})"
         )
+
+
+def whole_grads(grads: dict[str, Tensor | None], params: Params) -> Params:
+    """The gradients, with zeros for the parameters that the loss does not reach."""
+    return {name: torch.zeros_like(params[name]) if g is None else g for name, g in grads.items()}
 
 
 def _of(name: str) -> str:
@@ -112,10 +117,11 @@ class Subject:
         for warning in caught:
             if issubclass(warning.category, InexactLossWarning):
                 self.inexact = True
-            else:
+            elif not issubclass(warning.category, UnreachedWarning):
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        grads = {name: g.double() for name, g in found.grads.items()}
-        self.slack = {_of(name): _slack(g.dtype) for name, g in found.grads.items()}
+        found_grads = whole_grads(found.grads, self.state.params)
+        grads = {name: g.double() for name, g in found_grads.items()}
+        self.slack = {_of(name): _slack(g.dtype) for name, g in found_grads.items()}
         return Sums(found.loss.total.double(), found.loss.weight.double(), grads)
 
     def _gradients(self, batch: Batch, first_row: int) -> Any:
