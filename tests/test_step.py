@@ -285,8 +285,6 @@ def by_hand(net, module, steps, lr_lambda=None):
         optimizer.zero_grad()
         logits = module(batch["x"])
         F.cross_entropy(logits.flatten(0, -2), batch["y"].flatten(), ignore_index=-100).backward()
-        for p in params:  # an unused parameter has the gradient 0, and so decays
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         torch.nn.utils.clip_grad_norm_(params, 1.0, error_if_nonfinite=True)
         optimizer.step()
         schedule.step()

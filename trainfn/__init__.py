@@ -26,6 +26,7 @@ from trainfn import random as random
 from trainfn import schedules as schedules
 from trainfn import transforms as transforms
 from trainfn import tree as tree
+from trainfn._adapt import adapt as adapt
 from trainfn._checkpoint import Checkpoints as Checkpoints
 from trainfn._checkpoint import Manifest as Manifest
 from trainfn._checkpoint import manifest as manifest

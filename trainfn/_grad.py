@@ -1,26 +1,43 @@
-"""Losses as exact sums, and their gradients."""
+"""Losses as exact sums, and their gradients.
+
+Gradients are those of ``backward()`` on stand-ins for the module's Parameters (see `trainfn._bound`), and not of
+`torch.autograd.grad`, which finds nothing where a backward pass runs another one: reentrant checkpoints, recomputation
+of one's own, cached gradients. A parameter that the loss does not reach has the gradient None, not zeros, and the
+update leaves it alone (see `trainfn._reached`). Which parameters are reached is read off after each pass; of a captured
+step it is a fact of its trace.
+
+Tensors outside of the state that require gradients, such as those of a second module in a closure, are not trained, and
+their ``.grad`` stays as it was. If the loss reaches one of the module's own Parameters, and not its stand-in, something
+holds that Parameter by another reference, and would use its old numbers for ever: an error that names it.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Protocol
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from trainfn import tree
+from trainfn._bound import Running, Writes, bound
 from trainfn._keyed import Randomness
 from trainfn._marks import backward_pass
-from trainfn._module import bound, check_state
-from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState
-from trainfn.errors import InexactLossWarning
+from trainfn._module import check_state
+from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, TrainState
+from trainfn.errors import InexactLossWarning, UnreachedWarning
 
 _HOW_EXACT = (
     "Return `Mean(total, weight)` instead: `tfn.losses.cross_entropy(logits, targets)`, or"
     " `tfn.Mean.of(values, mask)` of what you would have averaged."
 )
 _RESERVED = ("loss", "grad_norm")
+_NO_PARAMETER = (
+    "value_and_grad(loss): the loss does not depend on any parameter. Compute it from the `model` argument: a module"
+    " taken from outside the loss, `torch.no_grad()` or `.detach()` cuts the connection."
+)
 
 
 class GradientFunction(Protocol):
@@ -43,7 +60,7 @@ def value_and_grad(loss: Loss) -> GradientFunction:
 
     Raises:
         TypeError: If the loss returns something else.
-        ValueError: If the loss does not depend on any parameter.
+        ValueError: If the loss does not depend on any parameter, or uses one that the model argument does not give.
 
     >>> import torch, trainfn as tfn
     >>> state = tfn.init({"w": torch.tensor([3.0])}, tfn.optim.sgd(0.1))
@@ -55,23 +72,50 @@ def value_and_grad(loss: Loss) -> GradientFunction:
 
 def gradient_function(loss: Loss, common: Callable[[TrainState, Tensor], Tensor]) -> GradientFunction:
     """See `value_and_grad`; ``common`` makes of a weight one that all ranks have in common."""
-    randomness = Randomness()
+    randomness, known = Randomness(), Passes()
 
     def gradients(state: TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> Gradients:
         check_state(state)
-        rows = tree.row_count(batch)
+        rows, one = tree.row_count(batch), known.of(state)
 
         def sums() -> Gradients:
-            params = {name: p.detach().requires_grad_() for name, p in state.params.items()}
-            with torch.enable_grad(), bound(state, params, training=True) as (model, buffers):
-                mean, metrics = exact(loss(model, batch), rows)
-                grads = _derivatives(mean, params, _scale(state, mean, common))
+            with torch.enable_grad(), bound(state, training=True, writes=one.writes) as run:
+                mean, metrics = exact(loss(run.model, batch), rows)
+                grads = _derivatives(run, mean, _scale(state, mean, common), one, state)
             torch.clear_autocast_cache()  # under a caller's autocast it would keep copies of these parameters
-            return Gradients(detached(mean), grads, {k: detached(m) for k, m in metrics.items()}, buffers)
+            means = {name: detached(metric) for name, metric in metrics.items()}
+            return Gradients(detached(mean), grads, means, run.buffers, run.written)
 
         return randomness(state, sums, rows=rows, first_row=first_row)
 
     return gradients
+
+
+class Pass:
+    """What the first pass of a loss with states of one type found out.
+
+    Attributes:
+        writes: The parameters that the forward pass writes to.
+        first: Whether no pass was made yet.
+        outside: Whether the loss reaches tensors outside of the state that require gradients.
+    """
+
+    def __init__(self) -> None:
+        self.writes, self.first, self.outside = Writes(), True, False
+
+
+class Passes:
+    """A `Pass` for each type of state, for as long as the type lives."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[type, Pass] = weakref.WeakKeyDictionary()
+
+    def of(self, state: TrainState) -> Pass:
+        """The one for a state."""
+        found = self._known.get(type(state))
+        if found is None:
+            found = self._known[type(state)] = Pass()
+        return found
 
 
 def _scale(state: TrainState, mean: Mean, common: Callable[[TrainState, Tensor], Tensor]) -> Tensor | None:
@@ -81,18 +125,82 @@ def _scale(state: TrainState, mean: Mean, common: Callable[[TrainState, Tensor],
     return state.extra["loss_scale"]["scale"] / _power_of_two(common(state, mean.weight.detach()))
 
 
-def _derivatives(mean: Mean, params: Params, scale: Tensor | None) -> Params:
+def _derivatives(
+    run: Running, mean: Mean, scale: Tensor | None, one: Pass, state: TrainState
+) -> dict[str, Tensor | None]:
     """The gradients of the total; with loss scaling, of a larger one on the way back, so that float16 holds them."""
     if not mean.total.requires_grad:
-        raise ValueError(
-            "value_and_grad(loss): the loss does not depend on any parameter. Compute it from the `model` argument:"
-            " a module taken from outside the loss, `torch.no_grad()` or `.detach()` cuts the connection."
-        )
+        raise ValueError(_NO_PARAMETER)
     seed = mean.total if scale is None else mean.total.float() * scale
+    run.weight = mean.weight.detach() if scale is None else mean.weight.detach() * scale
+    strangers = list(_outside(mean.total, run)) if one.first or one.outside else []
+    held = [x.grad for x in strangers]
     with backward_pass():
-        grads = torch.autograd.grad(seed, list(params.values()), allow_unused=True, materialize_grads=True)
-    named = dict(zip(params, grads, strict=True))
-    return named if scale is None else tree.div(named, scale)
+        torch.autograd.backward(seed)
+    for x, grad in zip(strangers, held, strict=True):
+        x.grad = grad
+    grads = {name: leaf.grad for name, leaf in run.leaves.items()}
+    if one.first:
+        one.first, one.outside = False, bool(strangers)
+        _check_first(grads, state)
+    if scale is not None:
+        grads = {name: None if grad is None else grad / scale for name, grad in grads.items()}
+    return grads
+
+
+def _outside(total: Tensor, run: Running) -> Iterator[Tensor]:
+    """The tensors that a loss depends on, that keep gradients, and that are no stand-ins of the state's parameters."""
+    ours = {id(leaf) for leaf in run.leaves.values()}
+    seen: set[Any] = set()
+    ahead = [total.grad_fn]
+    while ahead:
+        node: Any = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        ahead += [function for function, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in ours:
+            _check_own(leaf, run.own)
+            yield leaf
+
+
+def _check_own(leaf: Tensor, own: dict[int, str]) -> None:
+    if (name := own.get(id(leaf))) is not None:
+        raise ValueError(
+            f"value_and_grad(loss): the loss uses the Parameter {name!r} itself, which something other than the module"
+            " holds: a variable, a list, a cache. Its numbers are those of before the first step, and it would never"
+            f" be trained. Read it from the model that the loss gets: `model.get_parameter({name!r})`."
+        )
+
+
+def _check_first(grads: dict[str, Tensor | None], state: TrainState) -> None:
+    missed = [name for name, grad in grads.items() if grad is None]
+    if len(missed) == len(grads):
+        raise ValueError(_NO_PARAMETER)
+    sparse = next((name for name, grad in grads.items() if grad is not None and grad.is_sparse), None)
+    if sparse is not None:
+        raise ValueError(
+            f"value_and_grad(loss): the gradient of {sparse!r} is sparse, and updates are dense. Make the embedding"
+            " with `sparse=False`."
+        )
+    missed = [name for name in missed if not _is_frozen(state, name)]
+    if missed:
+        some = ", ".join(map(repr, missed[:3])) + (", ..." if len(missed) > 3 else "")
+        part = missed[0].rpartition(".")[0]
+        warnings.warn(
+            f"The loss does not reach {len(missed)} of {len(grads)} parameters: {some}. They, their moments and their"
+            " weight decay stand still, as in torch where `grad` is None. Most often the forward pass"
+            f" {f'does not call {part!r}' if part else 'does not use them'}, drops what comes out of it, or computes it"
+            " under `torch.no_grad()` or with `.detach()`. If it is meant, `requires_grad_(False)` before `init` says"
+            " so.",
+            UnreachedWarning,
+            stacklevel=2,
+        )
+
+
+def _is_frozen(state: TrainState, name: str) -> bool:
+    return state.module is not None and not state.module.get_parameter(name).requires_grad
 
 
 def _power_of_two(weight: Tensor) -> Tensor:
@@ -155,9 +263,10 @@ def summed(
         row = torch.full((), first_row, dtype=torch.int64, device=state.step.device)
         if total is None:
             total = gradients(state, piece, row)
-            total = total._replace(grads={k: _own(g) for k, g in total.grads.items()})
+            total = total._replace(grads={k: None if g is None else _own(g) for k, g in total.grads.items()})
         else:
-            total = _add(total, gradients(state._replace(buffers=total.buffers), piece, row))
+            params = {**state.params, **total.written}
+            total = _add(total, gradients(state._replace(params=params, buffers=total.buffers), piece, row))
     if total is None:
         raise ValueError(report())
     return total
@@ -170,6 +279,15 @@ def _own(grad: Tensor) -> Tensor:
 
 
 def _add(total: Gradients, part: Gradients) -> Gradients:
-    torch._foreach_add_(list(total.grads.values()), list(part.grads.values()))  # we own the first list
+    grads, sums, more = total.grads, list[Tensor](), list[Tensor]()
+    for name, grad in part.grads.items():
+        if grad is None:
+            continue
+        if (added := grads[name]) is None:
+            grads[name] = _own(grad)
+        else:
+            sums.append(added)
+            more.append(grad)
+    torch._foreach_add_(sums, more)  # we own the first list
     metrics = {name: mean + part.metrics[name] for name, mean in total.metrics.items()}
-    return Gradients(total.loss + part.loss, total.grads, metrics, part.buffers)
+    return Gradients(total.loss + part.loss, grads, metrics, part.buffers, {**total.written, **part.written})

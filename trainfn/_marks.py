@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
+from typing import Any
 
 from torch.fx import traceback
+
+
+class Again(BaseException):
+    """A step has to start again from a state that is prepared for it. Whoever calls the step does that."""
+
+    def prepared(self, state: Any) -> Any:
+        """The state to start from."""
+        return state
 
 
 @contextlib.contextmanager

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._grad import GradientFunction, detached, exact, gradient_function, summed, value_and_grad
+from trainfn._bound import bound
+from trainfn._grad import GradientFunction, Passes, detached, exact, gradient_function, summed, value_and_grad
 from trainfn._keyed import Randomness
-from trainfn._module import bound, check_state, check_whole
+from trainfn._module import check_state, check_whole
+from trainfn._reached import Unsettled, is_settled, kept
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Params, TrainState, Transform, Tree
 from trainfn.optim._combine import frozen_by, still
 
@@ -79,10 +81,21 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch, /) -> tuple[TrainState, Metrics]:
         """Return the next state and this batch's metrics."""
         if self.accumulate == 1:
-            return self.update(state, self.gradients(state, batch))
-        plan = None if self.plan is None or self.plan.world == 1 else self.plan
-        pieces = self.pieces(batch) if plan is None else plan.pieces(state, batch, self.accumulate)
-        return self.update(state, summed(self.gradients, state, pieces, _empty_stream))
+            sums = self.gradients(state, batch)
+        else:
+            plan = None if self.plan is None or self.plan.world == 1 else self.plan
+            pieces = self.pieces(batch) if plan is None else plan.pieces(state, batch, self.accumulate)
+            sums = summed(self.gradients, state, pieces, _empty_stream)
+        return self.advanced(state, sums)
+
+    def advanced(self, state: TrainState, sums: Gradients) -> tuple[TrainState, Metrics]:
+        """Update a state, to which the places are added that `Unsettled` asks for; a captured step is captured anew."""
+        try:
+            return self.update(state, sums)
+        except Unsettled as ask:
+            if tree.is_traced(state.step):
+                raise
+            return self.update(ask.prepared(state), sums)
 
     def pieces(self, batch: Batch) -> Iterator[tuple[Batch, int]]:
         if self.accumulate != "stream":
@@ -154,20 +167,32 @@ def _update(optimizer: Transform) -> Update:
     def update(state: TrainState, sums: Gradients) -> tuple[TrainState, Metrics]:
         weight = sums.loss.weight
         weight = torch.where(weight == 0, torch.ones_like(weight), weight)  # nothing counted: the sums are 0 too
-        grads = tree.cast_like(tree.div(sums.grads, weight), state.params)
+        state = state._replace(params={**state.params, **sums.written}) if sums.written else state
+        grads = {name: grad for name, grad in sums.grads.items() if grad is not None}
+        missed = {name: sums.reached.get(name) for name in state.params if name not in grads or name in sums.reached}
+        if missed and not is_settled(state.opt_state, frozenset(missed)):
+            raise Unsettled(missed)
+        grads = tree.div(grads, weight)
+        grads = grads if len(grads) == len(state.params) else _with_zeros(grads, state.params)
+        grads = tree.cast_like(grads, state.params)
         if frozen is not None:
             grads = still(grads, frozen(state.params))
         norm = tree.global_norm(grads)
         updates, opt_state = _transformed(optimizer, grads, state)
+        params = tree.cast_like(tree.add(state.params, updates), state.params)
         new = state._replace(
             step=state.step + 1,
-            params=tree.cast_like(tree.add(state.params, updates), state.params),
+            params=kept(state.params, params, missed) if missed else params,
             buffers=sums.buffers,
-            opt_state=opt_state,
+            opt_state=kept(state.opt_state, opt_state, missed) if missed else opt_state,
         )
         return new, {"loss": sums.loss, "grad_norm": Mean(norm, torch.ones_like(norm)), **sums.metrics}
 
     return update
+
+
+def _with_zeros(grads: Params, params: Params) -> Params:
+    return {name: grads[name] if name in grads else torch.zeros_like(p) for name, p in params.items()}
 
 
 def _transformed(optimizer: Transform, grads: Params, state: TrainState) -> tuple[Params, Tree]:
@@ -235,16 +260,16 @@ def eval_step(
     {'loss': Mean(9 over weight 2)}
     """
     one = loss if plan is None else plan.loss(loss)
-    randomness, noticed = Randomness(), bool(grad)
+    randomness, known, noticed = Randomness(), Passes(), bool(grad)
 
     def evaluate_batch(state: TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> Metrics:
         check_state(state)
         rows = tree.row_count(batch)
 
         def means(grads: bool) -> Metrics:
-            params = {n: p.detach().requires_grad_() for n, p in state.params.items()} if grads else state.params
-            with torch.set_grad_enabled(grads), bound(state, params, training=False) as (model, _):
-                mean, metrics = exact(one(model, batch), rows)
+            writes = known.of(state).writes
+            with torch.set_grad_enabled(grads), bound(state, training=False, grads=grads, writes=writes) as run:
+                mean, metrics = exact(one(run.model, batch), rows)
             torch.clear_autocast_cache()  # as in `value_and_grad`
             return {"loss": detached(mean), **{name: detached(metric) for name, metric in metrics.items()}}
 

@@ -13,6 +13,7 @@
     ├── ReplayError           a part of a run, computed again, came out differently
     └── LawViolation          a loss, step, transform or schedule breaks a law of `trainfn.testing`
     InexactLossWarning        a loss returned a bare scalar; see `trainfn.Mean`
+    UnreachedWarning          a loss does not reach some parameters, which stand still
     NonFiniteWarning          a step with a NaN or infinite loss was skipped, or let through as asked
 
 A wrong argument is a plain ``ValueError`` or ``TypeError``. Every message says what was called, with what,
@@ -67,6 +68,10 @@ class LawViolation(TrainfnError, AssertionError):
 
 class InexactLossWarning(UserWarning):
     """A loss returned a bare scalar, so its exact weight is unknown."""
+
+
+class UnreachedWarning(UserWarning):
+    """A loss does not reach some parameters, so they stand still."""
 
 
 class NonFiniteWarning(UserWarning):

@@ -17,6 +17,7 @@ from trainfn._compile._donate import check_alive
 from trainfn._dtensor import is_distributed
 from trainfn._ranks import _group
 from trainfn._ranks._group import ALONE, Ranks
+from trainfn._reached import settled_like
 from trainfn._types import TrainState
 
 
@@ -102,13 +103,14 @@ def restore(
     check_alive(like)
     ranks = ranks_of(like)
     call = f"restore({str(path)!r}, like=state)"
-    expected = _leaves.named(like, call)
 
     def found() -> tuple[Path, Manifest]:
         folder = _disk.located(Path(path))
         return folder, inspect(folder)
 
     folder, manifest = ranks.first(found)
+    like = settled_like(like, manifest.tree)
+    expected = _leaves.named(like, call)
     sources = matched(call, manifest.tree, expected, strict=strict, only=only, rename=rename)
     return ranks.agreed(lambda: filled(folder, manifest, like, expected, sources))
 

@@ -15,6 +15,7 @@ from trainfn._checkpoint._leaves import matched
 from trainfn._checkpoint._read import filled, inspect, verify
 from trainfn._compile._donate import check_alive
 from trainfn._ranks._group import ALONE, Ranks
+from trainfn._reached import settled_like
 from trainfn._types import TrainState
 from trainfn.errors import CheckpointError
 
@@ -89,18 +90,13 @@ class Folder:
         Each rank reads and checks the files that it needs. If one rank finds damage, all go to the next checkpoint.
         """
         check_alive(like)
-        expected = _leaves.named(like, "restore(like)")
         places = {at: path for at, path in ranks.first(self.places).items() if step in (None, at)}
         damages: list[str] = []
         for at, path in places.items():
             manifest = self._attempt(at, lambda at=at, path=path: ranks.first(lambda: _inspect(at, path)), damages)
             if manifest is None:
                 continue
-            sources = matched(
-                f"restore({str(path)!r}, like=state)", manifest.tree, expected
-            )  # raises: it would not fit an older one
-            read = lambda m=manifest, p=path, s=sources: filled(p, m, like, expected, s)  # noqa: E731
-            state = self._attempt(at, lambda read=read: ranks.agreed(read), damages)
+            state = self._attempt(at, _reader(path, manifest, like, ranks), damages)
             if state is not None:
                 _warn(damages, path, ranks)
                 return state, manifest.extra
@@ -120,6 +116,14 @@ class Folder:
             self.damaged.add(step)
             damages.append(str(damage))
             return None
+
+
+def _reader(path: Path, manifest: Manifest, like: TrainState, ranks: Ranks) -> Callable[[], TrainState]:
+    """What reads a checkpoint into the structure of ``like``; a checkpoint that does not fit raises at once."""
+    like = settled_like(like, manifest.tree)
+    expected = _leaves.named(like, "restore(like)")
+    sources = matched(f"restore({str(path)!r}, like=state)", manifest.tree, expected)
+    return lambda: ranks.agreed(lambda: filled(path, manifest, like, expected, sources))
 
 
 def _inspect(step: int, path: Path) -> Manifest:

@@ -26,6 +26,7 @@ from trainfn._compile._program import Program
 from trainfn._compile._report import Report
 from trainfn._compile._structure import Structure, flatten
 from trainfn._compile._trace import Trace
+from trainfn._reached import Unsettled, is_settled, late_names
 from trainfn._step import TrainStep
 from trainfn.errors import CheckpointError
 
@@ -151,12 +152,19 @@ class _FromFile(Program):
         fitting = [s for s in self.saved if describe.unordered(s["arguments"]) == arguments]
         saved = next((s for s in fitting if _serves(s, kinds, overwritten)), None)
         if saved is None:
+            self._settle(args[0])
             raise self._misfit(form, kinds)
         self.report.graphs, self.report.nodes = self.report.graphs + 1, self.report.nodes + saved["nodes"]
         self.report.cache_hits += 1
         found = self._found(saved, list(kinds), args[0])
         run = _run(self._libraries.runner(saved["library"]), _strides(saved, found.inputs, leaves))
         return Entry(found, Built(run, None), _Unwatched(), form, donating=self.donate)
+
+    def _settle(self, state: Any) -> None:
+        """Ask for the counts that the saved step keeps of parameters which its loss does not reach."""
+        late = late_names(name for entry in self.saved for name in entry["leaves"])
+        if late and not is_settled(state.opt_state, late):
+            raise Unsettled(late)
 
     def _found(self, saved: Mapping[str, Any], names: list[str], state: Any) -> Trace:
         """Return the trace, for arguments whose dicts may have another order."""

@@ -22,12 +22,13 @@ from trainfn._compile import _file_describe as describe
 from trainfn._compile import _file_format
 from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
-from trainfn._compile._capture import Call, capture, compiler_error
+from trainfn._compile._capture import Call, compiler_error
 from trainfn._compile._donate import check_alive
 from trainfn._compile._outside import ENVIRONMENT
 from trainfn._compile._program import Program
 from trainfn._compile._structure import Structure, flatten
 from trainfn._compile._trace import Trace
+from trainfn._marks import Again
 from trainfn._step import TrainStep
 from trainfn.errors import CaptureError
 
@@ -199,7 +200,10 @@ class _Recorder:
         kinds = dict(zip(names, map(describe.described, leaves), strict=True))
         key = repr((arguments, kinds))
         if key not in self._known:
-            captured = self._captured(args, leaves, form)
+            try:
+                captured = self._captured(args, leaves, form)
+            except Again as ask:
+                return self(ask.prepared(args[0]), *args[1:])
             self._known[key] = captured._replace(entry={"arguments": arguments, "leaves": kinds, **captured.entry})
         return _result(self._known[key], leaves)
 
@@ -207,7 +211,7 @@ class _Recorder:
         call, contents = self.contents.call, self.contents
         donated = form.children[0].places(False) if self.program.donate else []  # type: ignore[union-attr]
         module = getattr(args[0], "module", None)
-        found, _ = capture(Call(self.program.fn, args, leaves, form, donated, module, {}))
+        found, _ = self.program.captured(Call(self.program.fn, args, leaves, form, donated, module, {}))
         output: Any = next(node for node in found.graph.graph.nodes if node.op == "output")
         fakes = [node.meta["val"] for node in output.args[0]]
         entry = {

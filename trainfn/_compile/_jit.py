@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 
 from trainfn._batch_types import recognize
+from trainfn._changes import check_unchanged
 from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._donate import check_alive
@@ -21,7 +22,9 @@ from trainfn._compile._report import Report
 from trainfn._compile._sizes import Dynamic, check_dynamic
 from trainfn._compile._warm import Warm, check_warm
 from trainfn._module import check_whole
+from trainfn._reached import without_late
 from trainfn._step import TrainStep
+from trainfn._types import TrainState
 
 
 class Compiled:
@@ -54,6 +57,8 @@ class Compiled:
     def __call__(self, state: Any, batch: Any, /, *first_row: Any) -> Any:
         """Run the step."""
         check_alive(state)
+        if isinstance(state, TrainState):
+            check_unchanged(state)
         if self.settings.compile and self.plan is not None:  # eager steps look themselves
             self.plan.check(state)
         elif self.settings.compile and isinstance(self.step, TrainStep):
@@ -116,7 +121,8 @@ def _programs(step: Callable[..., Any], settings: Settings, donate: bool) -> lis
         return [gradients, Program(step.update, exact, donate=donate, name="update")]
     if isinstance(step, TrainStep):
         parts = step
-        return [Program(lambda s, b: parts.update(s, parts.gradients(s, b)), settings, donate=donate, name="step")]
+        run = lambda s, b: parts.advanced(s, parts.gradients(s, b))  # noqa: E731
+        return [Program(run, settings, donate=donate, name="step")]
     return [Program(step, settings, donate=donate, name=getattr(step, "__name__", "step").strip("<>"))]
 
 
@@ -124,7 +130,8 @@ def _joined(step: Callable[..., Any], parts: Sequence[Callable[..., Any]]) -> Ca
     """Return the step that is made of these parts."""
     if len(parts) == 1:
         return parts[0]
-    return torch.no_grad()(dataclasses.replace(cast("TrainStep", step), gradients=parts[0], update=parts[1]))
+    gradients = lambda state, *rest: parts[0](without_late(state), *rest)  # noqa: E731
+    return torch.no_grad()(dataclasses.replace(cast("TrainStep", step), gradients=gradients, update=parts[1]))
 
 
 def jit(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
-from operator import call, is_, itemgetter
+from operator import attrgetter, call, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ ENVIRONMENT: dict[str, Callable[[], Any]] = {
     "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled,
 }
 _READ = tuple(ENVIRONMENT.values())
+_TRAINS = attrgetter("requires_grad")
 
 
 def environment() -> tuple[Any, ...]:
@@ -94,6 +95,8 @@ class Outside:
         self._sized = [held for held, _ in reach.dicts.values()] + [row for row, _ in rows]
         self._cells = [cell for cell, _ in reach.cells.values() if (id(cell), None) not in written]
         self._cell_names = [name for cell, name in reach.cells.values() if (id(cell), None) not in written]
+        self._parameters = [] if module is None else list(module.named_parameters())
+        self._flagged = [p for _, p in self._parameters]
         self._read_tensors: list[Tensor] = []
         self._versions: list[int] = []
         self._remember()
@@ -110,6 +113,7 @@ class Outside:
         self._now = self._read()
         self._sizes = list(map(len, self._sized))
         self._key_sets = [set(held) for held, _ in self._reach.dicts.values()]
+        self._flags = list(map(_TRAINS, self._flagged))
         self._handles = RemovableHandle.next_id
         self._hooks = [tuple(held.values()) for held, _ in self._reach.hooks]
         self._hooked = [held for held, _ in self._reach.hooks if held]
@@ -129,6 +133,7 @@ class Outside:
             len(now) == len(self._now)
             and all(map(is_, now, self._now))
             and list(map(len, self._sized)) == self._sizes
+            and list(map(_TRAINS, self._flagged)) == self._flags
             and RemovableHandle.next_id == self._handles
             and list(map(len, self._hooked)) == self._hooked_sizes
             and [x._version for x in self._read_tensors] == self._versions
@@ -144,6 +149,11 @@ class Outside:
             Change(f"the hooks of {name}", (id(held), None), then, tuple(held.values()))
             for (held, name), then in hooks
             if not _same(tuple(held.values()), then)
+        ]
+        found += [
+            Change(f"`requires_grad` of {name!r}", (id(p), "requires_grad"), then, p.requires_grad)
+            for (name, p), then in zip(self._parameters, self._flags, strict=True)
+            if p.requires_grad != then
         ]
         found += [
             Change(f"the numbers of a tensor {list(x.shape)} that the step reads", (id(x), None), version, x._version)

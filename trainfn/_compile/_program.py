@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import contextlib
+from collections.abc import Callable, Generator, Hashable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainfn import tree
+from trainfn._bound import CONSUMED, COPIED, Unprotected
 from trainfn._compile._ahead import Helper, order
 from trainfn._compile._backend import Built, Settings, build, is_built
 from trainfn._compile._capture import Call, capture
-from trainfn._compile._donate import overwrite
+from trainfn._compile._donate import check_result, overwrite
 from trainfn._compile._entry import Early, Entry, Known, largest
 from trainfn._compile._outside import Outside, environment
 from trainfn._compile._report import Report
@@ -21,6 +24,8 @@ from trainfn._compile._straight import taker
 from trainfn._compile._structure import Misfit, Row, Structure, flatten, structure
 from trainfn._compile._trace import Trace, donation
 from trainfn._dtensor import held, spec_of
+from trainfn._marks import Again
+from trainfn._reached import is_settled, late_in, settled
 from trainfn._text import shortened
 from trainfn.errors import RecompileError
 
@@ -50,39 +55,62 @@ class Program:
         self._known: Known | None = None
         self._rest: Structure | None = None
         self._rest_number = -1
+        self._copied = frozenset[str]()  # parameters that the forward pass writes to
         self._seen = Seen() if settings.dynamic == "auto" else None
 
     def __call__(self, state: Any, *rest: Any) -> Any:
         run = self._compiled if self.settings.compile else self._eager
         if not torch.is_grad_enabled():
-            return run(state, rest)
+            return self._started(run, state, rest)
         torch._C._set_grad_enabled(False)  # as `torch.no_grad` does, in a tenth of its time
         try:
-            return run(state, rest)
+            return self._started(run, state, rest)
         finally:
             torch._C._set_grad_enabled(True)
+
+    def _started(self, run: Callable[[Any, tuple[Any, ...]], Any], state: Any, rest: tuple[Any, ...]) -> Any:
+        """Run; once more, if the step asks for another state to start from."""
+        try:
+            return run(state, rest)
+        except Again as ask:
+            prepared = ask.prepared(state)
+        out = self._started(run, prepared, rest)
+        if self.donate:
+            flatten(state)[1].retire(state)
+        return out
 
     def _eager(self, state: Any, rest: tuple[Any, ...]) -> Any:
         if not self.donate:
             return self.fn(state, *rest)
         old, form = flatten((state, *rest))
+        first = form.children[0]  # type: ignore[union-attr]
         donated = self._donated(form)
         _separate(donated, old)
-        out = self.fn(*form.build(iter(old)))
+        with _set(CONSUMED, True):
+            given = form.build(iter(old))
+            out = self.fn(*given)
+        check_result(out)
+        late = late_in(out[0].opt_state)
+        if late and not is_settled(given[0].opt_state, late):  # this step is the first that misses some parameters
+            old, form = flatten((given[0]._replace(opt_state=settled(given[0].opt_state, late)), *given[1:]))
+            donated = self._donated(form)
         new = donation(donated, form, old, out)
         overwrite(donated, old, new)
-        form.children[0].retire(state)  # type: ignore[union-attr]
+        first.retire(state)
         return flatten(out)[1].build(iter(new))
 
     def ahead(self, state: Any, *rest: Any) -> Any:
         """Run eagerly. What would be compiled for these arguments is captured, and given to `helper` once."""
         with torch.no_grad():
-            if self.helper is not None:
-                leaves, signature = self._signature(state, rest)
-                early = self._early.get(signature)
-                if early is None or not early.holds():
-                    self._give(self.helper, (state, *rest), leaves, signature)
-            return self._eager(state, rest)
+            return self._started(self._ahead, state, rest)
+
+    def _ahead(self, state: Any, rest: tuple[Any, ...]) -> Any:
+        if self.helper is not None:
+            leaves, signature = self._signature(state, rest)
+            early = self._early.get(signature)
+            if early is None or not early.holds():
+                self._give(self.helper, (state, *rest), leaves, signature)
+        return self._eager(state, rest)
 
     def _compiled(self, state: Any, rest: tuple[Any, ...]) -> Any:
         leaves, signature = self._signature(state, rest)
@@ -175,7 +203,10 @@ class Program:
         """Return what the function computes for these arguments, without computing it."""
         args = (state, *rest)
         leaves, form = flatten(args)
-        return self._captured(args, leaves, form)[0]
+        try:
+            return self._captured(args, leaves, form)[0]
+        except Again as ask:
+            return self.capture(ask.prepared(state), *rest)
 
     def entries(self) -> list[Entry]:
         """Everything that was compiled so far."""
@@ -242,7 +273,16 @@ class Program:
         donated = self._donated(form) if self.donate else []
         module = getattr(args[0], "module", None)
         dynamic = self._dimensions(form, leaves)
-        return capture(Call(self.fn, args, leaves, form, donated, module, dynamic))
+        return self.captured(Call(self.fn, args, leaves, form, donated, module, dynamic))
+
+    def captured(self, given: Call) -> tuple[Trace, Outside]:
+        """Capture the function; once more where its forward pass turns out to write into parameters."""
+        try:
+            with _set(COPIED, self._copied):
+                return capture(given)
+        except Unprotected as found:
+            self._copied |= found.names
+            return self.captured(given)
 
     def _donated(self, form: Structure) -> list[bool]:
         return form.children[0].places(False)  # type: ignore[union-attr]
@@ -262,6 +302,15 @@ class Program:
 
 def _key(found: Trace) -> Hashable:
     return found.key, environment()  # an operation may mean something else under another default dtype
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar[Any], value: Any) -> Generator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def _separate(donated: list[bool], leaves: list[Any]) -> None:

@@ -18,9 +18,11 @@ from trainfn._dtensor import Spec, full, is_distributed, local, spread_like
 from trainfn._plan._layout import Layout
 from trainfn._plan._no_rows import Idle
 from trainfn._plan._place import gradient_placements, is_sharded, placements
+from trainfn._reached import Unsettled, is_settled
 from trainfn._types import Batch, Gradients, Mean, Metrics, TrainState, Tree
 
 _SHARDED = ("params", "opt_state", "extra")  # the fields of a state that have `DTensor` leaves
+_REACHED = " reached"  # no name of a metric
 _BUCKET = 25 * 2**20  # bytes: large enough to fill a link, as in torch's DDP
 
 
@@ -43,7 +45,8 @@ def gradients_on(plan: Layout, gradients: Callable[..., Gradients]) -> Callable[
             sums = gradients(state, batch, first_row)
         if isinstance(batch, Idle):
             sums = sums._replace(buffers=state.buffers)
-        return sums._replace(grads={name: _kept(plan, state.params[name], g) for name, g in sums.grads.items()})
+        kept = {n: None if g is None else _kept(plan, state.params[n], g) for n, g in sums.grads.items()}
+        return sums._replace(grads=kept)
 
     return of_this_rank
 
@@ -62,6 +65,34 @@ def _kept(plan: Layout, param: Any, grad: Any) -> Any:
     return grad.redistribute(placements=wanted)  # the same zeros, cut
 
 
+def _zeros(plan: Layout, param: Any) -> Any:
+    """A gradient of zeros, with the placements that the plan keeps."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    none = torch.zeros(param.shape, dtype=param.dtype, device=param.device)
+    everywhere = [Replicate()] * param.device_mesh.ndim
+    return _kept(plan, param, DTensor.from_local(none, param.device_mesh, everywhere, run_check=False))
+
+
+def _over_ranks(plan: Layout, state: TrainState, sums: Gradients) -> Gradients:
+    """The sums of numbers over all ranks, and which parameters the rows of any rank reach.
+
+    Each rank knows for itself which parameters its own rows reach, and for the others asks all ranks: by a row of
+    zeros and ones that goes along with the losses, so it is no message of its own.
+    """
+    missed = {name: i for i, (name, grad) in enumerate(sums.grads.items()) if grad is None}
+    if not is_settled(state.opt_state, frozenset(missed)):
+        raise Unsettled(missed)  # before the first message, for other ranks may miss nothing
+    flags = torch.ones(len(sums.grads), device=state.step.device)
+    for i in missed.values():
+        flags[i] = 0.0
+    reduced = reduce_means(plan, state, {"loss": sums.loss, **sums.metrics, _REACHED: Mean(flags, flags[:1])})
+    found = reduced.pop(_REACHED).total > 0
+    grads = {name: _zeros(plan, state.params[name]) if name in missed else g for name, g in sums.grads.items()}
+    reached = {name: found[i] for name, i in missed.items()}
+    return sums._replace(loss=reduced.pop("loss"), metrics=reduced, buffers={}, grads=grads, reached=reached)
+
+
 def update_on(plan: Layout, update: Callable[..., Any]) -> Callable[..., Any]:
     """Return the update by the sums over all ranks; each rank computes the shard that the plan gives it."""
 
@@ -69,8 +100,7 @@ def update_on(plan: Layout, update: Callable[..., Any]) -> Callable[..., Any]:
         if plan.world == 1:
             return update(state, sums)
         check_sharded(plan, state)
-        reduced = reduce_means(plan, state, {"loss": sums.loss, **sums.metrics})
-        total = sums._replace(loss=reduced.pop("loss"), metrics=reduced, buffers={})
+        total = _over_ranks(plan, state, sums)
         total = total._replace(buffers=_mean_buffers(plan, state, sums, total))
         if plan.stage == 0 and plan.shape(plan.world)["tensor"] == 1:
             return _update_everywhere(plan, update, state, total)
@@ -78,7 +108,7 @@ def update_on(plan: Layout, update: Callable[..., Any]) -> Callable[..., Any]:
         params: Any = state.params
         # No communication: a parameter that is full on this rank is cut to the shard of its optimizer state.
         cut = {name: p.redistribute(placements=where[name]) for name, p in params.items()}
-        grads = _reduced(plan, state, sums.grads, where)
+        grads = _reduced(plan, state, total.grads, where)
         new, metrics = update(state._replace(params=cut), total._replace(grads=grads))
         return placed_like(new, state), metrics
 

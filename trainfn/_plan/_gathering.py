@@ -29,6 +29,11 @@ _ASKED = ("shape", "dtype", "device", "requires_grad", "ndim", "is_leaf", "grad"
 _QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in _ASKED),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex),
+    *(
+        Tensor._version.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+        Tensor.register_hook,
+        Tensor.register_post_accumulate_grad_hook,
+    ),
     *(Tensor.requires_grad_, Tensor.__len__, Tensor.is_contiguous, Tensor.element_size, torch.is_floating_point),
 }
 
@@ -116,6 +121,12 @@ class Gathering(TorchFunctionMode):
             given = _linear(*args, **(kwargs or {}))
             if _tensor.split_dim(given[1]) is not None:
                 return _tensor.linear(self.value, *given)
+        if _writes(func, args, kwargs or {}):
+            raise ValueError(
+                f"step(state, batch): the forward pass writes into a parameter, by `{func.__name__}`, and each rank"
+                " would write into a copy. Keep it in a buffer, `module.register_buffer(...)`, or change it after the"
+                " step, by `tfn.transforms.after`."
+            )
         args = tuple(self._use(x) for x in args)
         return func(*args, **{name: self._use(x) for name, x in (kwargs or {}).items()})
 
@@ -153,6 +164,16 @@ class Gathering(TorchFunctionMode):
         param, how, shape, stride, offset = kept
         with torch.no_grad():
             return gathered(param, self.plan, how).as_strided(shape, stride, offset)
+
+
+def _writes(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a function writes into a parameter: into its first argument, by torch's rule for names."""
+    if func is F.embedding:
+        return kwargs.get("max_norm") is not None
+    name = getattr(func, "__name__", "")
+    if not ((name.endswith("_") and not name.endswith("__")) or name == "__setitem__"):
+        return False
+    return bool(args) and isinstance(args[0], DTensor) and args[0].requires_grad
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:

@@ -51,9 +51,7 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
         model, record.manual_mean = trainer.model, None
         if tfn.data.is_empty(batch):
             zero = torch.zeros((), device=state.step.device)
-            return tfn.Gradients(
-                tfn.Mean(zero, zero), {n: _summand(p, None) for n, p in state.params.items()}, {}, state.buffers
-            )
+            return tfn.Gradients(tfn.Mean(zero, zero), dict.fromkeys(state.params), {}, state.buffers)
         count = counted(trainer, batch)
         model.zero_grad(set_to_none=True)
         try:
@@ -82,11 +80,10 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
     return dataclasses.replace(made, gradients=on_whole)
 
 
-def _summand(param: Tensor, grad: Tensor | None) -> Tensor:
-    """A gradient of this rank's rows, or zeros; on several ranks, as one summand of the sum over ranks."""
-    if not isinstance(param, DTensor):
-        return torch.zeros_like(param) if grad is None else grad
-    grad = torch.zeros(param.shape, dtype=param.dtype, device=param.device) if grad is None else grad
+def _summand(param: Tensor, grad: Tensor | None) -> Tensor | None:
+    """A gradient of this rank's rows, if there is one; on several ranks, as one summand of the sum over ranks."""
+    if grad is None or not isinstance(param, DTensor):
+        return grad
     return DTensor.from_local(grad.contiguous(), param.device_mesh, [Partial()], run_check=False)
 
 
