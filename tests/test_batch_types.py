@@ -169,7 +169,11 @@ class Opaque:
     pass
 
 
-@pytest.mark.parametrize("batch", [["a cat", "a dog"], Opaque(), {"image": Opaque(), "scale": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "batch",
+    [["a cat", "a dog"], Opaque(), {"image": Opaque(), "scale": 2.0}],
+    ids=["strings", "an object", "a dict of one"],
+)
 def test_rows_that_can_not_be_counted_are_an_error(batch: Any) -> None:
     state = tfn.init({"w": torch.zeros(())}, tfn.optim.sgd(0.1))
     step = tfn.train_step(lambda p, b: p["w"] ** 2, tfn.optim.sgd(0.1))

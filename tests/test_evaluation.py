@@ -100,7 +100,7 @@ def test_other_errors_and_derivatives_that_are_forbidden_are_raised() -> None:
 
 @pytest.mark.parametrize("module", [True, False])
 def test_an_autocast_around_the_steps_keeps_no_parameters_of_past_steps(module: bool) -> None:
-    model = nn.Linear(16, 16)
+    model = nn.Linear(16, 16, bias=False)
     seen: list[weakref.ref[Tensor]] = []
 
     def loss(m: Any, x: Tensor) -> tfn.Mean:
