@@ -1,7 +1,7 @@
 """A state's module while a step runs it: on stand-ins for its Parameters, which the step differentiates.
 
-A stand-in is of the Parameter's class, has its attributes and its hooks, and holds the state's numbers. The module's own
-Parameters are never touched, whatever the storage. A captured step has no numbers yet, and a step on ranks has
+A stand-in is of the Parameter's class, has its attributes and its hooks, and holds the state's numbers. The module's
+own Parameters are never touched, whatever the storage. A captured step has no numbers yet, and a step on ranks has
 `DTensor`s: neither fits into a Parameter that exists already. So one mechanism serves all steps. A frozen Parameter
 whose memory is the state's goes into the forward pass as the object it is.
 
@@ -267,7 +267,7 @@ class _Watch:
         return made
 
     def frozen(self, name: str, old: Any, value: Any) -> Any:
-        """Return the frozen parameter itself, where its memory is the state's and the pass only reads it; or a stand-in."""
+        """Return the frozen parameter itself where its memory is the state's and the pass only reads it."""
         copy = name in self._copied or (self._frozen and type(value) is Tensor)
         if not copy and _same_memory(old, value):
             made = old
