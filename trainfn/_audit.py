@@ -1,8 +1,8 @@
 """The other places in a module that hold one of its Parameters, and parameters that can't be trained.
 
-A module may keep a Parameter in a list, a dict, a tuple, a `functools.partial` or a variable of a function, too. While a
-step runs, the stand-in takes its place there. This search does not find every reference, such as a variable of the loss.
-The first step does: its loss reaches the Parameter itself, which is an error.
+A module may keep a Parameter in a list, a dict, a tuple, a `functools.partial` or a variable of a function, too. While
+a step runs, the stand-in takes its place there. This search does not find every reference, such as a variable of the
+loss. The first step does: its loss reaches the Parameter itself, which is an error.
 """
 
 from __future__ import annotations
