@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -233,11 +234,28 @@ class _Traced(FakeTensor):
             self.copy_(value)
 
 
-def _stand_in(old: Any, value: Any, trained: bool) -> Any:
+@functools.cache
+def _watched(kind: type) -> type:
+    """The class of a stand-in in the first pass: a write to its ``data`` counts as a write to the stand-in.
+
+    It takes no comparison of numbers, which would wait for the device.
+    """
+
+    def get(x: Tensor) -> Tensor:
+        return x.detach()
+
+    def put(x: Tensor, value: Tensor) -> None:
+        Tensor.data.__set__(x, value)  # type: ignore[attr-defined]
+
+    plain = {"__torch_function__": torch._C._disabled_torch_function_impl}
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "data": property(get, put), **plain})
+
+
+def _stand_in(old: Any, value: Any, trained: bool, *, watched: bool = False) -> Any:
     """A tensor for ``value`` that is what ``old`` is: a Parameter, of its class and with its attributes."""
     if type(value) is Tensor or type(value) is nn.Parameter:
         kind = type(old) if isinstance(old, Tensor) and issubclass(type(old), nn.Parameter) else nn.Parameter
-        made: Any = Tensor._make_subclass(kind, value, trained)
+        made: Any = Tensor._make_subclass(_watched(kind) if watched else kind, value, trained)
     else:
         made = value.detach().requires_grad_(trained)
         made._is_param = True
@@ -253,17 +271,22 @@ class _Watch:
 
     def __init__(self, state: TrainState, copied: set[str] | frozenset[str], *, everything: bool) -> None:
         self._all, self._copied = everything, copied
-        # The name, the module's Parameter, its stand-in, the state's tensor, and the version before the pass.
+        # The name, the module's Parameter, its stand-in, the tensor that it was made of, the version before the pass.
         self._made: list[tuple[str, Any, Any, Any, int]] = []
-        trained = sum(p.nbytes for p in state.params.values())
-        self._frozen = everything and sum(b.nbytes for b in state.buffers.values()) <= trained
+        # No more copies of frozen parameters than the update makes of trained ones: under LoRA they are most tensors.
+        self._frozen = everything and _bytes(state.buffers) <= _bytes(state.params)
 
     def stand_in(self, name: str, old: Any, value: Any, trained: bool) -> Any:
         """The stand-in of a trained parameter."""
         given = value.clone() if self._all or name in self._copied else value
         trains = trained and (old is None or old.requires_grad)
-        made = given.detach().requires_grad_(trains) if old is None else _stand_in(old, given, trains)
-        self._made.append((name, old, made, value, made._version))
+        if old is not None:
+            made = _stand_in(old, given, trains, watched=self._all)
+        elif self._all and type(given) is Tensor:
+            made = Tensor._make_subclass(_watched(Tensor), given, trains)
+        else:
+            made = given.detach().requires_grad_(trains)
+        self._made.append((name, old, made, given, made._version))
         return made
 
     def frozen(self, name: str, old: Any, value: Any) -> Any:
@@ -272,24 +295,25 @@ class _Watch:
         if not copy and _same_memory(old, value):
             made = old
         else:
-            made = _stand_in(old, value.clone() if copy else value, False)
+            value = value.clone() if copy else value
+            made = _stand_in(old, value, False, watched=self._all)
         self._made.append((name, old, made, value, made._version))
         return made
 
     def written(self) -> Params:
         """The values of the parameters that were written to."""
         found: Params = {}
-        for name, old, made, value, version in self._made:
-            if name in self._copied or made._version != version or self._differs(made, value):
+        for name, old, made, given, version in self._made:
+            moved = type(given) is Tensor and made.data_ptr() != given.data_ptr()  # by `.data = ...`
+            if moved or name in self._copied or made._version != version:
                 found[name] = made.detach()
-                if made is old and made.data_ptr() != value.data_ptr():
-                    made.data = value  # the module's own Parameter goes on sharing the state's memory
+                if made is old and moved:
+                    made.data = given  # the module's own Parameter goes on sharing the state's memory
         return found
 
-    def _differs(self, made: Any, value: Any) -> bool:
-        if type(value) is not Tensor and type(value) is not nn.Parameter:
-            return False
-        return made.data_ptr() != value.data_ptr() and not torch.equal(made.detach(), value)
+
+def _bytes(tensors: Params) -> int:
+    return sum(x.nbytes for x in tensors.values())
 
 
 def _same_memory(old: Any, value: Any) -> bool:
