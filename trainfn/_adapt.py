@@ -79,7 +79,7 @@ def _continued(old: Tree, new: Tree, fresh: frozenset[str]) -> Tree:
 
 
 def _counted(old: Any, new: Any, fresh: frozenset[str]) -> Any:
-    """Whatever is new has missed all updates so far; whatever missed some before has still missed them."""
+    """A new parameter has missed all updates so far, and an old one those that it had missed before."""
     late = {**old.late, **{name: new.count.clone() for name in new.late if name in fresh}}
     held = {name for field, value in zip(new._fields, new, strict=True) if field != "late" and isinstance(value, dict)
             for name in value}  # fmt: skip

@@ -1,8 +1,8 @@
-"""What else in a module holds one of its Parameters, so that it can follow the state; and what can't be trained.
+"""The other places in a module that hold one of its Parameters, and parameters that can't be trained.
 
-A module may keep a Parameter in a list, a dict, a tuple, a `functools.partial` or a variable of a function, beside the
-place that registers it. While a step runs, the stand-in takes its place there too. What is not found here, such as a
-variable of the loss, is found by the first step, whose loss would reach the Parameter itself: an error then.
+A module may keep a Parameter in a list, a dict, a tuple, a `functools.partial` or a variable of a function, too. While
+a step runs, the stand-in takes its place there. This search does not find every reference, such as a variable of the
+loss. The first step does: its loss reaches the Parameter itself, which is an error.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class _Search:
         self.found: list[Alias] = []
 
     def module(self, part: nn.Module, path: str) -> None:
-        """Look at the attributes of a module that are no parameters, buffers or submodules."""
+        """Look at the attributes of a module, except for its parameters, buffers and submodules."""
         held = part.__dict__
         if held.get("sparse") is True and isinstance(part, nn.Embedding | nn.EmbeddingBag):
             raise ValueError(
@@ -107,7 +107,7 @@ class _Search:
                 self._place(place, key, value, f"{path}[{key!r}]", depth + 1)
 
     def _make(self, value: Any, path: str, depth: int) -> Make | None:
-        """What makes a new value for a place, if there is a Parameter in it that no place further in holds."""
+        """Return a function that makes a new value for a place, if one is needed for a Parameter in it."""
         if type(value) in _PLAIN or id(value) in self._seen:
             return None
         if isinstance(value, Tensor):

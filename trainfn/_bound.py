@@ -1,13 +1,13 @@
 """A state's module while a step runs it: on stand-ins for its Parameters, which the step differentiates.
 
 A stand-in is of the Parameter's class, has its attributes and its hooks, and holds the state's numbers. The module's
-own Parameters are never touched, whatever the storage: one mechanism serves an eager step, a captured one, whose
-numbers are not there yet, and one on ranks, whose parameters are `DTensor`s; none of these fits into a Parameter that
-exists already. A frozen Parameter whose memory is the state's goes into the forward pass as the object it is.
+own Parameters are never touched, whatever the storage. A captured step has no numbers yet, and a step on ranks has
+`DTensor`s: neither fits into a Parameter that exists already. So one mechanism serves all steps. A frozen Parameter
+whose memory is the state's goes into the forward pass as the object it is.
 
-A forward pass may write into parameters, in place or by ``.data = ...``. What it writes belongs to the next state, and
-the state at hand stays as it is: a parameter that is written to is a copy. Which ones are, the first pass finds out,
-in which all are copies (see `Writes`); a captured pass that finds it out is captured again.
+A forward pass may write into parameters, in place or by ``.data = ...``. The written numbers belong to the next state,
+and the given state stays as it is: a parameter that is written to is a copy. In the first pass all are copies, and it
+finds out which ones are needed (see `Writes`). A captured pass that finds it out is captured again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONSUMED: contextvars.ContextVar[bool] = contextvars.ContextVar("consumed", defa
 
 
 class Unprotected(Again):
-    """A captured forward pass wrote into parameters that were no copies."""
+    """A captured forward pass wrote into parameters, and not into copies of them."""
 
     def __init__(self, names: frozenset[str]) -> None:
         super().__init__()
@@ -42,10 +42,10 @@ class Unprotected(Again):
 
 
 class Writes:
-    """Which parameters the forward passes of one function write to, for states of one type.
+    """The parameters that the forward passes of one function write to, for states of one type.
 
     Attributes:
-        names: Those that are known.
+        names: The names that are known.
         first: Whether no pass was made yet.
     """
 
@@ -55,7 +55,7 @@ class Writes:
 
 
 class Running:
-    """What a step has of a state's module.
+    """A state's module, and what a step gives it and takes from it.
 
     Attributes:
         model: The module, or the parameters by name where there is no module.
@@ -249,7 +249,7 @@ def _stand_in(old: Any, value: Any, trained: bool) -> Any:
 
 
 class _Watch:
-    """The stand-ins of one pass, and what becomes of them."""
+    """The stand-ins of one pass."""
 
     def __init__(self, state: TrainState, copied: set[str] | frozenset[str], *, everything: bool) -> None:
         self._all, self._copied = everything, copied
@@ -267,7 +267,7 @@ class _Watch:
         return made
 
     def frozen(self, name: str, old: Any, value: Any) -> Any:
-        """What stands for a frozen parameter: itself, where its memory is the state's and the pass only reads it."""
+        """Return the frozen parameter itself where its memory is the state's and the pass only reads it."""
         copy = name in self._copied or (self._frozen and type(value) is Tensor)
         if not copy and _same_memory(old, value):
             made = old

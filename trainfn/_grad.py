@@ -1,14 +1,14 @@
 """Losses as exact sums, and their gradients.
 
-Gradients are those of ``backward()`` on stand-ins for the module's Parameters (see `trainfn._bound`), and not of
-`torch.autograd.grad`, which finds nothing where a backward pass runs another one: reentrant checkpoints, recomputation
-of one's own, cached gradients. A parameter that the loss does not reach has the gradient None, not zeros, and the
-update leaves it alone (see `trainfn._reached`). Which parameters are reached is read off after each pass; of a captured
-step it is a fact of its trace.
+Gradients are those of ``backward()`` on stand-ins for the module's Parameters (see `trainfn._bound`).
+`torch.autograd.grad` finds nothing where a backward pass runs another one, as reentrant checkpoints, recomputation of
+one's own and cached gradients do. A parameter that the loss does not reach has the gradient None, not zeros, and the
+update leaves it alone (see `trainfn._reached`). The reached parameters are read off after each pass. In a captured step
+they are a fact of its trace.
 
-Tensors outside of the state that require gradients, such as those of a second module in a closure, are not trained, and
-their ``.grad`` stays as it was. If the loss reaches one of the module's own Parameters, and not its stand-in, something
-holds that Parameter by another reference, and would use its old numbers for ever: an error that names it.
+Tensors outside of the state that require gradients, such as a second module in a closure, are not trained. Their
+``.grad`` stays as it was. If the loss reaches one of the module's own Parameters, and not its stand-in, something holds
+that Parameter by another reference. It would use the old numbers for ever, so it is an error that names the Parameter.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def gradient_function(loss: Loss, common: Callable[[TrainState, Tensor], Tensor]
 
 
 class Pass:
-    """What the first pass of a loss with states of one type found out.
+    """The facts that the first pass of a loss found out, for states of one type.
 
     Attributes:
         writes: The parameters that the forward pass writes to.
@@ -149,7 +149,7 @@ def _derivatives(
 
 
 def _outside(total: Tensor, run: Running) -> Iterator[Tensor]:
-    """The tensors that a loss depends on, that keep gradients, and that are no stand-ins of the state's parameters."""
+    """The tensors that a loss depends on and that keep gradients, except for the stand-ins of parameters."""
     ours = {id(leaf) for leaf in run.leaves.values()}
     seen: set[Any] = set()
     ahead = [total.grad_fn]

@@ -149,7 +149,7 @@ def sites_of(module: nn.Module) -> tuple[Site, ...]:
 
 
 def identities(sites: tuple[Site, ...]) -> tuple[int, ...]:
-    """Of the Parameters at the sites of a module."""
+    """Return the identities of the Parameters at the sites of a module."""
     return tuple(id(_held(site)) for site in sites if site.is_parameter)
 
 

@@ -1,12 +1,12 @@
 """Parameters that the loss does not reach: the optimizer leaves them as they are, as torch does where ``grad is None``.
 
-Which these are is known when a step is traced. The optimizer sees a gradient of zeros for each of them, and what it
-makes of it is dropped: the parameter, its moments and whatever else stands under its name stay.
+A trace of a step says which parameters these are. The optimizer sees a gradient of zeros for each of them. What it
+makes of it is dropped: the parameter, its moments and everything else under its name stay.
 
 A rule that counts its updates has one count for all parameters, as long as they all have had the same updates. Where a
-parameter missed some, ``late`` of the rule's state holds how many, by name. The entry is there from the step on that
-misses the parameter first, and it is 0 before that step: `Unsettled` asks for it, and whoever called the step adds it
-by `settled` and calls again. So a state that goes into a step has the structure of the one that comes out.
+parameter missed some, ``late`` of the rule's state holds how many, by name. The entry is there, as 0, before the first
+step that misses the parameter. `Unsettled` asks for it; the caller of the step adds it by `settled` and calls again.
+So a state that goes into a step has the structure of the one that comes out.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def is_settled(opt_state: Tree, names: frozenset[str]) -> bool:
 
 
 def _lacking(state: Any, names: frozenset[str]) -> frozenset[str]:
-    """Of the parameters that the rule concerns, those that have no count of missed updates yet."""
+    """The parameters that the rule concerns and that have no count of missed updates yet."""
     others = [value for field, value in zip(state._fields, state, strict=True) if field != "late"]
     held = [value for value in others if isinstance(value, dict)]
     mine = names & {name for value in held for name in value} if held else names

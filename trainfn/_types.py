@@ -148,7 +148,7 @@ class Gradients(NamedTuple):
         metrics: The loss function's metrics.
         buffers: The module's buffers and frozen parameters after the forward pass.
         written: The parameters that the forward pass itself wrote to, by name.
-        reached: Of parameters that this rank's rows do not reach: whether those of any rank do, ``bool[]``.
+        reached: Whether the rows of any rank reach a parameter that this rank's rows do not, ``bool[]`` by name.
     """
 
     loss: Mean

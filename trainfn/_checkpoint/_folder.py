@@ -119,7 +119,7 @@ class Folder:
 
 
 def _reader(path: Path, manifest: Manifest, like: TrainState, ranks: Ranks) -> Callable[[], TrainState]:
-    """What reads a checkpoint into the structure of ``like``; a checkpoint that does not fit raises at once."""
+    """Return a function that reads a checkpoint into the structure of ``like``, or raise if it does not fit."""
     like = settled_like(like, manifest.tree)
     expected = _leaves.named(like, "restore(like)")
     sources = matched(f"restore({str(path)!r}, like=state)", manifest.tree, expected)

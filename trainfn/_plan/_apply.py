@@ -77,8 +77,8 @@ def _zeros(plan: Layout, param: Any) -> Any:
 def _over_ranks(plan: Layout, state: TrainState, sums: Gradients) -> Gradients:
     """The sums of numbers over all ranks, and which parameters the rows of any rank reach.
 
-    Each rank knows for itself which parameters its own rows reach, and for the others asks all ranks: by a row of
-    zeros and ones that goes along with the losses, so it is no message of its own.
+    Each rank knows which parameters its own rows reach, and asks all ranks for the others. The question is a row of
+    zeros and ones. It goes along with the losses, so it costs no further message.
     """
     missed = {name: i for i, (name, grad) in enumerate(sums.grads.items()) if grad is None}
     if not is_settled(state.opt_state, frozenset(missed)):

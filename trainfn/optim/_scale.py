@@ -99,8 +99,8 @@ def scale_by_schedule(schedule: Rate, *, own: bool = False) -> Transform:
 
     Args:
         schedule: A function of the count, or a number.
-        own: Whether a parameter that the loss did not reach at some steps counts its own updates, as in the rules of
-            torch that make their rate themselves; by default all steps count for all parameters.
+        own: Whether a parameter that the loss did not reach at some steps counts its own updates. The rules of torch
+            do so that make their rate themselves. By default all steps count for all parameters.
 
     >>> rule = scale_by_schedule(lambda count: 1.0 / (count + 1))
     >>> updates, state = rule.update({"w": torch.ones(1)}, rule.init({}), {})

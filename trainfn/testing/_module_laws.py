@@ -22,13 +22,13 @@ from trainfn.testing._violation import violation
 
 _RATE, _MOMENTUM, _DECAY = 1e-2, 0.9, 0.1
 _CAUSE = (
-    "the module, or the loss, does something that a step does not see: it draws from a generator of its own, keeps"
-    " something between two calls in a Python variable, or changes a tensor that is neither a parameter nor a buffer."
+    "the module, or the loss, does something that a step does not see. It draws from a generator of its own, or keeps"
+    " something between two calls in a Python variable. Or it changes a tensor outside of parameters and buffers."
 )
 
 
 class ModuleReport(NamedTuple):
-    """What `check_module` found.
+    """The findings of `check_module`.
 
     Attributes:
         holds: What the module has, other than plain parameters and buffers, a line each.
@@ -62,8 +62,8 @@ def check_module(
         tolerance: The largest difference that counts as rounding, relative to the largest number of a tensor.
 
     Returns:
-        What the module holds that is out of the ordinary: hooks, other references, parameters that the loss does not
-        reach or that the forward pass writes to. Print it.
+        A report of what is out of the ordinary in the module: hooks, other references, parameters that the loss does
+        not reach. Print it.
 
     Raises:
         LawViolation: Naming the tensors that differ.
@@ -124,7 +124,7 @@ def _by_hand(model: nn.Module, loss: Loss, batch: Batch, steps: int) -> Iterator
 
 
 def _value(out: Any) -> Tensor:
-    """What a loop in torch would differentiate: a mean."""
+    """Return the mean that a loop in torch differentiates."""
     out = out[0] if type(out) is tuple else out
     return out.value if isinstance(out, Mean) else out
 
@@ -179,7 +179,7 @@ def _gap(a: Tensor, b: Tensor) -> float:
 
 
 def _held(model: nn.Module, sums: Gradients) -> Iterator[str]:
-    """What a module has that is out of the ordinary."""
+    """Yield a line for each thing in a module that is out of the ordinary."""
     held = dict(model.named_parameters())
     found: dict[str, list[str]] = {
         "the loss does not reach": [name for name, grad in sums.grads.items() if grad is None],
