@@ -188,7 +188,7 @@ ROWS = [
     Row("weight norm", lambda: parametrizations.weight_norm(nn.Linear(4, 3)), numbers(4), classified),
     Row("spectral norm", lambda: parametrizations.spectral_norm(nn.Linear(4, 3)), numbers(4), classified),
     Row("cache", Caches, numbers(4), classified),
-    Row("vmap", lambda: nn.Linear(4, 3), numbers(4), per_sample),
+    Row("vmap", lambda: nn.Linear(4, 3, bias=False), numbers(4), per_sample),
     Row("double backward", lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), numbers(4),
         gradient_penalty),
     Row("autograd.Function", lambda: Quantized(4, 3), numbers(4), classified),
