@@ -153,6 +153,8 @@ def test_a_view_of_a_parameter_is_an_error():
     model.row = model.weight.data[0]
     with pytest.raises(ValueError, match=r"row is a tensor in the memory of the parameter 'weight'"):
         tfn.init(model, tfn.optim.sgd(0.1))
+    model.weight.requires_grad_(False)  # it stays as it is, and so does the row
+    tfn.init(model, tfn.optim.sgd(0.1))
 
 
 def test_a_sparse_embedding_is_an_error():

@@ -139,7 +139,8 @@ class _Search:
         if name is not None:
             return lambda tensors: tensors[name]
         if self._memory is None:
-            self._memory = {_memory(p): name for name, p in self._module.named_parameters()}
+            trained = ((name, p) for name, p in self._module.named_parameters() if p.requires_grad)
+            self._memory = {_memory(p): name for name, p in trained}
             self._memory.pop(0, None)
         whole = self._memory.get(_memory(value)) if value.grad_fn is None or value._is_view() else None
         if whole is not None:
