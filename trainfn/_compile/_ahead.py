@@ -154,7 +154,7 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-# What the compiler, or the key of its caches, depends on besides its own settings: how to read and how to set it.
+# The compiler, and the key of its caches, depend on these besides its own settings: how to read and how to set each.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_num_threads, torch.set_num_threads),
