@@ -1,6 +1,7 @@
 """A step as a graph: what can be captured, what Python fixed while it was, and how that stays true."""
 
 import re
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -703,3 +704,12 @@ def test_numbers_are_written_on_the_device_where_they_are_used():
     full = next(iter(module.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)))
     assert full.args == ([], 1.5)
     assert (full.kwargs["dtype"], full.kwargs["device"]) == (torch.bfloat16, torch.device("meta"))
+
+
+def test_a_warning_that_is_an_error_stays_itself():
+    state = tfn.init(nn.Linear(2, 1), tfn.optim.sgd(0.1))
+    step = tfn.jit(tfn.train_step(lambda m, x: tfn.Mean.of(x @ m.weight.T), tfn.optim.sgd(0.1)), backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(tfn.errors.UnreachedWarning, match="does not reach 1 of 2 parameters: 'bias'"):
+            step(state, torch.ones(3, 2))

@@ -128,7 +128,7 @@ def _traced(given: Call, reads: list[Tensor]) -> Trace:
     lines = Lines()
     try:
         found = trace(fn, leaves, form, donated=donated, dynamic=dynamic, modules=module, lines=lines)
-    except TrainfnError:
+    except (TrainfnError, Warning):  # a warning that the user's filters make an error is not one of the capture
         raise
     except Exception as error:
         out = fn(*args)  # pure, so it can be run with numbers: an error of the step's own is the one to show
