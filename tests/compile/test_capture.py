@@ -707,7 +707,7 @@ def test_numbers_are_written_on_the_device_where_they_are_used():
 
 
 def test_a_warning_that_is_an_error_stays_itself():
-    state = tfn.init(nn.Linear(2, 1), tfn.optim.sgd(0.1))
+    state = tfn.init(seeded(lambda: nn.Linear(2, 1)), tfn.optim.sgd(0.1))
     step = tfn.jit(tfn.train_step(lambda m, x: tfn.Mean.of(x @ m.weight.T), tfn.optim.sgd(0.1)), backend="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
