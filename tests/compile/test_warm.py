@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import trainfn as tfn
-from tests.helpers import assert_identical, generator
+from tests.helpers import assert_identical, generator, long
 from trainfn._compile import _ahead, _backend, _helper
 from trainfn.errors import RecompileError
 
@@ -83,7 +83,7 @@ def helpers(monkeypatch, uncompiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("donate", "accumulate"), [(True, 1), (False, 2)])
+@pytest.mark.parametrize(("donate", "accumulate"), [(True, 1), long(False, 2)])
 def test_the_second_process_compiles_what_this_one_runs(donate, accumulate, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(_backend, "_PROGRAMS", type(_backend._PROGRAMS)())
