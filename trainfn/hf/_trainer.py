@@ -19,6 +19,7 @@ from trainfn.hf._callbacks._events import CallbackHandler, event, gather, with_d
 from trainfn.hf._checkpoints import _folders
 from trainfn.hf._evaluation import _evaluate, _prediction
 from trainfn.hf._optim import _resolve
+from trainfn.hf._optim._named import cls_and_kwargs
 from trainfn.hf._parallel import _parameters
 from trainfn.hf._parallel._layout import world_of
 from trainfn.hf._reporting import _hub, _logs
@@ -222,21 +223,49 @@ class Trainer(Reporting):
         """One micro-batch forwards and backwards; only called if it is overridden."""
         return _manual.training_step(self, model, inputs, num_items_in_batch)
 
+    # --- optimizer and schedule -----------------------------------------------------------------------------------
+
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        """Set up the schedule, then the optimizer."""
+        """Set up the optimizer, then the schedule."""
         _resolve.create(self, num_training_steps)
 
-    def create_optimizer(self) -> Optimizer | None:
-        """The optimizer: a transform of `trainfn.optim`; an override may return a torch optimizer."""
-        return _resolve.create_optimizer(self)
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer | None:
+        """Set ``optimizer``, and return it: a torch optimizer, or a transform of `trainfn.optim`."""
+        return _resolve.create_optimizer(self, model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Scheduler | None:
-        """The schedule, of `trainfn.schedules`; an override may return a torch schedule."""
-        return _resolve.create_scheduler(self, num_training_steps)
+        """Set ``lr_scheduler``, and return it: a torch schedule, or a function of `trainfn.schedules`."""
+        return _resolve.create_scheduler(self, num_training_steps, optimizer)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: nn.Module | None = None
+    ) -> tuple[Callable[..., torch.optim.Optimizer], Values]:
+        """The class of ``args.optim``, and the arguments with which `create_optimizer` makes the optimizer."""
+        return cls_and_kwargs(args, model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The names of the parameters that decay: not those of norms, not biases."""
+        return _resolve.decay_parameter_names(model)
+
+    def get_num_trainable_parameters(self) -> int:
+        """The number of numbers that are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def get_learning_rates(self) -> list[float]:
-        """The learning rate of the newest step."""
-        return [_resolve.learning_rate(self)]
+        """The learning rate of each parameter group."""
+        return [group["lr"] for group in _resolve.optimizer_of(self).param_groups]
+
+    def get_optimizer_group(self, param: str | nn.Parameter | None = None) -> Values | list[list[Tensor]] | None:
+        """The optimizer's group with a parameter; by default the parameters of each group."""
+        groups = _resolve.optimizer_of(self).param_groups
+        if param is None:
+            return [group["params"] for group in groups]
+        return next((group for group in groups if any(param is each for each in group["params"])), None)
+
+    def _get_learning_rate(self) -> float:
+        """The learning rate of the first group, which is logged."""
+        return _resolve.learning_rate(self)
 
     def train(
         self,
@@ -357,5 +386,4 @@ class Trainer(Reporting):
         return 6 * tokens.numel() * self._trainfn.parameter_count
 
 
-for _method in (Trainer.training_step, Trainer.create_scheduler):
-    _method.not_overridden = True  # type: ignore[attr-defined]  # so that overrides are recognized
+Trainer.training_step.not_overridden = True  # type: ignore[attr-defined]  # so that an override is recognized
