@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from trainfn._changes import check_modes, check_unchanged, unfrozen
-from trainfn._dtensor import held, is_distributed, is_split, local, spread_like
+from trainfn._dtensor import held
+from trainfn._hooks import carry_hooks
 from trainfn._marks import Again
 from trainfn._types import Buffers, Params, TrainState
 
@@ -114,7 +115,7 @@ def _placed(state: TrainState, run: Running, watch: _Watch, training: bool, grad
             run.own[id(old)] = name
             placed[name] = run.leaves[name] = watch.stand_in(name, old, state.params[name], grads)
             if training and (old._backward_hooks or old._post_accumulate_grad_hooks):
-                _carry_hooks(run, old, placed[name])
+                carry_hooks(run, old, placed[name])
         elif name in own:  # a forward pass may write into its buffers: it gets copies
             placed[name] = state.buffers[name].clone()
         else:
@@ -150,52 +151,6 @@ def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     for module, mode in modes:
         if module.training != mode:  # to set it takes a microsecond
             module.training = mode
-
-
-# --- hooks --------------------------------------------------------------------------------------------------------
-
-
-_SPLIT_HOOK = (
-    "step(state, batch): a Parameter has a hook, and on ranks its gradient is in parts, or not added up when the hook"
-    " is called. Take `register_hook` and a plan that shards no gradients, `tfn.Plan.replicated()`; or change the"
-    " gradients in the optimizer: `tfn.optim.chain(tfn.optim.masked(...), optimizer)`."
-)
-
-
-def _carry_hooks(run: Running, old: Tensor, leaf: Tensor) -> None:
-    """Let the hooks of a Parameter see the gradients of its stand-in: of a mean, as they do in a loop of torch."""
-
-    def before(hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
-        def seen(grad: Tensor) -> Tensor | None:
-            if is_split(grad):
-                raise ValueError(_SPLIT_HOOK)
-            weight = _or_one(run.weight)
-            out = hook(local(grad) / weight)  # on ranks, of this rank's rows, as under DDP
-            return None if out is None else spread_like(out * weight, grad)
-
-        return seen
-
-    def after(hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-        def seen(leaf: Tensor) -> None:
-            weight = _or_one(run.weight)
-            if is_distributed(leaf):
-                raise ValueError(_SPLIT_HOOK)
-            assert leaf.grad is not None
-            leaf.grad = leaf.grad / weight
-            hook(leaf)
-            leaf.grad = None if leaf.grad is None else leaf.grad * weight
-
-        return seen
-
-    hooks: Any = old
-    for hook in (hooks._backward_hooks or {}).values():
-        leaf.register_hook(before(hook))
-    for hook in (hooks._post_accumulate_grad_hooks or {}).values():
-        leaf.register_post_accumulate_grad_hook(after(hook))
-
-
-def _or_one(weight: Tensor | None) -> Tensor | float:
-    return 1.0 if weight is None else torch.where(weight == 0, torch.ones_like(weight), weight)
 
 
 # --- stand-ins, and what is written to them -----------------------------------------------------------------------
@@ -266,11 +221,11 @@ class _Made(NamedTuple):
     """A stand-in, or a frozen Parameter itself.
 
     Attributes:
-        name: Of the parameter.
+        name: The parameter's name.
         tensor: The stand-in.
         given: The tensor that it was made of.
-        version: Of the stand-in before the pass.
-        at: The address of its numbers before the pass, as far as it says something.
+        version: The version of the stand-in before the pass.
+        at: The address of its numbers before the pass; None where a read may change it.
         kept: The state's numbers, where the stand-in is the module's own Parameter; if possible, a lazy copy.
     """
 
