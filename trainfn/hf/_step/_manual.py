@@ -88,8 +88,8 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
 def _undivided(trainer: TrainerLike) -> Generator[Callable[[], float]]:
     """Let an override that divides by the number of micro-batches give the gradients of a mean all the same.
 
-    In the block these numbers are 1, so an override that reads them divides by 1. One that knows them otherwise is found
-    by the gradient of the loss itself. Yield a function that returns the factor which undoes the division.
+    In the block these numbers are 1, so an override that reads them divides by 1. One that knows them otherwise is
+    found by the gradient of the loss. Yield a function that returns the factor which undoes the division.
     """
     args, record = trainer.args, trainer._trainfn
     number, current = args.gradient_accumulation_steps, trainer.current_gradient_accumulation_steps
