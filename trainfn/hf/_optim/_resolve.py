@@ -90,7 +90,7 @@ def as_torch(trainer: TrainerLike, optimizer: Optimizer | None) -> torch.optim.O
 def begin(trainer: TrainerLike, num_training_steps: int) -> RunOptimizer:
     """Ask the Trainer for the optimizer and the schedule of a new run, and show them as torch's.
 
-    If a former run made them, they are made anew. If the user gave them, or set them on the Trainer, they are used again.
+    If a former run made them, they are made anew. If the user gave them, or set them, they are used again.
     """
     record = trainer._trainfn
     if isinstance(trainer.optimizer, RunOptimizer):
