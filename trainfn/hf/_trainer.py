@@ -19,7 +19,7 @@ from trainfn.hf._callbacks._events import CallbackHandler, event, gather, with_d
 from trainfn.hf._checkpoints import _folders
 from trainfn.hf._evaluation import _evaluate, _prediction
 from trainfn.hf._optim import _resolve
-from trainfn.hf._optim._named import cls_and_kwargs
+from trainfn.hf._optim._methods import Optimizing
 from trainfn.hf._parallel import _parameters
 from trainfn.hf._parallel._layout import world_of
 from trainfn.hf._reporting import _hub, _logs
@@ -51,7 +51,7 @@ from trainfn.hf._types import (
 logger = logging.get_logger(__name__)
 
 
-class Trainer(Reporting):
+class Trainer(Optimizing, Reporting):
     """Train, evaluate and predict with a model, as transformers' Trainer does; every method may be overridden.
 
     The step is `trainfn.train_step`: pure, the same update for every split into micro-batches, resumable to the bit.
@@ -235,50 +235,6 @@ class Trainer(Reporting):
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """One micro-batch forwards and backwards; only called if it is overridden."""
         return _manual.training_step(self, model, inputs, num_items_in_batch)
-
-    # --- optimizer and schedule -----------------------------------------------------------------------------------
-
-    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        """Set up the optimizer, then the schedule."""
-        _resolve.create(self, num_training_steps)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer | None:
-        """Set ``optimizer``, and return it: a torch optimizer, or a transform of `trainfn.optim`."""
-        return _resolve.create_optimizer(self, model)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Scheduler | None:
-        """Set ``lr_scheduler``, and return it: a torch schedule, or a function of `trainfn.schedules`."""
-        return _resolve.create_scheduler(self, num_training_steps, optimizer)
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(
-        args: TrainingArguments, model: nn.Module | None = None
-    ) -> tuple[Callable[..., torch.optim.Optimizer], Values]:
-        """The class of ``args.optim``, and the arguments with which `create_optimizer` makes the optimizer."""
-        return cls_and_kwargs(args, model)
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The names of the parameters that decay: not those of norms, not biases."""
-        return _resolve.decay_parameter_names(model)
-
-    def get_num_trainable_parameters(self) -> int:
-        """The number of numbers that are trained."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
-    def get_learning_rates(self) -> list[float]:
-        """The learning rate of each parameter group."""
-        return [group["lr"] for group in _resolve.optimizer_of(self).param_groups]
-
-    def get_optimizer_group(self, param: str | nn.Parameter | None = None) -> Values | list[list[Tensor]] | None:
-        """The optimizer's group with a parameter; by default the parameters of each group."""
-        groups = _resolve.optimizer_of(self).param_groups
-        if param is None:
-            return [group["params"] for group in groups]
-        return next((group for group in groups if any(param is each for each in group["params"])), None)
-
-    def _get_learning_rate(self) -> float:
-        """The learning rate of the first group, which is logged."""
-        return _resolve.learning_rate(self)
 
     def train(
         self,
