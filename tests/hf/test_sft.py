@@ -405,7 +405,6 @@ def test_a_step_with_packs_compiles(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"loss_type": "chunked_nll"}, "loss_type='chunked_nll'.*Write `loss_type='nll'`"),
         ({"loss_type": "mse"}, "loss_type='mse'.*not one of 'nll', 'dft'"),
         ({"packing_strategy": "ffd"}, "packing_strategy='ffd'.*Write `packing_strategy='bfd'`"),
         ({"truncation_mode": "middle"}, "truncation_mode='middle'"),
