@@ -142,6 +142,7 @@ class Trainer(Reporting):
         self.state, self.control = TrainerState(), TrainerControl()
         self.train_state: tfn.TrainState | None = None
         self.is_in_train = False
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self._signature_columns: list[str] | None = None  # subclasses of transformers' Trainer fill this in
         _logs.set_verbosity(self.args)
         given = with_defaults(gather(callbacks, callback), self.args, tracker_callbacks(self.args))
@@ -217,6 +218,18 @@ class Trainer(Reporting):
     ) -> Loss | tuple[Loss, Outputs]:
         """The loss of a batch, a mean over ``num_items_in_batch`` labels; or an exact `trainfn.Mean`."""
         return _loss.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which losses are computed; an override may add to it."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.autocast_smart_context_manager())
+        return stack
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Nothing, as in transformers: ``bf16`` and ``fp16`` cast by themselves."""
+        return contextlib.nullcontext()
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """One micro-batch forwards and backwards; only called if it is overridden."""

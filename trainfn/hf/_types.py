@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -112,6 +113,7 @@ class TrainerLike(Protocol):
     control: TrainerControl
     train_state: tfn.TrainState | None
     is_in_train: bool
+    current_gradient_accumulation_steps: int
     hub_model_id: str | None
     push_in_progress: Pushes | None
 
@@ -135,6 +137,8 @@ class TrainerLike(Protocol):
     def _set_signature_columns_if_needed(self) -> None: ...
 
     # --- loss and step --------------------------------------------------------------------------------------------
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]: ...
 
     @property
     def compute_loss(self) -> Callable[..., Loss | tuple[Loss, Outputs]]: ...
