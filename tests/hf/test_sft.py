@@ -436,7 +436,7 @@ SAID = [{"role": "user", "content": "a"}]
         ([{"text": "a", "images": []}], {}, ValueError, "has images"),
         ([{"text": "a b"}], {"completion_only_loss": True}, ValueError, "there is no completion"),
         ([{"text": "a b"}], {"assistant_only_loss": True}, ValueError, "no messages of an assistant"),
-        ([{"input_ids": [5, 6], "completion_mask": [1]}], {}, ValueError, "2 input_ids and 1 labels"),
+        ([{"input_ids": [5, 6], "completion_mask": [1]}], {}, ValueError, "2 input_ids and 1 values"),
         ([{"text": "a b"}], {"eos_token": "<end>"}, ValueError, "eos_token='<end>'.*does not know it"),
     ],
 )

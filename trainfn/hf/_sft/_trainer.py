@@ -227,5 +227,4 @@ def _collator(model: nn.Module, args: SFTConfig, tokenizer: PreTrainedTokenizerB
     """
     flash = "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
     pad = cast("int", tokenizer.pad_token_id)
-    how = {"flatten": args.padding_free, "flatten_packs": flash, "masks": args.masks}
-    return SFTCollator(pad, args.multiple_of, **how)
+    return SFTCollator(pad, args.multiple_of, flatten=args.padding_free, flatten_packs=flash, masks=args.masks)
