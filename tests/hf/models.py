@@ -41,9 +41,9 @@ def gpt2(dropout=0.0):
     return seeded(lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **sizes, **off)))
 
 
-def llama():
+def llama(**options):
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=8, **sizes)
+    config = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=8, **sizes, **options)
     return seeded(lambda: LlamaForCausalLM(config))
 
 

@@ -90,6 +90,12 @@ def _own_accumulation(value: object, args: Arguments) -> bool:
     )
 
 
+RECOMPUTING = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"} | {
+    "every_n_layers",
+    "offload",
+}
+"""The keys of `gradient_checkpointing_kwargs`: those of `torch.utils.checkpoint`, and those of transformers."""
+
 REFUSED: tuple[Refused, ...] = (
     Refused(
         "deepspeed",
@@ -117,10 +123,22 @@ REFUSED: tuple[Refused, ...] = (
     ),
     Refused(
         "optim_target_modules",
-        lambda value, args: value is not None and "galore" not in args.optim,
+        lambda value, args: value is not None and not any(name in args.optim for name in ("galore", "apollo")),
         "it chooses the layers of GaLore, and this is another `optim`",
         "Leave `optim_target_modules` out, or write `optim='galore_adamw'`; a model's `requires_grad_(False)` freezes"
         " what should not train",
+    ),
+    Refused(
+        "gradient_checkpointing_kwargs",
+        lambda value, _: isinstance(value, dict) and not value.keys() <= RECOMPUTING,
+        "it has keys that neither torch's checkpoint nor transformers knows",
+        f"Write some of {', '.join(sorted(RECOMPUTING))}; `{{'every_n_layers': 2}}` recomputes every second layer",
+    ),
+    Refused(
+        "gradient_checkpointing_kwargs",
+        lambda value, args: isinstance(value, dict) and bool(value.get("offload")) and args.device.type == "cpu",
+        "activations on a CPU are on the host already",
+        "Leave `offload` out",
     ),
     Refused(
         "debug",

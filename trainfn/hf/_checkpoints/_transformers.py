@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.errors import shortened
+from trainfn.hf._checkpoints._adapters import has_adapters, in_folder, load
 from trainfn.hf._optim._facade import RunOptimizer
 from trainfn.hf._optim._moments import with_entries
 from trainfn.hf._optim._schedules import as_scheduler, go_to
@@ -47,11 +48,14 @@ def from_transformers(trainer: TrainerLike, run: TrainingRun, folder: str) -> tu
 
 
 def load_weights(model: nn.Module, folder: str) -> None:
-    """Load the safetensors files of a folder, one or several, into a model.
+    """Load the safetensors files of a folder, one or several, into a model; or the adapters that it holds.
 
     Raises:
         trainfn.errors.CheckpointError: If the files are missing, or do not fit.
     """
+    if has_adapters(model) and in_folder(folder):
+        load(model, folder)
+        return
     index = Path(folder) / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     # An index from elsewhere must not name files outside of the folder.

@@ -27,7 +27,7 @@ from trainfn.hf._parallel._world import World
 from trainfn.hf._reporting._logs import LossWindow
 from trainfn.hf._run._data import Ended, Windows, arithmetic
 from trainfn.hf._run._record import TrainingRun, newest_state
-from trainfn.hf._run._setup import new_model, smoother
+from trainfn.hf._run._setup import is_quantized, new_model, smoother
 from trainfn.hf._step import _manual
 from trainfn.hf._step._additive import check_additive
 from trainfn.hf._step._halving import Halving
@@ -225,6 +225,8 @@ def compiles(trainer: TrainerLike) -> tuple[bool, str]:
         return bool(args.torch_compile), "as torch_compile says"
     if trainer._trainfn.world.compile is not None:
         return True, "as the launcher's configuration says"
+    if is_quantized(trainer.model):
+        return False, "the model is quantized, by kernels of another package; torch_compile=True compiles all the same"
     if args.device.type == "cpu":
         return False, "on a CPU, compiling takes longer than most runs; torch_compile=True compiles all the same"
     return True, "by default on an accelerator; torch_compile=False runs the same step eagerly"
