@@ -226,7 +226,7 @@ class RunOptimizer(torch.optim.Optimizer):
                 " of the model, when the run began. Put it into a group with `lr=0.0` before `trainer.train()`."
             ) from None
         made = Groups(self.optimizer, self._named)
-        state = made.transform.init(params).inner[label]  # type: ignore[attr-defined]
+        state = made.rules[label].init(params)
         self.groups, self._replaced = made, True
         run = self._trainer._trainfn.run
         if run is not None:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 import trainfn as tfn
 from trainfn.hf._parallel._parameters import whole
+from trainfn.hf._run._record import trained_of
 from trainfn.hf._step._loss import counted, exact_loss, head_loss
 from trainfn.hf._types import Batch, Outputs, TrainerLike
 
@@ -54,8 +55,8 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
         if tfn.data.is_empty(batch):
             zero = torch.zeros((), device=state.step.device)
             return tfn.Gradients(tfn.Mean(zero, zero), dict.fromkeys(state.params), {}, state.buffers)
-        count = counted(trainer, batch)
-        model.zero_grad(set_to_none=True)
+        count, trained = counted(trainer, batch), trained_of(trainer)
+        trained.zero_grad(set_to_none=True)
         try:
             with torch.enable_grad(), tfn.keyed(key, rows=tfn.tree.row_count(batch), first_row=first_row):
                 with _undivided(trainer) as factor:
@@ -64,13 +65,13 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
             if mean is None:  # an override ran its own backward pass, of a mean over the counted labels
                 scale = factor()
                 mean = tfn.Mean(torch.as_tensor(loss).detach().float().mean() * count * scale, count)
-            held = dict(model.named_parameters(remove_duplicate=True))
+            held = dict(trained.named_parameters(remove_duplicate=True))
             grads = {
                 name: _summand(p, None if (grad := held[name].grad) is None else grad.detach() * (mean.weight * scale))
                 for name, p in state.params.items()
             }
         finally:
-            model.zero_grad(set_to_none=True)
+            trained.zero_grad(set_to_none=True)
         return tfn.Gradients(mean, grads, {}, state.buffers)
 
     if plan is None:
