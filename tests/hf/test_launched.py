@@ -28,9 +28,7 @@ from trainfn import Trainer, TrainingArguments
 from trainfn.data import NoRows, is_empty, no_rows
 from trainfn.hf._parallel import _layout, _parameters, _world
 from trainfn.hf._parallel._sharding import Dealt, Own, dealt
-from trainfn.hf._run import _loop
 from trainfn.hf._run._data import Windows
-from trainfn.hf._run._record import TrainingRun
 from trainfn.hf._step._manual import _check_axes
 
 ROOT = Path(__file__).parents[2]
@@ -312,11 +310,9 @@ def test_ctrl_c_is_held_by_the_outermost_block():
 
 
 def test_ctrl_c_after_the_last_step_ends_all_ranks():
-    run = TrainingRun(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
-    with pytest.raises(KeyboardInterrupt), _loop._holding_ctrl_c(run, TWO):
+    with pytest.raises(KeyboardInterrupt), tfn.process.Requests(TWO.ranks):
         os.kill(os.getpid(), signal.SIGINT)
-    assert not run.held.arrived
-    with _loop._holding_ctrl_c(run, TWO):
+    with tfn.process.Requests(TWO.ranks):
         pass
 
 

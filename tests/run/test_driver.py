@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import trainfn as tfn
-from trainfn.process import termination, uninterrupted
+from trainfn.process import Requests, termination, uninterrupted
 
 OPTIMIZER = tfn.optim.sgd(0.1, momentum=0.9)
 
@@ -226,6 +226,34 @@ def test_fit_runs_in_a_thread():
     thread.start()
     thread.join()
     assert bits(out[0]) == bits(tfn.fit(STEP, fresh(), batch, until=3))
+
+
+class Second(tfn.launch.Ranks):
+    """One of two ranks. ``theirs`` are the flags of the other."""
+
+    rank, size = 1, 2
+    theirs = ()
+
+    def any(self, flags):
+        return [mine or theirs for mine, theirs in zip(flags, self.theirs, strict=True)]
+
+
+def test_ctrl_c_on_one_rank_stops_all_after_the_same_step():
+    ranks = Second()
+    with pytest.raises(KeyboardInterrupt), Requests(ranks) as requests:
+        signal.raise_signal(signal.SIGINT)  # held back
+        ranks.theirs = (False, True, False)
+        assert requests.agree(True) == [True]
+        assert (requests.interrupted, requests.terminated) == (True, True)
+        raise KeyboardInterrupt
+    for theirs in (False, True):  # pressed after the last step, on this rank or on the other
+        with pytest.raises(KeyboardInterrupt), Requests(ranks):
+            ranks.theirs = (theirs,)
+            if not theirs:
+                signal.raise_signal(signal.SIGINT)
+    ranks.theirs = (False,)
+    with Requests(ranks):
+        pass
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
