@@ -22,15 +22,15 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.processes import LAUNCHERS
 from trainfn.testing import register_profiles
 
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = False  # thousands of empty lines in the report of a failure
 
 # What the tests' own launcher has said, as `mixed_precision`, is not passed on to the processes that they start.
-PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MIXED_PRECISION", "NPROC")
-for said in [name for name in os.environ if name in LAUNCHED or name.startswith(PREFIXES)]:
+for said in [name for name in os.environ if name in LAUNCHED or name.startswith(LAUNCHERS)]:
     if said != "ACCELERATE_USE_CPU":
         del os.environ[said]
 

@@ -4,13 +4,13 @@ import ast
 import importlib
 import inspect
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import trainfn
+from tests.processes import succeeded
 
 ROOT = Path(trainfn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -284,10 +284,9 @@ print((end - middle), (middle - start), *heavy)
 
 
 def imported():
-    command = [sys.executable, "-W", "error::DeprecationWarning:trainfn", "-c", PROGRAM.format(heavy=HEAVY)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stderr == ""
-    seconds, torch_seconds, *heavy = done.stdout.split()
+    done = succeeded("-W", "error::DeprecationWarning:trainfn", "-c", PROGRAM.format(heavy=HEAVY))
+    assert done.err == ""
+    seconds, torch_seconds, *heavy = done.out.split()
     return float(seconds), float(torch_seconds), heavy
 
 
@@ -302,8 +301,7 @@ def test_importing_is_fast_and_quiet_and_brings_no_framework():
 def test_importing_works_without_the_frameworks():
     """None of them is needed to import, so a broken one does no harm."""
     block = f"import sys; sys.modules.update(dict.fromkeys({HEAVY[:5]!r})); import trainfn; print(trainfn.__version__)"
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, trainfn.__version__), done.stderr
+    assert succeeded("-c", block).out.strip() == trainfn.__version__
 
 
 def test_the_type_marker_is_shipped():

@@ -160,7 +160,7 @@ def test_the_laws_hold(net):
 
 
 @EACH_WAY
-def test_a_nan_is_told(compile):
+def test_a_nan_is_reported(compile):
     bad = batches(6)
     bad[3]["x"] = bad[3]["x"] * float("nan")
     with pytest.raises(tfn.errors.NonFiniteError, match="step 4"):
@@ -409,7 +409,7 @@ def test_optimizers_in_one_launch(name):
 
 
 @EACH_WAY
-def test_a_run_goes_on_bit_for_bit(tmp_path, compile):
+def test_a_run_resumes_bit_for_bit(tmp_path, compile):
     def go(folder, *stops):
         for until in stops:
             step = jit(tfn.train_step(MLP_NET.loss, adamw()), compile=compile, donate=True)

@@ -123,7 +123,7 @@ def test_accumulation_equals_the_whole_batch(compile, tmp_path):
 
 
 @EACH_WAY
-def test_a_run_goes_on_bit_for_bit(compile, tmp_path):
+def test_a_run_resumes_bit_for_bit(compile, tmp_path):
     options = {"max_steps": 8, **way(compile)}
     whole = trained(tmp_path / "whole", gpt2(0.2), tokens(24), **options)
     options |= {"save_strategy": "steps", "save_steps": 3}

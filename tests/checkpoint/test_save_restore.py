@@ -31,7 +31,7 @@ def test_restore_is_the_inverse_of_save(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_restored_run_goes_on_bit_for_bit(name, tmp_path):
+def test_a_restored_run_resumes_bit_for_bit(name, tmp_path):
     model = Odd()
     state, step = trained(name, model)
     tfn.save(tmp_path / "c", state)

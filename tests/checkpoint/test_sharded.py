@@ -41,7 +41,7 @@ def test_on_ranks(case, results):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told(mistake, results):
+def test_a_mistake_is_reported(mistake, results):
     with pytest.raises(Exception, match=f"(?s){MISTAKES[mistake]}"):
         raise Exception(results["mistakes"]["found"][mistake])
 

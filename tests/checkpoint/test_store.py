@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import trainfn as tfn
 from tests.checkpoint.states import assert_same, small
+from tests.processes import succeeded
 from trainfn._checkpoint import Checkpoints, _disk
 from trainfn.errors import CheckpointError
 
@@ -61,7 +62,7 @@ def test_when_one_is_due(tmp_path):
 # --- in the background --------------------------------------------------------------------------------------------
 
 
-def test_the_write_goes_on_behind_and_keeps_what_was_given(tmp_path, slow_disk):
+def test_the_write_runs_in_the_background_and_keeps_what_was_given(tmp_path, slow_disk):
     state = small(1)
     extra = {"list": [1]}
     with Checkpoints(tmp_path) as checkpoints:
@@ -160,7 +161,7 @@ from trainfn._checkpoint import Checkpoints, _disk
 _disk.hook = lambda call, path: time.sleep(0.02)
 Checkpoints({str(tmp_path)!r}).save(small(1))
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    succeeded("-c", program)
     assert Checkpoints(tmp_path).steps() == [1]
 
 
@@ -307,7 +308,7 @@ def test_all_damaged_is_an_error_and_not_a_new_beginning(tmp_path):
             assert checkpoints.newest() is None
 
 
-def test_a_checkpoint_in_anothers_place_is_none(tmp_path):
+def test_a_checkpoint_under_the_name_of_another_is_damaged(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         for n in (1, 2):
             checkpoints.save(small(n))

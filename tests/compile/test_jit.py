@@ -2,10 +2,7 @@
 
 import functools
 import logging
-import os
 import re
-import subprocess
-import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -16,6 +13,7 @@ from torch import nn
 
 import trainfn as tfn
 from tests.helpers import CONV_NET, EACH_NET, MLP_NET, adamw, assert_close, assert_identical, quick, seeded
+from tests.processes import succeeded
 from trainfn.errors import CaptureError, DonatedStateError, RecompileError
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
@@ -547,11 +545,8 @@ PROGRAM = """
 @pytest.mark.slow
 def test_compile_caches_are_shared_between_processes(tmp_path):
     def run():
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        return [int(n) for n in done.stdout.split()]
+        done = succeeded("-c", textwrap.dedent(PROGRAM), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+        return [int(n) for n in done.out.split()]
 
     assert run() == [1, 0, 1]
     graphs, hits, misses = run()

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -18,6 +17,7 @@ import torch
 import trainfn as tfn
 from tests.compile.step_file_things import BUCKETS, batch_of, things
 from tests.helpers import assert_close, assert_identical, quick
+from tests.processes import succeeded
 from trainfn._compile import _file_describe as describe
 from trainfn._compile import _file_format
 from trainfn._compile._file_save import check_loads
@@ -158,14 +158,7 @@ print(tfn.digest((state, metrics)).total, *heavy)
 
 
 def in_a_new_process(code):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return succeeded("-c", textwrap.dedent(code)).out.split()
 
 
 def test_a_new_process_needs_no_tracer_and_no_compiler(saved):
@@ -296,7 +289,7 @@ def test_a_library_that_is_not_the_one_that_was_written_is_named(saved, tmp_path
         tfn.load_step(tmp_path / "swapped.step")
 
 
-def test_a_library_that_the_system_can_not_load_is_told(saved, tmp_path):
+def test_a_library_that_the_system_can_not_load_is_reported(saved, tmp_path):
     with zipfile.ZipFile(saved) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     header = json.loads(members.pop(_file_format.HEADER))

@@ -64,7 +64,7 @@ def test_ranks_are_one_process(name, results):
 
 
 @pytest.mark.slow
-def test_only_rank_0_tells(results):
+def test_only_rank_0_prints(results):
     _, _, printed, _ = results
     finals = printed.count("'train_runtime'")
     trained = sum(printed.count(f"'train_runtime': '{x}") for x in "0123456789")
@@ -72,7 +72,7 @@ def test_only_rank_0_tells(results):
 
 
 @pytest.mark.slow
-def test_a_deepspeed_configuration_is_told_of_once(results):
+def test_a_deepspeed_configuration_is_reported_once(results):
     _, _, printed, _ = results
     # Two are of arguments, one is of a launcher.
     assert printed.count("this run is native, with a plan of the same ZeRO stage") == 3
@@ -80,7 +80,7 @@ def test_a_deepspeed_configuration_is_told_of_once(results):
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_from_the_checkpoint_of_two(results, tmp_path):
+def test_one_process_resumes_from_the_checkpoint_of_two(results, tmp_path):
     one, _, _, folder = results
     shutil.copytree(folder / "two" / "saved, fsdp" / "cut", tmp_path / "cut")
     found = worker.carried_on(tmp_path, {})

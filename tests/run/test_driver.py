@@ -3,8 +3,6 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 
@@ -15,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import trainfn as tfn
+from tests.processes import succeeded
 from trainfn.process import Requests, termination, uninterrupted
 
 OPTIMIZER = tfn.optim.sgd(0.1, momentum=0.9)
@@ -101,7 +100,7 @@ def test_a_stream_of_micro_batches():
     torch.testing.assert_close(state.params, whole.params, rtol=1e-6, atol=0)
 
 
-def test_batches_that_end_early_are_told():
+def test_batches_that_end_early_are_reported():
     with pytest.warns(UserWarning, match=r"the batches ended at step 2, before until=5"):
         tfn.fit(STEP, fresh(), [batch(0), batch(1)], until=5)
 
@@ -135,7 +134,7 @@ def test_a_nonfinite_loss_raises_at_its_step():
     assert seen == [1, 2]
 
 
-def test_a_skipping_step_goes_on_as_if_the_batch_had_not_been():
+def test_a_skipping_step_continues_as_if_the_batch_had_not_been():
     skipping = tfn.transforms.skip_nonfinite()(STEP)
     with pytest.warns(tfn.errors.NonFiniteWarning, match=r"step 3 is NaN or infinite; the step was skipped"):
         state = tfn.fit(skipping, fresh(), poisoned, until=4)
@@ -202,7 +201,7 @@ def ignored():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_background_job_goes_on_ignoring_ctrl_c(ignored):
+def test_a_background_job_ignores_ctrl_c_as_before(ignored):
     def step(state, rows):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -326,10 +325,10 @@ def test_the_loop_never_reads_a_tensor_between_logs():
             window(tfn.StepInfo(1, state, metrics, 0.1))
             assert Reads.count == 0, Reads.count
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    succeeded("-c", textwrap.dedent(code))
 
 
-def test_processes_that_would_each_train_alone_are_told(monkeypatch):
+def test_processes_that_would_each_train_alone_are_reported(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     step = tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), tfn.optim.sgd(0.1))
     state = tfn.init({"w": torch.ones(1)}, tfn.optim.sgd(0.1))
