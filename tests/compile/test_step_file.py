@@ -333,7 +333,10 @@ def test_a_save_that_fails_leaves_the_old_file(saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"compile": False}, r"step.save\('x.step', state, batch\): .* this step has compile=False. Leave that out"),
+        (
+            {"compile": False},
+            r"step.save\('x.step', state, batch\): .* this step has compile=False. Write `tfn.jit\(step\)`",
+        ),
         ({"backend": "eager"}, r"this step has backend='eager'. Leave that out: `tfn.jit\(step\)`"),
         ({"dynamic": True}, r"this step has dynamic=True. Save `tfn.jit\(step\)` with a batch of each size"),
     ],

@@ -81,7 +81,7 @@ class Helper:
             self._answers[key] = None
             warnings.warn(
                 f"jit(step, warm=...): the second process could not compile the step: {reason}\nThis process compiles"
-                " it now.",
+                " it now. If it happens in each run, leave out `warm=`.",
                 stacklevel=2,
             )
 

@@ -103,11 +103,12 @@ def _check_settings(settings: Settings, plan: Any, call: str) -> None:
         # waits for that lock, so that a run in ten hangs: seen with torch 2.13.
         raise ValueError(
             f"{call}: a file holds the step of one process, and this step's plan has {plan.world} ranks."
-            " They would wait for each other for ever now and then. Call `tfn.jit(step)` on each rank: its"
+            " A run from a file would sometimes hang in a collective. Call `tfn.jit(step)` on each rank: its"
             " caches are on the disk."
         )
     if not settings.compile:
-        raise ValueError(f"{call}: a file holds compiled code, and this step has compile=False. Leave that out.")
+        raise ValueError(f"{call}: a file holds compiled code, and this step has compile=False. Write"
+                         " `tfn.jit(step)`.")  # fmt: skip
     if settings.backend != "inductor":
         raise ValueError(
             f'{call}: torch\'s "inductor" makes the file, and this step has backend={settings.backend!r}. Leave that'
@@ -140,7 +141,10 @@ class _Contents:
         if found.key not in self._known:
             kinds = {x.device.type for x in inputs}
             if odd := kinds - set(_DEVICES):
-                raise ValueError(f"{self.call}: torch makes such files for CPUs and CUDA, and the state is on {odd}.")
+                raise ValueError(
+                    f"{self.call}: torch makes such files for CPUs and CUDA, and the state is on"
+                    f" {', '.join(sorted(odd))}. Call `tfn.jit(step)` in each process."
+                )
             self.devices |= kinds
             number = self._known[found.key] = len(self.libraries)
             device = next((str(x.device) for x in inputs if x.device.type == "cuda"), "cpu")

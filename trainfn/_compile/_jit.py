@@ -192,11 +192,20 @@ def jit(
     0
     """
     if isinstance(step, Compiled):
-        raise TypeError("jit(step): this step is compiled already; `step.step` is the one inside.")
+        raise TypeError(
+            "jit(step): this step is compiled already. Call it as it is; or compile the one inside with other options,"
+            " `jit(step.step, ...)`."
+        )
     if not callable(step):
-        raise TypeError(f"jit(step) takes a function (state, batch) -> (state, metrics), not {type(step).__name__}.")
+        raise TypeError(
+            f"jit(step) takes a function (state, batch) -> (state, metrics), not {type(step).__name__}. Write"
+            " `jit(tfn.train_step(loss, optimizer))`."
+        )
     if max_graphs < 1:
-        raise ValueError(f"jit(step, max_graphs={max_graphs}): at least one graph is needed.")
+        raise ValueError(
+            f"jit(step, max_graphs={max_graphs}): a step can't run without at least one graph. Write `max_graphs=1` for"
+            " one shape of batches, or leave it out."
+        )
     check_dynamic(dynamic)
     check_warm(warm, backend, dynamic)
     settings = Settings(

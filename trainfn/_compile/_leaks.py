@@ -41,7 +41,7 @@ class Leaked:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         """Refuse."""
         found = next((a for a in _all((*args, *(kwargs or {}).values())) if isinstance(a, Leaked)), None)
-        raise LeakedError(found._message() if found is not None else "a tensor of an earlier trace was used.")
+        raise LeakedError((found or Leaked("A tensor that is used here"))._message())
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
     __matmul__ = __rmatmul__ = __pow__ = __getitem__ = __len__ = __float__ = __int__ = __bool__ = __iter__ = _refuse

@@ -39,7 +39,10 @@ def dimensions(dynamic: Dynamic, form: Structure, leaves: Sequence[Any]) -> dict
     if isinstance(dynamic, Mapping):
         unknown = sorted(set(dynamic) - set(batch))
         if unknown:
-            raise ValueError(f"jit(step, dynamic=...) names {unknown}, and the batch has {sorted(batch)}.")
+            raise ValueError(
+                f"jit(step, dynamic=...) names {unknown}, and the batch has {sorted(batch)}. Only a dimension of these"
+                " can vary. Write their names, or `dynamic=True` for all of them."
+            )
         wanted = {batch[name]: tuple(dims) for name, dims in dynamic.items()}
     else:
         wanted = {i: tuple(range(8)) if dynamic is True else tuple(dynamic) for i in batch.values()}

@@ -96,7 +96,7 @@ class Warm:
         except (OSError, TypeError) as error:  # `sys.executable` may be None
             warnings.warn(
                 f"jit(step, warm={self.until}): a second process could not be started: {error}. This one compiles the"
-                " step, after the eager ones.",
+                " step, after the eager ones. If it happens in each run, leave out `warm=`.",
                 stacklevel=4,
             )
             return
