@@ -23,6 +23,7 @@ import torch
 from hypothesis import settings
 
 from tests.processes import LAUNCHERS
+from tests.ranks.server import Server
 from trainfn.testing import register_profiles
 
 torch.set_num_threads(1)
@@ -59,6 +60,14 @@ def nothing_left_behind():
     # A library that was imported meanwhile may have added one for its own warnings, as `pkg_resources` does.
     assert [f for f in warnings.filters if f in filters or f[2].__module__ in imported] == filters
     torch.set_rng_state(state)  # what a test seeds, it seeds for itself
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """`tests/ranks/server.py`, for all files that this process runs."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture
