@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import BertForSequenceClassification
 
-from tests.device import ACCELERATOR, BACKEND, DEVICE, exact_products, on_an_accelerator, on_cuda
+from tests.device import ACCELERATOR, BACKEND, DEVICE, both_ways, exact_products, on_an_accelerator, on_cuda
 from tests.hf.models import HEADS, bert, gpt2, llama, tokens
 from trainfn import hf
 
@@ -25,7 +25,7 @@ QUIET = {
 }
 COMPILED = {"torch_compile": True, "torch_compile_backend": BACKEND}
 WHOLE = {"per_device_train_batch_size": 8}  # all rows in each batch: each library shuffles in its own way
-EACH_WAY = pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+EACH_WAY = pytest.mark.parametrize("compile", [False, both_ways(True)], ids=["eager", "compiled"])
 
 
 @pytest.fixture(autouse=True)

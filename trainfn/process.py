@@ -146,7 +146,7 @@ class Requests:
         """Exchange what the ranks were asked to do, after a step.
 
         Returns:
-            Of each of ``others``, whether it is set on any rank.
+            Whether each of ``others`` is set on any rank, in their order.
         """
         # One reduction of a few flags between hosts: 0.25 ms on one machine, and no device waits for it. It is made
         # after every step and not only before a save: SIGTERM leaves half a minute, and the next save may be an hour

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import trainfn as tfn
-from tests.helpers import CONV_NET, EACH_NET, MLP_NET, adamw, assert_close, assert_identical, quick, seeded
+from tests.helpers import CONV_NET, EACH_NET, MLP_NET, adamw, assert_close, assert_identical, quick, seeded, takes_long
 from tests.processes import succeeded
 from trainfn.errors import CaptureError, DonatedStateError, RecompileError
 
@@ -555,6 +555,7 @@ PROGRAM = """
 """
 
 
+@takes_long
 @pytest.mark.slow
 def test_compile_caches_are_shared_between_processes(tmp_path):
     def run():
