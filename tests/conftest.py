@@ -39,6 +39,21 @@ register_profiles()
 settings.load_profile("trainfn-ci" if os.environ.get("CI") else "trainfn-dev")
 
 
+# The files that take longest, which begin first: so that no process works alone at the end. The quick look at style and
+# types, which is the whole of `tests/test_lint.py`, is before them.
+FIRST = (
+    *("test_lint.py", "compile/test_step_file.py", "compile/test_capture.py", "ranks/test_plan.py", "test_guides.py"),
+    *("checkpoint/test_sharded.py", "hf/test_ranks.py", "compile/test_transformers_models.py", "test_device.py"),
+    *("launch/test_launch.py", "hf/test_launched.py", "optim/test_optim.py", "hf/test_trainer.py"),
+    *("compile/test_warm.py", "compile/test_jit.py", "test_examples.py", "test_device_trainer.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {Path(__file__).parent / name: n for n, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(FIRST)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def ctrl_c_is_heard():
     """Tests press Ctrl-C, and so do the processes they start; a shell has its background jobs ignore it."""
