@@ -8,7 +8,6 @@ import heapq
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -52,7 +51,7 @@ class Atom:
 
 
 @functools.cache
-def _is_view(target: Any) -> bool:
+def _is_view(target: object) -> bool:
     if not isinstance(target, OpOverload):
         return False
     returns = target._schema.returns
@@ -61,7 +60,7 @@ def _is_view(target: Any) -> bool:
 
 
 @functools.cache
-def written_positions(target: Any) -> list[int]:
+def written_positions(target: object) -> list[int]:
     """The positions of the arguments that an operation writes to; it may return only the first of them, or nothing."""
     if not isinstance(target, OpOverload):
         return []

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from trainfn._compile._atoms import Atom, Uncuttable, atoms, check, in_order, inputs, is_same, looks_through, owner
 from trainfn._compile._leafwise import leafwise
 from trainfn._compile._repeats import repeats
+from trainfn._compile._structure import Function
 from trainfn._compile._twins import merge_twins
 
 Run = Callable[[list[Tensor]], Sequence[Any]]
@@ -276,7 +277,7 @@ def _gaps(spans: list[range], stop: int) -> list[range]:
     return [gap for gap in gaps if len(gap) > _LOOSE]
 
 
-def compile_pieces(graph: fx.GraphModule, compiler: Compiler) -> Callable[..., Any]:
+def compile_pieces(graph: fx.GraphModule, compiler: Compiler) -> Function:
     """The graph, cut and each of its distinct pieces compiled once.
 
     Args:
@@ -313,7 +314,7 @@ def _examples(graph: fx.GraphModule) -> list[Tensor]:
     return [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
 
 
-def _program(outer: fx.GraphModule, ready: dict[str, Run]) -> Callable[..., Any]:
+def _program(outer: fx.GraphModule, ready: dict[str, Run]) -> Function:
     """The outer graph as one function, line by line. Each value is let go of before the last piece that takes it."""
     scope: dict[str, Any] = {f"run_{name}": f for name, f in ready.items()}
     last: dict[fx.Node, fx.Node] = {used: node for node in outer.graph.nodes for used in node.all_input_nodes}

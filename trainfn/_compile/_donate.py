@@ -7,7 +7,7 @@ counters) are small and come back fresh. `overwrite` is part of the captured gra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -32,7 +32,7 @@ class _Donated:
         raise DonatedStateError(f"`.{name}` of a donated tensor: {_MESSAGE}")
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_function__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> NoReturn:
         raise DonatedStateError(f"`{getattr(func, '__name__', func)}` of a donated tensor: {_MESSAGE}")
 
     def _refuse(self, *_: object) -> NoReturn:
@@ -95,7 +95,7 @@ def _shown(x: object) -> str:
     return f"{x.dtype} {list(x.shape)}".removeprefix("torch.") if isinstance(x, Tensor) else repr(x)
 
 
-def _kind(x: Any) -> Any:
+def _kind(x: object) -> Hashable:
     if not isinstance(x, Tensor):
         return type(x)
     spec = spec_of(x)
@@ -107,7 +107,7 @@ def _text(out: object) -> str:
     return f"({', '.join(kinds)})" if kinds is not None else f"a value of type {type(out).__name__}"
 
 
-def check_result(out: Any) -> None:
+def check_result(out: object) -> None:
     """Raise if what a donating step returned is not a new state and metrics."""
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], TrainState)):
         raise TypeError(

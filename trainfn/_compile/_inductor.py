@@ -16,20 +16,21 @@ from trainfn._compile._atoms import inputs, owner
 from trainfn._compile._blocks import compile_pieces
 from trainfn._compile._leafwise import leafwise
 from trainfn._compile._onefile import few_files
+from trainfn._compile._structure import Function
 from trainfn._compile._twins import merge_twins
 
 _COPY: Any = torch.ops.aten.copy_.default
 _ONE = threading.Lock()  # `few_files` holds for the whole process
 
 
-def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
+def compile_graph(graph: fx.GraphModule) -> Function:
     """Compile a flat graph (see `cut`) with inductor, equal parts once and all C++ in a few files.
 
     Some versions of inductor have faults in the kernels that combine the leaves of a list. A graph that fails is
     compiled again without lists, and at last as one graph by inductor's front door.
     """
     examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    ways: list[Callable[[], Callable[..., Any]]] = [
+    ways: list[Callable[[], Function]] = [
         lambda: compile_pieces(graph, inductor),
         lambda: compile_pieces(_without_lists(graph), inductor),
         lambda: _spread(_by_the_front_door(_without_lists(graph), examples)),

@@ -14,7 +14,7 @@ from trainfn._compile._structure import Structure, leaf_names
 Dynamic = bool | Sequence[int] | Mapping[str, Sequence[int]] | Literal["auto"] | None
 
 
-def check_dynamic(dynamic: Any) -> None:
+def check_dynamic(dynamic: object) -> None:
     """Raise if ``dynamic`` declares no dimensions."""
     ints = isinstance(dynamic, Sequence) and not isinstance(dynamic, str) and all(isinstance(d, int) for d in dynamic)
     if dynamic in (None, "auto") or isinstance(dynamic, bool | Mapping) or ints:

@@ -8,10 +8,10 @@ from typing import Any
 import optree
 
 from trainfn._compile._donate import DONATED
-from trainfn._compile._structure import Dict, Leaf, Misfit, Other, Row, Structure
+from trainfn._compile._structure import Dict, Leaf, Leaves, Misfit, Other, Row, Structure
 
 
-def taker(form: Structure) -> Callable[[Any], list[Any]]:
+def taker(form: Structure) -> Callable[[Any], Leaves]:
     """Return a function that lists the leaves of a tree. Whether they are leaves, it does not look.
 
     It raises `Misfit` for a tree of other containers.

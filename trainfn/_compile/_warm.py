@@ -19,7 +19,7 @@ from trainfn._types import TrainState
 EAGER_STEPS = 100  # of ``warm="eager"``
 
 
-def check_warm(warm: Any, backend: Any, dynamic: Any) -> None:
+def check_warm(warm: object, backend: object, dynamic: object) -> None:
     """Raise if ``warm`` does not say how many steps are eager, or if a second process can't compile for this one."""
     if warm is None:
         return
