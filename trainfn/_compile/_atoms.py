@@ -8,6 +8,7 @@ import heapq
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
