@@ -63,6 +63,7 @@ def overwrite(donated: list[bool], old: list[Any], new: list[Any]) -> None:
         new: The leaves of the new state, in order, and more.
     """
     memory = {_storage(old[i]) for i, yes in enumerate(donated) if yes and isinstance(old[i], Tensor)}
+    # Two passes: all new values that lie in old memory are copied out before any old memory is written.
     for i, yes in enumerate(donated):
         kept = new[i] is old[i] if yes else not isinstance(new[i], Tensor)
         # A new leaf that shares memory with an old one is read before that one is overwritten.

@@ -86,7 +86,7 @@ class Entry:
         self.constants = found.constants
         self._looks = _looks(found.constants)
         self._retire = emptier(form.children[0]) if donating else None  # type: ignore[union-attr]
-        every = found.inputs == list(range(form.size))
+        every = found.inputs == list(range(form.size))  # then no list of inputs is made at each call
         self._inputs = None if every else found.inputs
         self._sharded = found.sharded
         self._layouts = [output.layout for output in found.outputs if output.kind == "graph"]
@@ -119,6 +119,7 @@ class Entry:
 
     def __call__(self, state: Any, leaves: Leaves) -> Arguments:
         """Run; return the result, and the leaves of the new state as `Known` takes them."""
+        # This runs at every step, with hundreds of leaves: it makes no list that it does not need.
         tensors = leaves if self._inputs is None else [leaves[i] for i in self._inputs]
         if self._sharded:
             tensors = [held(x) for x in tensors]

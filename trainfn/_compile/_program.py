@@ -60,6 +60,7 @@ class Program:
 
     def __call__(self, state: Any, *rest: Any) -> Any:
         run = self._compiled if self.settings.compile else self._eager
+        # A step computes its gradients itself. With torch's recording on, each call would build a graph that nobody uses.
         if not torch.is_grad_enabled():
             return self._started(run, state, rest)
         torch._C._set_grad_enabled(False)  # as `torch.no_grad` does, in a tenth of its time
@@ -132,6 +133,8 @@ class Program:
 
     def _signature(self, state: Any, rest: Arguments) -> tuple[Leaves, _Signature]:
         known, leaves = self._known, []
+        # The state is nearly always the one that the last call returned. To see that takes a comparison of identities;
+        # to look at shapes, dtypes and strides takes ten times as long.
         if known is not None:
             try:
                 leaves = known.take(state)
@@ -154,7 +157,7 @@ class Program:
             others, self._rest = flatten(rest)
             self._rest_number = self._number(self._rest)
         kinds: Hashable = tuple(map(_kind, others))
-        if len(others) > 32:
+        if len(others) > 32:  # a tuple is hashed at every call; the number of a long one is quicker
             kinds = self._number((self._rest_number, kinds))
         leaves += others
         return leaves, (number, self._rest_number, kinds, environment())
@@ -228,6 +231,7 @@ class Program:
             made = self._made_early(args, leaves, signature)
             if made is None:
                 made = self._made(args, leaves, [str(change) for change in changes])
+        # What was compiled for the old value of something outside can't be used again, and holds the old module alive.
         self._prune(entry, changed=bool(changes))
         self._entries.setdefault(signature, []).append(made)
         while len(self._entries) > _MOST_KINDS:

@@ -61,10 +61,12 @@ class Dict(NamedTuple):
 
     def flatten(self, tree: Any, out: Leaves) -> None:
         """Add the leaves to the list; another order of the names is another structure."""
+        # Not a subclass: it may order or make its values in another way.
         if type(tree) is not dict or tuple(tree) != self.names:
             raise Misfit
         values = list(tree.values())
         if not self.children:
+            # The kinds are few and the values are many, so the kinds are looked at.
             if not all(issubclass(kind, Tensor) for kind in set(map(type, values))):
                 for value in values:
                     check_leaf(value)

@@ -92,6 +92,8 @@ class _Run:
         return self._flat(leaves, new)
 
     def _flat(self, old: Leaves, new: Leaves) -> list[Tensor]:
+        # Of one tensor in several places the first counts. So an output that is an input is passed through by the caller,
+        # and is no output of the graph: inductor would copy it.
         places = {id(leaf): i for i, leaf in reversed(list(enumerate(old))) if isinstance(leaf, Tensor)}
         self.outputs, tensors = [], list[Tensor]()
         for leaf in new:
@@ -144,6 +146,7 @@ def trace(
     lines = lines or Lines()
     try:
         with _conditions(mode), lines.recorded(modules):
+            # Tensors that the function reads from outside its arguments are real. They become inputs below.
             graph = make_fx(run, _allow_non_fake_inputs=True)(*fakes)
     finally:
         torch.clear_autocast_cache()  # autocast may have cached low-precision copies of fake parameters
