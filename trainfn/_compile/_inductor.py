@@ -160,8 +160,8 @@ def _writes_last(module: fx.GraphModule) -> bool:
 
 
 def _past_autograd(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Any]]:
-    # AOTAutograd would trace the graph twice more, for a backward pass and for writes. The backward pass is in the graph
-    # already, and writes are at its end.
+    # AOTAutograd would trace the graph twice more, for a backward pass and for writes. The backward pass is in the
+    # graph already, and writes are at its end.
     from torch._dispatch.python import enable_python_dispatcher
     from torch._guards import detect_fake_mode
     from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner

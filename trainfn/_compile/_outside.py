@@ -32,7 +32,7 @@ _READ = tuple(ENVIRONMENT.values())
 _TRAINS = attrgetter("requires_grad")
 
 
-# Read at every call, 0.1 µs each. A setting of torch that is not here is not noticed when it changes.
+# Read at every call of a step, so there are few. A setting of torch that is not here is not noticed when it changes.
 def environment() -> tuple[Hashable, ...]:
     """Return what torch's own settings are now: a step is captured again for other ones."""
     return tuple(map(call, _READ))

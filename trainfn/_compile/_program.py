@@ -60,7 +60,7 @@ class Program:
 
     def __call__(self, state: Any, *rest: Any) -> Any:
         run = self._compiled if self.settings.compile else self._eager
-        # A step computes its gradients itself. With torch's recording on, each call would build a graph that nobody uses.
+        # A step computes its gradients itself. Torch's recording would build a graph that nobody uses, at each call.
         if not torch.is_grad_enabled():
             return self._started(run, state, rest)
         torch._C._set_grad_enabled(False)  # as `torch.no_grad` does, in a tenth of its time
@@ -134,7 +134,7 @@ class Program:
     def _signature(self, state: Any, rest: Arguments) -> tuple[Leaves, _Signature]:
         known, leaves = self._known, []
         # The state is nearly always the one that the last call returned. To see that takes a comparison of identities;
-        # to look at shapes, dtypes and strides takes ten times as long.
+        # to look at shapes, dtypes and strides takes much longer.
         if known is not None:
             try:
                 leaves = known.take(state)

@@ -65,7 +65,7 @@ class _Code:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
-        # `tuple.__new__` makes a NamedTuple in half the time of its own `__new__`, which is a function in Python.
+        # `tuple.__new__` makes a NamedTuple without its own `__new__`, which is a function in Python.
         self._scope: dict[str, Any] = {"Misfit": Misfit, "optree": optree, "DONATED": DONATED, "new": tuple.__new__}
 
     def function(self, arguments: str, result: str) -> Any:
