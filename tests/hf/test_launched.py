@@ -393,6 +393,7 @@ notebook_launcher(train, num_processes=2)
 """
 
 
+@takes_long
 @pytest.mark.slow
 def test_a_notebook(tmp_path):
     (tmp_path / "cells.py").write_text(NOTEBOOK)

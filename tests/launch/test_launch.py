@@ -500,7 +500,7 @@ def stand_in(tmp_path):
         long("ddp", "replicate=-1, shard=1, tensor=1, stage=0"),
         ("fsdp", "replicate=1, shard=-1, tensor=1, stage=3"),
         long("deepspeed_file", "replicate=1, shard=-1, tensor=1, stage=3"),
-        ("deepspeed", "replicate=1, shard=-1, tensor=1, stage=2"),
+        long("deepspeed", "replicate=1, shard=-1, tensor=1, stage=2"),
     ],
 )
 def test_the_files_of_the_documentation_train_as_one_process(name, plan, tmp_path):
