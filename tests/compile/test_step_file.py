@@ -173,10 +173,9 @@ def test_loading_takes_milliseconds(saved):
 def test_the_hash_of_the_graph_is_the_same_in_every_process(saved):
     code = """
     from tests.compile.step_file_things import batch_of, graph_hash_of, things
-    print(graph_hash_of(batch_of(0)))
+    print(graph_hash_of(batch_of(0)), graph_hash_of(batch_of(0, rows=4)))
     """
-    assert in_a_new_process(code) == [tfn.load_step(saved).graphs[0]]
-    assert in_a_new_process(code.replace("batch_of(0)", "batch_of(0, rows=4)", 2)) == [tfn.load_step(saved).graphs[1]]
+    assert in_a_new_process(code) == list(tfn.load_step(saved).graphs)
 
 
 # --- calls that a file is not for -------------------------------------------------------------------------------------
