@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ def run(monkeypatch, capsys):
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])  # as Python does for a script
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        with warnings.catch_warnings():  # an example may set filters of its own
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
 
     return run

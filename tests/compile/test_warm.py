@@ -96,7 +96,7 @@ def test_the_second_process_compiles_what_this_one_runs(donate, accumulate, tmp_
         assert_identical(a, b)
     _backend._PROGRAMS.clear()  # as in a new process, which has the caches on the disk alone
     state = tfn.copy(run[UNTIL])
-    compiled = tfn.jit(eager)
+    compiled = tfn.jit(eager, donate=donate)
     for n in range(UNTIL, STEPS):
         state, _ = compiled(state, rows(seed=n))
         assert_identical(state, run[n + 1])
