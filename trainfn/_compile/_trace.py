@@ -92,7 +92,7 @@ class _Run:
         return self._flat(leaves, new)
 
     def _flat(self, old: Leaves, new: Leaves) -> list[Tensor]:
-        # Of one tensor in several places the first counts. An output that is an input is passed through by the caller.
+        # The first place of a tensor counts. An output that is an input is passed through by the caller.
         # It is not an output of the graph, where inductor would copy it.
         places = {id(leaf): i for i, leaf in reversed(list(enumerate(old))) if isinstance(leaf, Tensor)}
         self.outputs, tensors = [], list[Tensor]()
