@@ -17,6 +17,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from trainfn.hf._optim._groups import Groups
+from trainfn.hf._optim._named import clipped, cls_and_kwargs, decay_names
+
 VOCAB, LENGTH = 11, 6
 
 
@@ -95,3 +98,15 @@ HEADS = {
     "llama": (llama, tokens),
     "t5": (t5, tokens),
 }
+
+
+def rule_of(args, model):
+    """The update that the Trainer's arguments describe for a model: the transform of the optimizer that it makes."""
+    decays = decay_names(model)
+    named = dict(model.named_parameters())
+    cls, options = cls_and_kwargs(args, model)
+    groups = [
+        {"params": [p for n, p in named.items() if n in decays], "weight_decay": args.weight_decay},
+        {"params": [p for n, p in named.items() if n not in decays], "weight_decay": 0.0},
+    ]
+    return clipped(args, Groups(cls(groups, **options), named.items()).transform)

@@ -205,10 +205,12 @@ _READ: dict[str, tuple[str, ...]] = {
     "_step/_modes.py": ("bf16_full_eval", "fp16_full_eval"),
     "_installed.py": ("gradient_checkpointing", "gradient_checkpointing_kwargs"),
     "_optim/_named.py": (
-        *("optim", "optim_args", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
+        "learning_rate",
+        *("optim", "optim_args", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
     ),
+    "_optim/_resolve.py": ("weight_decay",),
     "_optim/_targets.py": ("optim_target_modules",),
-    "_optim/_schedules.py": ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    "_optim/_schedules.py": ("lr_scheduler_type", "lr_scheduler_kwargs"),
     "_optim/_schedules.py as get_warmup_steps": ("warmup_steps",),
     "_callbacks/_events.py": ("disable_tqdm",),
     "_callbacks/_events.py as DefaultFlowCallback": (

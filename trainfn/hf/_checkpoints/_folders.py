@@ -22,7 +22,9 @@ from transformers.utils import logging
 import trainfn as tfn
 from trainfn.hf._checkpoints import _adapters
 from trainfn.hf._checkpoints._transformers import from_transformers, load_weights
-from trainfn.hf._optim._resolve import control_again, metric_name
+from trainfn.hf._optim._resolve import metric_name
+from trainfn.hf._optim._resolve import restore as restore_optimizer
+from trainfn.hf._optim._resolve import saved as saved_optimizer
 from trainfn.hf._parallel._parameters import plain, see, whole
 from trainfn.hf._parallel._world import ALONE
 from trainfn.hf._run._position import go_to, position
@@ -94,9 +96,8 @@ class Saving:
             "trainer_state": state_dict(trainer),
             "position": position(run.windows),
             "losses": run.losses.state_dict(),
+            "optimizer": saved_optimizer(trainer, run.optimizer),
         }
-        if run.controller_state is not None:
-            extra["controller"] = {name: leaf.tolist() for name, leaf in run.controller_state._asdict().items()}
         current = numbers if at == trainer.state.global_step else None
         if self.store.best is not None and current is not None and self.store.best not in current:
             current = None
@@ -192,7 +193,7 @@ def resume(trainer: TrainerLike, run: TrainingRun, folder: str) -> None:
     """
     if _is_foreign(Path(folder)):
         with plain(trainer):
-            state, where = from_transformers(trainer, run.length, folder)
+            state, where = from_transformers(trainer, run, folder)
     else:
         manifest = tfn.manifest(folder)
         like = _adapters.without_base(newest_state(trainer), trainer.model, manifest.tree)
@@ -200,8 +201,7 @@ def resume(trainer: TrainerLike, run: TrainingRun, folder: str) -> None:
         state, where = extra["trainer_state"], extra["position"]
         place(trainer, saved)
         run.losses.load_state_dict(extra["losses"])
-        if "controller" in extra:
-            control_again(trainer, run, extra["controller"])
+        restore_optimizer(trainer, run.optimizer, extra["optimizer"])
     fresh = trainer.state
     # A checkpoint of another version of transformers may have fields that this one's TrainerState lacks.
     known = {field.name for field in dataclasses.fields(TrainerState)}
