@@ -1,8 +1,8 @@
 """The tokens of the assistant's messages, for chat templates that do not mark them.
 
-A template marks them with ``{% generation %}``, and few that come with a model do. For most others the rows tell: a
-message begins where the messages before it end with the prompt for the next, and ends where they end with it. Templates
-of Qwen write earlier messages in another way than the last one, or differ from their prompt; here their text is edited.
+A template marks them with ``{% generation %}``, and few that come with a model do. With most others the first messages
+are rendered alone. A message begins where those before it and the prompt for the next one end. Templates of Qwen write
+earlier messages in another way than the last one, or differ from their prompt; here their text is edited.
 """
 
 from __future__ import annotations
