@@ -16,14 +16,14 @@ from trainfn.hf._types import Values
 Render: TypeAlias = Callable[..., list[int]]
 """``(messages, add_generation_prompt=False) -> tokens``."""
 
+_THINKS = r"{{- '<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}"
 _END = (re.compile(r"""(\{\{- '<\|im_end\|>\\n' \}\})(\s*\{%- elif message\.role == "tool" %\})"""),
         r"\1{%- endgeneration %}\2")  # fmt: skip
 _EDITS: tuple[tuple[tuple[re.Pattern[str], str], ...], ...] = (
     (  # Qwen 3: each message thinks, as it did when it was written
         (
             re.compile(r"\{%- if loop\.index0 > ns\.last_query_index %\}.*?(?=\{%- if message\.tool_calls %\})", re.S),
-            r"{{- '<|im_start|>' + message.role + '\\n' }}{%- generation %}{{- '<think>\\n' +"
-            r" reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}",
+            r"{{- '<|im_start|>' + message.role + '\\n' }}{%- generation %}" + _THINKS,
         ),
         _END,
     ),
