@@ -74,5 +74,9 @@ class UnreachedWarning(UserWarning):
     """A loss does not reach some parameters, so they stand still."""
 
 
+class SplitWarning(UserWarning):
+    """A step seems to depend on how its batch is split into micro-batches or over ranks."""
+
+
 class NonFiniteWarning(UserWarning):
     """A step with a NaN or infinite loss was skipped, or let through as asked."""

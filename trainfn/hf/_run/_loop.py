@@ -92,6 +92,7 @@ def _surroundings(trainer: TrainerLike, run: TrainingRun) -> Generator[None]:
     args, model = trainer.args, trainer.model
     deterministic = torch.are_deterministic_algorithms_enabled()
     with contextlib.ExitStack() as stack:
+        stack.callback(run.frozen.release)
         stack.enter_context(args.matmul_precision())
         if args.enable_jit_checkpoint:
             stack.enter_context(_saving_at_sigterm(run))
@@ -163,6 +164,7 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     transform = transform_of(trainer, length.max_steps)
     # "adopt" shares the model's memory: parameters are held once, and the model has the newest ones.
     trainer.train_state = tfn.init(trainer.model, transform, seed=args.seed, storage="adopt")
+    run.frozen.see(trainer.model)
     plan = trainer._trainfn.world.plan
     alone = length.accumulate == 1 and not args.auto_find_batch_size
     accumulate = 1 if alone else "stream"
@@ -285,6 +287,7 @@ def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
         for change in run.changes:
             state = change(state)
         run.changes.clear()
+        run.frozen.keep()
         if not looked or not known:
             look()
         return run.step(state, batch)

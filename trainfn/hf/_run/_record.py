@@ -11,6 +11,7 @@ from torch import Tensor
 
 import trainfn as tfn
 from trainfn.hf._parallel._world import ALONE, World
+from trainfn.hf._step._frozen import Frozen
 from trainfn.hf._types import Batch, LossMetrics, Metrics, Optimizer, Outputs, Rate, Scheduler, TrainerLike, Trial
 
 if TYPE_CHECKING:  # the files that define these import this one
@@ -61,6 +62,7 @@ class TrainingRun:
         interrupted: Whether Ctrl-C was pressed on any rank, as all ranks know.
         held: Whether Ctrl-C was pressed on this rank, as the others do not know yet.
         sigterm: Whether SIGTERM has arrived on this rank.
+        frozen: The parameters that the optimizer does not have.
     """
 
     length: Length
@@ -77,6 +79,7 @@ class TrainingRun:
     interrupted: bool = False
     held: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
     sigterm: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
+    frozen: Frozen = dataclasses.field(default_factory=Frozen)
 
 
 def no_metrics(inputs: Batch, outputs: Outputs) -> dict[str, tfn.Mean]:
