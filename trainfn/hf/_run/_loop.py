@@ -23,7 +23,6 @@ from trainfn.hf._optim._gradients import clear_gradients, with_gradients
 from trainfn.hf._optim._resolve import advance, begin, transform_of
 from trainfn.hf._parallel import _parameters
 from trainfn.hf._parallel._sharding import dealt
-from trainfn.hf._parallel._world import World
 from trainfn.hf._reporting._logs import LossWindow
 from trainfn.hf._run._data import Ended, Windows, arithmetic
 from trainfn.hf._run._record import TrainingRun, newest_state
@@ -63,7 +62,8 @@ def train(
     length = arithmetic(trainer.args, loader, trainer.num_examples(loader))
     windows = Windows(trainer, loader, length)
     losses = LossWindow(nan_inf_filter=trainer.args.logging_nan_inf_filter)
-    run = TrainingRun(length, windows, losses, ignore_keys_for_eval)
+    requests = tfn.process.Requests(trainer._trainfn.world.ranks)
+    run = TrainingRun(length, windows, losses, requests, ignore_keys_for_eval)
     windows.ended = functools.partial(_end_epoch, trainer, run)
     trainer.is_in_train, trainer._trainfn.run = True, run
     trainer.callback_handler.train_dataloader = loader
@@ -74,7 +74,7 @@ def train(
                 _folders.resume(trainer, run, folder)
             _folders.set_aside(trainer)
             _announce(trainer, folder)
-            with _holding_ctrl_c(run, trainer._trainfn.world):
+            with requests:
                 return _loop(trainer, run)
     except BaseException as error:
         if trainer._trainfn.released:
@@ -96,7 +96,7 @@ def _surroundings(trainer: TrainerLike, run: TrainingRun) -> Generator[None]:
         stack.callback(run.frozen.release)
         stack.enter_context(args.matmul_precision())
         if args.enable_jit_checkpoint:
-            stack.enter_context(_saving_at_sigterm(run))
+            stack.enter_context(run.requests.termination())
         if args.full_determinism:
             torch.use_deterministic_algorithms(True)
             stack.callback(torch.use_deterministic_algorithms, deterministic)
@@ -107,33 +107,6 @@ def _surroundings(trainer: TrainerLike, run: TrainingRun) -> Generator[None]:
         stack.enter_context(same_modes(model))
         model.train()
         yield
-
-
-@contextlib.contextmanager
-def _saving_at_sigterm(run: TrainingRun) -> Generator[None]:
-    """Note a SIGTERM, by which a cluster announces the end of a job. The run then saves and stops after the step."""
-    with tfn.process.termination() as run.sigterm:
-        yield
-
-
-@contextlib.contextmanager
-def _holding_ctrl_c(run: TrainingRun, world: World) -> Generator[None]:
-    """On several ranks, hold Ctrl-C until all ranks know of it; a second one is raised at once.
-
-    A rank that raised it at once would leave the others waiting in their next collective.
-    """
-    if world.plan is None:
-        yield
-        return
-    with tfn.process.uninterrupted() as held:
-        run.held = held
-        try:
-            yield
-        finally:
-            run.held = tfn.process.Pending()
-    # For one that arrived after the last step. All ranks come here, so all of them raise or none does.
-    if world.ranks.any([held.arrived])[0]:
-        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -314,13 +287,11 @@ def _end_epoch(trainer: TrainerLike, run: TrainingRun) -> None:
 def agree(trainer: TrainerLike, run: TrainingRun) -> None:
     """Set on all ranks the decisions that any rank has made, and add up the counts of all."""
     world = trainer._trainfn.world
-    run.terminated |= run.sigterm.arrived
-    if world.plan is None:
-        return
     # A rank that saved or stopped alone would leave the others waiting in a collective. The cost is two small sums.
     control = trainer.control
-    flags = [*(bool(getattr(control, name)) for name in DECISIONS), run.terminated, run.held.arrived]
-    *found, run.terminated, run.interrupted = world.ranks.any(flags)
+    found = run.requests.agree(*(bool(getattr(control, name)) for name in DECISIONS))
+    if world.plan is None:
+        return
     for name, value in zip(DECISIONS, found, strict=True):
         setattr(control, name, value)
     run.windows.take_counts(world.sums(run.windows.counted))
@@ -342,7 +313,7 @@ def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:
     run.announced = False
     event(trainer, "on_step_end")
     agree(trainer, run)
-    if run.terminated:
+    if run.requests.terminated:
         trainer.control.should_save = trainer.control.should_training_stop = True
     maybe_log_save_evaluate(trainer, run)
 
@@ -367,7 +338,7 @@ def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun) -> None:
     acted = control.should_log or control.should_evaluate or control.should_save
     if control.should_log and run.losses.steps > 0:
         trainer.log(run.losses.take(learning_rate=run.learning_rate), run.began)
-    if control.should_evaluate and not run.terminated:
+    if control.should_evaluate and not run.requests.terminated:
         with eval_mode(trainer.model):  # until the next step, as in transformers; an override may log after `evaluate`
             metrics = trainer._evaluate(run.ignore_keys)
         better = _folders.note_best(trainer, metrics)
@@ -378,7 +349,7 @@ def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun) -> None:
         event(trainer, "on_save")
     if acted:  # logs, evaluations and checkpoints fire events, in which callbacks decide again
         agree(trainer, run)
-    if run.interrupted:
+    if run.requests.interrupted:
         _parameters.fill(trainer)
         raise KeyboardInterrupt
 
