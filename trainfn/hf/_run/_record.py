@@ -54,14 +54,7 @@ class TrainingRun:
         gradients: The parameters whose ``.grad`` callbacks can read now.
         began: When the loop began, in seconds since the epoch.
         tokens_before: The tokens that were seen before the loop began.
-<<<<<<< HEAD
-        terminated: Whether a SIGTERM on any rank asked the run to save and stop.
-        interrupted: Whether Ctrl-C was pressed on any rank, as all ranks know.
-        held: Whether Ctrl-C was pressed on this rank, as the others do not know yet.
-        sigterm: Whether SIGTERM has arrived on this rank.
         frozen: The parameters that the optimizer does not have.
-=======
->>>>>>> main
     """
 
     length: Length
@@ -78,14 +71,7 @@ class TrainingRun:
     gradients: list[Tensor] = dataclasses.field(default_factory=list, repr=False)
     began: float = dataclasses.field(default_factory=time.time)
     tokens_before: int = 0
-<<<<<<< HEAD
-    terminated: bool = False
-    interrupted: bool = False
-    held: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
-    sigterm: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
     frozen: Frozen = dataclasses.field(default_factory=Frozen)
-=======
->>>>>>> main
 
 
 def no_metrics(inputs: Batch, outputs: Outputs) -> dict[str, tfn.Mean]:
