@@ -81,7 +81,10 @@ def _compared(trainer: TrainerLike, batches: Sequence[Batch]) -> _Found | None:
         record.examined = True
         return _Found()
     record.examined = own or together.exact  # a loss of the user's own is tried once
-    if together.exact or not shares:  # no gradient reaches the outputs of these rows; the next ones may show more
+    losses = [together.loss, alone.loss, *([] if rest is None else [rest])]
+    if (
+        together.exact or not shares or not all(torch.isfinite(loss) for loss in losses)
+    ):  # no gradient reaches the outputs of these rows; the next ones may show more
         return _Found()
     tolerance = _LOW_PRECISION if trainer.args.bf16 or trainer.args.fp16 else _TOLERANCE
     found = _decide(trainer, few, one.batch, shares, tolerance)
@@ -220,7 +223,9 @@ def _shares(together: _Tried, alone: _Tried, row: int) -> list[float] | None:
         if among is None or single is None:
             continue
         mine, own = among[row].double().flatten(), single[0].double().flatten()
-        if mine.shape != own.shape or float(own.norm()) == 0:
+        if mine.shape != own.shape or not torch.isfinite(own).all():
+            continue
+        if float(own.norm()) == 0:
             shares += [float("nan")] if float(mine.norm()) > 0 else []  # alone it has no loss, as in contrastive ones
             continue
         share = float(mine @ own / (own @ own))
