@@ -405,7 +405,6 @@ def test_a_step_with_packs_compiles(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"loss_type": "chunked_nll"}, "loss_type='chunked_nll'.*Write `loss_type='nll'`"),
         ({"loss_type": "mse"}, "loss_type='mse'.*not one of 'nll', 'dft'"),
         ({"packing_strategy": "ffd"}, "packing_strategy='ffd'.*Write `packing_strategy='bfd'`"),
         ({"truncation_mode": "middle"}, "truncation_mode='middle'"),
@@ -437,7 +436,7 @@ SAID = [{"role": "user", "content": "a"}]
         ([{"text": "a", "images": []}], {}, ValueError, "has images"),
         ([{"text": "a b"}], {"completion_only_loss": True}, ValueError, "there is no completion"),
         ([{"text": "a b"}], {"assistant_only_loss": True}, ValueError, "no messages of an assistant"),
-        ([{"input_ids": [5, 6], "completion_mask": [1]}], {}, ValueError, "2 input_ids and 1 labels"),
+        ([{"input_ids": [5, 6], "completion_mask": [1]}], {}, ValueError, "2 input_ids and 1 values"),
         ([{"text": "a b"}], {"eos_token": "<end>"}, ValueError, "eos_token='<end>'.*does not know it"),
     ],
 )
@@ -450,8 +449,13 @@ def test_templates_that_are_missing_or_say_too_little(tmp_path):
     with pytest.raises(ValueError, match="need a chat template"):
         trainer(tmp_path, [{"messages": SAID}], words=tokenizer())
     plain = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    with pytest.raises(ValueError, match="does not mark the assistant's messages"):
-        trainer(tmp_path, [{"messages": SAID}], words=tokenizer(plain), assistant_only_loss=True)
+    talk = [{"messages": [*SAID, {"role": "assistant", "content": "b"}]}]
+    whole = trainer(tmp_path, talk, words=tokenizer(TEMPLATE), assistant_only_loss=True)
+    found = trainer(tmp_path, talk, words=tokenizer(plain), assistant_only_loss=True)
+    assert learnt(found) == learnt(whole)
+    forgets = plain.replace("m['content'] + ' </s> '", "(m['content'] if loop.last else '') + ' </s> '")
+    with pytest.raises(ValueError, match="writes messages in another way when others follow"):
+        trainer(tmp_path, [{"messages": 2 * talk[0]["messages"]}], words=tokenizer(forgets), assistant_only_loss=True)
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     made = trainer(tmp_path, [{"messages": SAID}], words=tokenizer(), chat_template_path=str(tmp_path / "t.jinja"))
     assert made.train_dataset[0]["input_ids"] == [3, A]

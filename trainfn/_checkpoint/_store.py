@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from trainfn._checkpoint import _disk
 from trainfn._checkpoint._contents import SHARD, Contents, contents_of
 from trainfn._checkpoint._folder import STEP, Folder, best_of, expired
+from trainfn._checkpoint._leaves import alike
 from trainfn._checkpoint._snapshot import Gathered, Snapshot
 from trainfn._checkpoint._write import explained, sweep, write
 from trainfn._ranks import _group
@@ -42,6 +43,8 @@ class Checkpoints:
         resume: Whether the run resumes from the newest checkpoint. If not, the folder must have none.
         max_shard_size: Bytes above which the model is split into several files.
         full: Whether rank 0 writes the files that one process would write, as in `save`.
+        model: Whether the module's tensors are in a file of their own, ``model.safetensors``. Without it, they are
+            beside the rest of the state, and other files may hold the model.
 
     Raises:
         ValueError: If an argument is invalid, or ``resume=False`` finds checkpoints.
@@ -70,6 +73,7 @@ class Checkpoints:
         resume: bool = True,
         max_shard_size: int = SHARD,
         full: bool = False,
+        model: bool = True,
     ) -> None:
         counts = {"every": every, "keep": keep, "keep_every": keep_every, "max_shard_size": max_shard_size}
         for name, count in counts.items():
@@ -80,6 +84,7 @@ class Checkpoints:
         self.folder, self.every, self.keep, self.keep_every = Path(folder), every, keep, keep_every
         self.best, self.asynchronous, self.max_shard_size, self.full = best, asynchronous, max_shard_size, full
         self.mode: Literal["min", "max"] = mode
+        self.model = model
         self._found = Folder(self.folder)
         self._lock: _disk.Lock | None = None
         self._snapshot = Snapshot()
@@ -114,7 +119,7 @@ class Checkpoints:
             state: May be changed or donated as soon as this returns.
             extra: What `restore` gives back beside the state; plain JSON.
             metrics: Numbers or `Mean`s, for ``best=``.
-            files: Small files to put beside the others: their contents by name.
+            files: Small files to put beside the others: their contents by name, which may begin with a folder's.
             wait: Whether to return only when the checkpoint is on the disk.
 
         Raises:
@@ -125,6 +130,7 @@ class Checkpoints:
         """
         self.wait()
         ranks = self._job()
+        state = alike(state, ranks)
         given = {"extra": extra, "metrics": metrics, "files": files}
         contents = ranks.agreed(lambda: self._contents(state, given, ranks))
         if not self.asynchronous:
@@ -139,7 +145,8 @@ class Checkpoints:
 
     def _contents(self, state: TrainState, given: dict[str, Any], ranks: Ranks) -> Contents:
         call, metrics = "Checkpoints.save(state)", given["metrics"]
-        contents = contents_of(state, call, max_shard_size=self.max_shard_size, full=self.full, ranks=ranks, **given)
+        how = {"max_shard_size": self.max_shard_size, "full": self.full, "model": self.model}
+        contents = contents_of(state, call, ranks=ranks, **how, **given)
         if self.best is not None and metrics is not None and self.best not in metrics:
             near = nearest(self.best, metrics, likeness=0)
             raise ValueError(f"{call}: best={self.best!r} is not among the metrics {sorted(metrics)}.{near}")

@@ -9,8 +9,6 @@ import math
 import operator
 import re
 import shutil
-import tempfile
-from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
@@ -22,8 +20,11 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 import trainfn as tfn
+from trainfn.hf._checkpoints import _adapters
 from trainfn.hf._checkpoints._transformers import from_transformers, load_weights
-from trainfn.hf._optim._resolve import control_again, metric_name
+from trainfn.hf._optim._resolve import metric_name
+from trainfn.hf._optim._resolve import restore as restore_optimizer
+from trainfn.hf._optim._resolve import saved as saved_optimizer
 from trainfn.hf._parallel._parameters import plain, see, whole
 from trainfn.hf._parallel._world import ALONE
 from trainfn.hf._run._position import go_to, position
@@ -57,7 +58,10 @@ class Saving:
         mode = "max" if args.greater_is_better else "min"
         # With sharded files each rank writes its part, and no rank writes a model.safetensors.
         full = not trainer._trainfn.world.sharded_files
-        self.store = tfn.Checkpoints(output_dir(trainer), keep=args.save_total_limit, best=best, mode=mode, full=full)
+        model = not _adapters.has_adapters(trainer.model)  # adapters are written by peft, and their model is not
+        self.store = tfn.Checkpoints(
+            output_dir(trainer), keep=args.save_total_limit, best=best, mode=mode, full=full, model=model
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -92,14 +96,15 @@ class Saving:
             "trainer_state": state_dict(trainer),
             "position": position(run.windows),
             "losses": run.losses.state_dict(),
+            "optimizer": saved_optimizer(trainer, run.optimizer),
         }
-        if run.controller_state is not None:
-            extra["controller"] = {name: leaf.tolist() for name, leaf in run.controller_state._asdict().items()}
         current = numbers if at == trainer.state.global_step else None
         if self.store.best is not None and current is not None and self.store.best not in current:
             current = None
-        beside = files(trainer) if ranks.rank == 0 else None
-        self.store.save(newest_state(trainer), extra, metrics=current, files=beside)
+        with whole(trainer) if not self.store.model else contextlib.nullcontext():  # peft reads full parameters
+            beside = files(trainer) if ranks.rank == 0 else None
+        state = _adapters.without_base(newest_state(trainer), trainer.model)
+        self.store.save(state, extra, metrics=current, files=beside)
         return folder
 
 
@@ -129,23 +134,12 @@ def files(trainer: TrainerLike) -> dict[str, str | bytes]:
         TRAINER_STATE: json.dumps(state_dict(trainer), indent=2, sort_keys=True) + "\n",
         ARGUMENTS: trainer.args.to_json_string() + "\n",
     }
-    with tempfile.TemporaryDirectory() as folder, _quietly():
-        for part in (trainer.processing_class, getattr(trainer.model, "generation_config", None)):
-            if part is not None and hasattr(part, "save_pretrained"):
-                part.save_pretrained(folder)
-        found |= {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
+    adapted = _adapters.has_adapters(trainer.model)
+    beside = trainer.model if adapted else getattr(trainer.model, "generation_config", None)
+    for part in (trainer.processing_class, beside):
+        if part is not None and hasattr(part, "save_pretrained"):
+            found |= _adapters.written_by(part)
     return found
-
-
-@contextlib.contextmanager
-def _quietly() -> Generator[None]:
-    """Silence transformers in this block: it would log the name of a temporary folder."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------
@@ -199,15 +193,15 @@ def resume(trainer: TrainerLike, run: TrainingRun, folder: str) -> None:
     """
     if _is_foreign(Path(folder)):
         with plain(trainer):
-            state, where = from_transformers(trainer, run.length, folder)
+            state, where = from_transformers(trainer, run, folder)
     else:
-        saved = tfn.restore(folder, like=newest_state(trainer))
-        extra = tfn.manifest(folder).extra
+        manifest = tfn.manifest(folder)
+        like = _adapters.without_base(newest_state(trainer), trainer.model, manifest.tree)
+        saved, extra = tfn.restore(folder, like=like), manifest.extra
         state, where = extra["trainer_state"], extra["position"]
         place(trainer, saved)
         run.losses.load_state_dict(extra["losses"])
-        if "controller" in extra:
-            control_again(trainer, run, extra["controller"])
+        restore_optimizer(trainer, run.optimizer, extra["optimizer"])
     fresh = trainer.state
     # A checkpoint of another version of transformers may have fields that this one's TrainerState lacks.
     known = {field.name for field in dataclasses.fields(TrainerState)}
@@ -225,7 +219,7 @@ def place(trainer: TrainerLike, saved: tfn.TrainState) -> None:
     """Take a restored state; its parameters and buffers are copied into the model's own memory."""
     mine = newest_state(trainer)
     if trainer._trainfn.world.plan is not None:
-        trainer.train_state = saved
+        trainer.train_state = saved._replace(buffers={**mine.buffers, **saved.buffers})
         see(trainer)
         return
     with torch.no_grad():
@@ -302,7 +296,8 @@ def load_best(trainer: TrainerLike) -> None:
             load_weights(trainer.model, best)
         return
     state = newest_state(trainer)
-    chosen = tfn.restore(best, like=state, only="^model/")
+    like = _adapters.without_base(state, trainer.model, tfn.manifest(best).tree)
+    chosen = tfn.restore(best, like=like, only="^model/")
     place(trainer, state._replace(params=chosen.params, buffers=chosen.buffers))
 
 
@@ -324,7 +319,7 @@ def save_model(trainer: TrainerLike, folder: str) -> None:
 def _save_model(trainer: TrainerLike, folder: str) -> None:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    if isinstance(trainer.model, PreTrainedModel) or hasattr(trainer.model, "peft_config"):
+    if isinstance(trainer.model, PreTrainedModel) or _adapters.has_adapters(trainer.model):
         cast("PreTrainedModel", trainer.model).save_pretrained(folder)
     else:
         _save_module(trainer.model, target)

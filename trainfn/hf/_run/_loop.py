@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import cast
 
 import torch
@@ -19,14 +19,15 @@ import trainfn as tfn
 from trainfn.hf._callbacks._events import DECISIONS, event
 from trainfn.hf._checkpoints import _folders
 from trainfn.hf._installed import attribute
-from trainfn.hf._optim._resolve import transform_of
+from trainfn.hf._optim._gradients import clear_gradients, with_gradients
+from trainfn.hf._optim._resolve import advance, begin, transform_of
 from trainfn.hf._parallel import _parameters
 from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._parallel._world import World
 from trainfn.hf._reporting._logs import LossWindow
 from trainfn.hf._run._data import Ended, Windows, arithmetic
 from trainfn.hf._run._record import TrainingRun, newest_state
-from trainfn.hf._run._setup import new_model, smoother
+from trainfn.hf._run._setup import is_quantized, new_model, smoother
 from trainfn.hf._step import _manual
 from trainfn.hf._step._additive import examine, share_findings
 from trainfn.hf._step._counting import find_shift, may_shift
@@ -158,34 +159,17 @@ def _recomputing(model: nn.Module, options: Values) -> Generator[None]:
 
 def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     """Make the optimizer, the schedule, the first state and the step of a run, and an empty log."""
-    args, length = trainer.args, run.length
-    trainer._trainfn.rates = []
-    trainer.create_optimizer_and_scheduler(num_training_steps=length.max_steps)
-    transform = transform_of(trainer, length.max_steps)
+    args, length, plan = trainer.args, run.length, trainer._trainfn.world.plan
+    run.optimizer = begin(trainer, length.max_steps)
     # "adopt" shares the model's memory: parameters are held once, and the model has the newest ones.
-    trainer.train_state = tfn.init(trainer.model, transform, seed=args.seed, storage="adopt")
-    plan = trainer._trainfn.world.plan
-    alone = length.accumulate == 1 and not args.auto_find_batch_size
-    accumulate = 1 if alone else "stream"
-    compiled, _ = compiles(trainer)
-    step = tfn.train_step(training_loss(trainer), transform, accumulate=accumulate, plan=plan)
-    if not compiled and _manual.overrides(trainer):
-        step = _manual.step(trainer, step)
+    trainer.train_state = tfn.init(trainer.model, transform_of(trainer), seed=args.seed, storage="adopt")
     if args.fp16:
-        step = _scaled(trainer, step)
+        trainer.train_state = _loss_scale(trainer).init(trainer.train_state)
     if plan is not None:
         trainer.train_state = tfn.shard(trainer.train_state, plan)
         _parameters.see(trainer)
         _parameters.warn_of_callbacks(trainer)
-    how: Values = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
-    # "auto": batches of many lengths share a few graphs.
-    how |= {
-        "dynamic": "auto",
-        **(trainer._trainfn.world.compile or {}),
-    }
-    run.step = tfn.jit(step, compile=compiled, donate=True, max_graphs=64, **how)
-    if args.auto_find_batch_size:
-        run.step = Halving(run.step)
+    run.step = make_step(trainer, run)
     search = trainer._trainfn.search
     trainer.state = TrainerState(
         is_hyper_param_search=search is not None,
@@ -200,16 +184,36 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     trainer.state.compute_steps(args, length.max_steps)
 
 
-def _scaled(trainer: TrainerLike, step: tfn.TrainStep) -> tfn.TrainStep:
-    """The step with a loss scale in its state, so that float16 gradients neither vanish nor overflow."""
+def make_step(trainer: TrainerLike, run: TrainingRun) -> Callable[..., tuple[tfn.TrainState, tfn.Metrics]]:
+    """The step of a run, compiled where `compiles` says so, with the present options of the optimizer."""
+    args, transform = trainer.args, transform_of(trainer)
+    accumulate = 1 if run.length.accumulate == 1 and not args.auto_find_batch_size else "stream"
+    compiled, _ = compiles(trainer)
+    plan = trainer._trainfn.world.plan
+    step = tfn.train_step(training_loss(trainer), transform, accumulate=accumulate, plan=plan)
+    if not compiled and _manual.overrides(trainer):
+        step = _manual.step(trainer, step)
+    step = with_gradients(trainer, run, step, compiled, functools.partial(_before_update, trainer, run))
+    if args.fp16:
+        step = _loss_scale(trainer)(step)
+    how: Values = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
+    # "auto": batches of many lengths share a few graphs.
+    how |= {
+        "dynamic": "auto",
+        **(trainer._trainfn.world.compile or {}),
+    }
+    made = tfn.jit(step, compile=compiled, donate=True, max_graphs=64, **how)
+    return Halving(made) if args.auto_find_batch_size else made
+
+
+def _loss_scale(trainer: TrainerLike) -> tfn.transforms.StepTransform:
+    """A loss scale in the state of the step, so that float16 gradients neither vanish nor overflow."""
     if _manual.overrides(trainer):
         raise ValueError(
             "`TrainingArguments(fp16=True)` can't work with an overridden training_step: its backward pass does not"
             " apply the loss scale. Override compute_loss in place of training_step, or write `bf16=True`."
         )
-    scaling = tfn.transforms.dynamic_loss_scale(**trainer._trainfn.world.loss_scale)
-    trainer.train_state = scaling.init(newest_state(trainer))
-    return scaling(step)
+    return tfn.transforms.dynamic_loss_scale(**trainer._trainfn.world.loss_scale)
 
 
 def compiles(trainer: TrainerLike) -> tuple[bool, str]:
@@ -222,6 +226,8 @@ def compiles(trainer: TrainerLike) -> tuple[bool, str]:
         return bool(args.torch_compile), "as torch_compile says"
     if trainer._trainfn.world.compile is not None:
         return True, "as the launcher's configuration says"
+    if is_quantized(trainer.model):
+        return False, "the model is quantized, by kernels of another package; torch_compile=True compiles all the same"
     if args.device.type == "cpu":
         return False, "on a CPU, compiling takes longer than most runs; torch_compile=True compiles all the same"
     return True, "by default on an accelerator; torch_compile=False runs the same step eagerly"
@@ -268,6 +274,9 @@ def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
         for change in run.changes:
             state = change(state)
         run.changes.clear()
+        if run.optimizer.stale():
+            run.step = make_step(trainer, run)
+        state = run.optimizer.pushed(state)
         return run.step(state, batch)
 
     step.plan = trainer._trainfn.world.plan  # type: ignore[attr-defined]
@@ -324,19 +333,30 @@ def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:
     """Fire the events of a completed step; then log, evaluate and save where due."""
     state, windows, length = trainer.state, run.windows, run.length
     run.saving.check()
-    # The step is one function, so the events inside it are fired after it, in the order of transformers.
-    for _ in range(windows.micro_done - (windows.window - 1) * length.accumulate - 1):
-        event(trainer, "on_substep_end")
-    event(trainer, "on_pre_optimizer_step")
+    if not run.announced:
+        _before_update(trainer, run)
     event(trainer, "on_optimizer_step")
+    run.learning_rate = trainer._get_learning_rate()
+    advance(trainer, run.optimizer, info.metrics)
+    clear_gradients(run)
     state.global_step = info.n
     state.epoch = windows.epoch + windows.micro_done / length.micro_counted
     run.losses.add(info.metrics)
+    run.announced = False
     event(trainer, "on_step_end")
     agree(trainer, run)
     if run.terminated:
         trainer.control.should_save = trainer.control.should_training_stop = True
     maybe_log_save_evaluate(trainer, run)
+
+
+def _before_update(trainer: TrainerLike, run: TrainingRun) -> None:
+    """Fire the events before an update: inside of the step where a callback may read gradients, and else after it."""
+    windows = run.windows
+    for _ in range(windows.micro_done - (windows.window - 1) * run.length.accumulate - 1):
+        event(trainer, "on_substep_end")
+    event(trainer, "on_pre_optimizer_step")
+    run.announced = True
 
 
 def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun) -> None:
@@ -349,7 +369,7 @@ def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun) -> None:
     control = trainer.control
     acted = control.should_log or control.should_evaluate or control.should_save
     if control.should_log and run.losses.steps > 0:
-        trainer.log(run.losses.take(learning_rate=trainer.get_learning_rates()[0]), run.began)
+        trainer.log(run.losses.take(learning_rate=run.learning_rate), run.began)
     if control.should_evaluate and not run.terminated:
         with eval_mode(trainer.model):  # until the next step, as in transformers; an override may log after `evaluate`
             metrics = trainer._evaluate(run.ignore_keys)
