@@ -43,6 +43,7 @@ class TrainingRun:
         length: The numbers of steps and epochs.
         windows: The micro-batches of each update, and the place in the data.
         losses: The metrics since the last log.
+        requests: Ctrl-C and SIGTERM, on any rank.
         ignore_keys: Outputs that evaluations leave out.
         step: The compiled step, once it is prepared.
         saving: The checkpoints, once the loop has begun.
@@ -53,15 +54,12 @@ class TrainingRun:
         gradients: The parameters whose ``.grad`` callbacks can read now.
         began: When the loop began, in seconds since the epoch.
         tokens_before: The tokens that were seen before the loop began.
-        terminated: Whether a SIGTERM on any rank asked the run to save and stop.
-        interrupted: Whether Ctrl-C was pressed on any rank, as all ranks know.
-        held: Whether Ctrl-C was pressed on this rank, as the others do not know yet.
-        sigterm: Whether SIGTERM has arrived on this rank.
     """
 
     length: Length
     windows: Windows
     losses: LossWindow
+    requests: tfn.process.Requests
     ignore_keys: list[str] | None = None
     step: Callable[..., tuple[tfn.TrainState, tfn.Metrics]] = dataclasses.field(init=False, repr=False)
     saving: Saving = dataclasses.field(init=False, repr=False)
@@ -72,10 +70,6 @@ class TrainingRun:
     gradients: list[Tensor] = dataclasses.field(default_factory=list, repr=False)
     began: float = dataclasses.field(default_factory=time.time)
     tokens_before: int = 0
-    terminated: bool = False
-    interrupted: bool = False
-    held: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
-    sigterm: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
 
 
 def no_metrics(inputs: Batch, outputs: Outputs) -> dict[str, tfn.Mean]:
