@@ -1,4 +1,4 @@
-"""What heads divide their losses by: the update and the evaluation are those of the whole batch, for every split.
+"""The divisors of heads: the update and the evaluation are those of the whole batch, for every split.
 
 The oracle is the head itself, called with all rows at once, and plain gradient descent on that.
 """

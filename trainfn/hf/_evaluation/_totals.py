@@ -14,7 +14,7 @@ from trainfn.hf._parallel._world import World
 
 
 class OfBatch(Protocol):
-    """What is summed of a batch."""
+    """The values of a batch that are summed."""
 
     @property
     def loss(self) -> tfn.Mean | None: ...
@@ -55,7 +55,7 @@ class Totals(NamedTuple):
         return Totals(loss, sum(not_finite), sum(rows), max(batches))
 
     def finish(self, prefix: str, *, sums: bool = False) -> dict[str, float]:
-        """Return the loss by its key; an empty dict without a loss. Of a loss that ``sums``, nothing divides it."""
+        """Return the loss by its key; an empty dict without a loss. A loss that ``sums`` is not divided."""
         if self.loss is None:
             return {}
         total, weight, not_finite = self.loss.total, self.loss.weight, int(self.not_finite)

@@ -282,7 +282,7 @@ def _warn(trainer: TrainerLike, training: bool) -> None:
     )
     warnings.warn(
         f"`{type(trainer).__name__}.compute_loss`: the loss of several rows together is not the mean of their losses"
-        f" one by one, over any count that the batch shows, so {changes}. Most often the loss is a mean with weights"
+        f" one by one, for any count that the batch shows. So {changes}. Most often the loss is a mean with weights"
         " that only it knows. Return them: write `return tfn.Mean.of(values, weights)` in compute_loss, or"
         " `tfn.losses.cross_entropy(logits, labels, class_weights=...)`. If rows are meant to see each other (an"
         " auxiliary loss of a mixture of experts, in-batch negatives), the micro-batch is part of the method.",

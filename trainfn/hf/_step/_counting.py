@@ -1,4 +1,4 @@
-"""What the loss of a batch is divided by: labels, rows, masked patches, boxes, or nothing.
+"""The number that the loss of a batch is divided by: labels, rows, masked patches, boxes, or nothing.
 
 A head of transformers returns a mean, and its class says over what. A loss of another class is tried out by
 `_additive.examine`, which chooses among `CANDIDATES`.
