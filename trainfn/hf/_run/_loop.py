@@ -93,6 +93,7 @@ def _surroundings(trainer: TrainerLike, run: TrainingRun) -> Generator[None]:
     args, model = trainer.args, trainer.model
     deterministic = torch.are_deterministic_algorithms_enabled()
     with contextlib.ExitStack() as stack:
+        stack.callback(run.frozen.release)
         stack.enter_context(args.matmul_precision())
         if args.enable_jit_checkpoint:
             stack.enter_context(run.requests.termination())
@@ -135,6 +136,7 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     run.optimizer = begin(trainer, length.max_steps)
     # "adopt" shares the model's memory: parameters are held once, and the model has the newest ones.
     trainer.train_state = tfn.init(trainer.model, transform_of(trainer), seed=args.seed, storage="adopt")
+    run.frozen.see(trainer.model)
     if args.fp16:
         trainer.train_state = _loss_scale(trainer).init(trainer.train_state)
     if plan is not None:
@@ -246,6 +248,7 @@ def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
         for change in run.changes:
             state = change(state)
         run.changes.clear()
+        run.frozen.keep()
         if run.optimizer.stale():
             run.step = make_step(trainer, run)
         state = run.optimizer.pushed(state)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import trainfn as tfn
 from trainfn.hf._parallel._world import ALONE, World
+from trainfn.hf._step._frozen import Frozen
 from trainfn.hf._types import Batch, LossMetrics, Metrics, Optimizer, Outputs, Scheduler, TrainerLike, Trial
 
 if TYPE_CHECKING:  # the files that define these import this one
@@ -54,6 +55,7 @@ class TrainingRun:
         gradients: The parameters whose ``.grad`` callbacks can read now.
         began: When the loop began, in seconds since the epoch.
         tokens_before: The tokens that were seen before the loop began.
+        frozen: The parameters that the optimizer does not have.
     """
 
     length: Length
@@ -70,6 +72,7 @@ class TrainingRun:
     gradients: list[Tensor] = dataclasses.field(default_factory=list, repr=False)
     began: float = dataclasses.field(default_factory=time.time)
     tokens_before: int = 0
+    frozen: Frozen = dataclasses.field(default_factory=Frozen)
 
 
 def no_metrics(inputs: Batch, outputs: Outputs) -> dict[str, tfn.Mean]:
