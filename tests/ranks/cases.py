@@ -244,7 +244,7 @@ def of_two():
         yield from ((f"{plan_name}: {name}", Case(2, case)) for name, case in of_models(plan))
         if plan_name in ("replicated", "zero 3"):
             yield from ((f"driving, {plan_name}: {name}", Case(2, case)) for name, case in driving.cases(plan))
-    for plan_name, other in (("replicated", "zero 2"), ("zero 3", "zero 1")):
+    for plan_name, other in (("replicated", "zero 1"), ("zero 3", "zero 1")):
         found = modules.cases(PLANS[plan_name], PLANS[other])
         yield from ((f"modules, {plan_name}: {name}", Case(2, case)) for name, case in found)
     yield "golden: a hook under DDP", Case(2, modules.hook_under_ddp)
