@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,6 +30,7 @@ class Contents(NamedTuple):
         texts: The contents of the other files.
         mine: The files of leaves that this rank writes.
         full: Whether each leaf has yet to be gathered, which all ranks take part in.
+        model: The folder with the model's files, if the caller has written them.
     """
 
     leaves: Mapping[str, Tensor]
@@ -36,6 +38,7 @@ class Contents(NamedTuple):
     texts: dict[str, bytes]
     mine: tuple[str, ...]
     full: bool = False
+    model: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +55,7 @@ def contents_of(
     metrics: Mapping[str, Any] | None = None,
     files: Mapping[str, str | bytes] | None = None,
     full: bool = False,
+    model: Path | None = None,
     ranks: Ranks = ALONE,
 ) -> Contents:
     """The contents of a save of ``state`` on this rank; errors begin with ``call``."""
@@ -59,14 +63,14 @@ def contents_of(
     leaves = _leaves.named(state, call)
     full = full and ranks.size > 1
     split = {name: leaf for name, leaf in leaves.items() if is_split(leaf) and ranks.size > 1 and not full}
-    places, texts = _files(state, leaves, max_shard_size, set(split))
+    places, texts = _files(state, leaves, max_shard_size, set(split), with_model=model is None)
     pieces, writers = spread(split, leaves, places, ranks.size)
     tree = {
         name: Leaf(_code(leaf, name, call), tuple(leaf.shape), places[name], pieces.get(name, ()))
         for name, leaf in leaves.items()
     }
     config = getattr(state.module, "config", None)
-    if callable(getattr(config, "to_json_string", None)):
+    if model is None and callable(getattr(config, "to_json_string", None)):
         texts["config.json"] = _config(config, type(state.module).__name__)
     for name, text in (files or {}).items():
         if not NAME.fullmatch(name) or name == MANIFEST or name.endswith(".safetensors"):
@@ -77,10 +81,10 @@ def contents_of(
     numbers = {name: _number(value, name, call) for name, value in (metrics or {}).items()}
     manifest = Manifest(int(state.step), numbers, {}, tree, plain, _versions())
     if full:
-        return Contents(leaves, manifest, texts, tuple(writers) if ranks.rank == 0 else (), full)
+        return Contents(leaves, manifest, texts, tuple(writers) if ranks.rank == 0 else (), full, model)
     mine = tuple(file for file, writer in writers.items() if writer == ranks.rank)
     held = {name: local(leaves[name]) for leaves_of in map(manifest.by_file().get, mine) for name in leaves_of or ()}
-    return Contents(held, manifest, texts, mine)
+    return Contents(held, manifest, texts, mine, model=model)
 
 
 def _versions() -> dict[str, str]:
@@ -98,15 +102,16 @@ def _code(leaf: Tensor, name: str, call: str) -> str:
 
 
 def _files(
-    state: TrainState, leaves: dict[str, Tensor], max_shard_size: int, split: set[str]
+    state: TrainState, leaves: dict[str, Tensor], max_shard_size: int, split: set[str], *, with_model: bool
 ) -> tuple[dict[str, str], dict[str, bytes]]:
     """The file of each leaf that is not split, and the index of a model in several files.
 
     A model with a split leaf has no file of its own: a file with the other leaves would look like the full model.
+    Without ``with_model`` it has none either.
     """
     unsaved = _leaves.unsaved_buffers(state)
     model = [name for name in leaves if name.startswith(MODEL) and name not in unsaved]
-    if not split.isdisjoint(model):
+    if not with_model or not split.isdisjoint(model):
         return {name: "" if name in split else STATE_FILE for name in leaves}, {}
     shards = _shards({name: leaves[name].nbytes for name in model}, max_shard_size)
     files = {name: "" if name in split else STATE_FILE for name in leaves}

@@ -106,6 +106,7 @@ class Checkpoints:
         *,
         metrics: Mapping[str, Any] | None = None,
         files: Mapping[str, str | bytes] | None = None,
+        model: str | os.PathLike[str] | None = None,
         wait: bool = False,
     ) -> None:
         """Save the state as ``checkpoint-<its step>``, once the save before this one has ended.
@@ -115,6 +116,8 @@ class Checkpoints:
             extra: What `restore` gives back beside the state; plain JSON.
             metrics: Numbers or `Mean`s, for ``best=``.
             files: Small files to put beside the others: their contents by name.
+            model: A folder beside or in place of ``checkpoint-<its step>``, with the model's files as the caller wrote
+                them. It becomes the checkpoint, whose own tensors are then all in ``state.safetensors``.
             wait: Whether to return only when the checkpoint is on the disk.
 
         Raises:
@@ -125,7 +128,7 @@ class Checkpoints:
         """
         self.wait()
         ranks = self._job()
-        given = {"extra": extra, "metrics": metrics, "files": files}
+        given = {"extra": extra, "metrics": metrics, "files": files, "model": None if model is None else Path(model)}
         contents = ranks.agreed(lambda: self._contents(state, given, ranks))
         if not self.asynchronous:
             self._write(contents, ranks)

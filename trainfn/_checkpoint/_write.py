@@ -36,10 +36,14 @@ def write(target: Path, contents: Contents, ranks: Ranks = ALONE, prepare: Calla
     def begin() -> str:
         with _explaining(target, contents):
             prepare()
-            _check_replaceable(target)
+            if contents.model != target:
+                _check_replaceable(target)
             if beside.exists():
                 _disk.discard(beside)
-            _disk.make_folder(beside)
+            if contents.model is None:
+                _disk.make_folder(beside)
+            else:
+                _disk.adopt(contents.model, beside, [MANIFEST, *contents.texts, *contents.manifest.by_file()])
         return beside.name
 
     def fill() -> dict[str, Written]:

@@ -14,34 +14,24 @@ from transformers.utils import logging
 import trainfn as tfn
 from trainfn.errors import shortened
 from trainfn.hf._optim._named import decay_names
-from trainfn.hf._run._data import Length
 from trainfn.hf._run._record import newest_state
-from trainfn.hf._types import OptState, TrainerLike, Values
+from trainfn.hf._types import OptState, TrainerLike
 
 logger = logging.get_logger(__name__)
 
 
-def from_transformers(trainer: TrainerLike, length: Length, folder: str) -> tuple[Values, dict[str, int]]:
-    """Load the weights of a checkpoint that transformers wrote; return its trainer state and the position in the data.
-
-    No code in a pickle is run.
-    """
-    state = json.loads((Path(folder) / "trainer_state.json").read_text())
-    load_weights(trainer.model, folder)
-    n, updates = state["global_step"], max(1, length.updates_per_epoch)
+def load_optimizer(trainer: TrainerLike, n: int, folder: str) -> None:
+    """Take the step and Adam's moments from a checkpoint that transformers wrote; no code in a pickle is run."""
     fresh = newest_state(trainer)
     opt_state = counted(fresh.opt_state, n)
     moments = adam_moments(trainer.model, Path(folder) / "optimizer.pt")
     filled = opt_state if moments is None else with_moments(opt_state, *moments)
-    trainer.train_state = fresh._replace(
-        step=torch.full_like(fresh.step, n), opt_state=opt_state if filled is None else filled
-    )
+    trainer.train_state = fresh._replace(opt_state=opt_state if filled is None else filled)
     if moments is None or filled is None:
         logger.warning(
             f"{folder} was written by transformers. This run resumes its weights, step, schedule and data position. Its"
             " optimizer.pt is not one of Adam for this model, so the optimizer's state starts anew."
         )
-    return state, {"epoch": n // updates, "micro": n % updates * length.accumulate}
 
 
 def load_weights(model: nn.Module, folder: str) -> None:

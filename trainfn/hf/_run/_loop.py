@@ -17,8 +17,9 @@ from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.hf._callbacks._events import DECISIONS, event
-from trainfn.hf._checkpoints import _folders
+from trainfn.hf._checkpoints import _folders, _parts
 from trainfn.hf._installed import attribute
+from trainfn.hf._names import overridden
 from trainfn.hf._optim._resolve import transform_of
 from trainfn.hf._parallel import _parameters
 from trainfn.hf._parallel._sharding import dealt
@@ -51,6 +52,7 @@ def train(
             " `trainer.hyperparameter_search(...)`."
         )
     _parameters.check_whole(trainer)
+    trainer._hp_search_setup(trial)
     folder = _folders.to_resume(trainer, resume_from_checkpoint)
     if trainer.model_init is not None:
         new_model(trainer)
@@ -62,7 +64,8 @@ def train(
     length = arithmetic(trainer.args, loader, trainer.num_examples(loader))
     windows = Windows(trainer, loader, length)
     losses = LossWindow(nan_inf_filter=trainer.args.logging_nan_inf_filter)
-    run = TrainingRun(length, windows, losses, ignore_keys_for_eval)
+    acts = overridden(trainer, "_maybe_log_save_evaluate")
+    run = TrainingRun(length, windows, losses, ignore_keys_for_eval, acts_alone=acts)
     windows.ended = functools.partial(_end_epoch, trainer, run)
     trainer.is_in_train, trainer._trainfn.run = True, run
     trainer.callback_handler.train_dataloader = loader
@@ -188,7 +191,7 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     search = trainer._trainfn.search
     trainer.state = TrainerState(
         is_hyper_param_search=search is not None,
-        trial_name=None if search is None or search.name is None else search.name(search.trial),
+        trial_name=None if search is None or trainer.hp_name is None else trainer.hp_name(search.trial),
         trial_params=None if search is None else dict(search.trial.params),
         max_steps=length.max_steps,
         num_train_epochs=min(length.epochs, 2**31),
@@ -239,7 +242,7 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
     run.began, run.tokens_before = time.time(), trainer.state.num_input_tokens_seen
     event(trainer, "on_train_begin")
     if trainer.args.eval_on_start and first == 0:
-        trainer.evaluate(ignore_keys=run.ignore_keys)
+        trainer._evaluate(_trial(trainer), run.ignore_keys, skip_scheduler=True)
     open_epoch = False
     with _folders.Saving(trainer, run) as saving:
         run.saving = saving
@@ -254,7 +257,9 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
                     break
         if open_epoch and windows.window:  # the loop was left inside or at the end of an epoch
             windows.end_epoch()
-        output = _finished(trainer, run, first)
+        run.first = first
+        rows = (run.length.num_examples or 0) * run.length.max_steps / run.length.updates_per_epoch
+        output = trainer._finalize_training(_trial(trainer), rows, run.began)
         event(trainer, "on_train_end")
     return output
 
@@ -295,7 +300,7 @@ def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
 def _end_epoch(trainer: TrainerLike, run: TrainingRun) -> None:
     event(trainer, "on_epoch_end")
     agree(trainer, run)
-    maybe_log_save_evaluate(trainer, run)
+    act(trainer, run)
 
 
 def agree(trainer: TrainerLike, run: TrainingRun) -> None:
@@ -329,11 +334,16 @@ def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:
     agree(trainer, run)
     if run.terminated:
         trainer.control.should_save = trainer.control.should_training_stop = True
-    maybe_log_save_evaluate(trainer, run)
+    act(trainer, run)
 
 
-def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun) -> None:
-    """Log, evaluate and save, in this order, if the callbacks decided so. Then stop, if Ctrl-C was pressed on a rank.
+def _trial(trainer: TrainerLike) -> Trial | None:
+    search = trainer._trainfn.search
+    return None if search is None else search.trial
+
+
+def act(trainer: TrainerLike, run: TrainingRun) -> None:
+    """Log, evaluate and save, if the callbacks decided so. Then stop, if Ctrl-C was pressed on a rank.
 
     Raises:
         KeyboardInterrupt: If Ctrl-C was pressed. All ranks raise it after the same step, with full parameters in the
@@ -341,16 +351,12 @@ def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun) -> None:
     """
     control = trainer.control
     acted = control.should_log or control.should_evaluate or control.should_save
-    if control.should_log and run.losses.steps > 0:
-        trainer.log(run.losses.take(learning_rate=trainer.get_learning_rates()[0]), run.began)
-    if control.should_evaluate and not run.terminated:
-        metrics = trainer._evaluate(run.ignore_keys)
-        better = _folders.note_best(trainer, metrics)
-        if trainer.args.save_strategy == SaveStrategy.BEST:
-            control.should_save = control.should_save or better
-    if control.should_save:
-        trainer._save_checkpoint(trainer.model, trial=None)
-        event(trainer, "on_save")
+    if run.acts_alone:  # an override decides by itself when to log
+        loss, norm = run.losses.newest(trainer.args.device)
+        state, where = trainer.state, (run.ignore_keys, run.began)
+        trainer._maybe_log_save_evaluate(loss, norm, trainer.model, _trial(trainer), state.epoch or 0.0, *where)
+    else:
+        maybe_log_save_evaluate(trainer, run)
     if acted:  # logs, evaluations and checkpoints fire events, in which callbacks decide again
         agree(trainer, run)
     if run.interrupted:
@@ -358,14 +364,35 @@ def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun) -> None:
         raise KeyboardInterrupt
 
 
-def _finished(trainer: TrainerLike, run: TrainingRun, first: int) -> TrainOutput:
-    steps = trainer.state.global_step - first
-    rows = (run.length.num_examples or 0) * steps / run.length.updates_per_epoch
-    metrics = speed_metrics("train", run.began, num_samples=rows, num_steps=steps)
+def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun, rate: float | None = None) -> None:
+    """Log, evaluate and save, in this order, if the callbacks decided so."""
+    control = trainer.control
+    if control.should_log and run.losses.steps > 0:
+        trainer.store_flos()
+        trainer.log(run.losses.take(learning_rate=trainer._get_learning_rate() if rate is None else rate), run.began)
+    if control.should_evaluate and not run.terminated:
+        metrics = trainer._evaluate(_trial(trainer), run.ignore_keys)
+        better = trainer._determine_best_metric(metrics=metrics, trial=_trial(trainer))
+        if trainer.args.save_strategy == SaveStrategy.BEST:
+            control.should_save = control.should_save or better
+    if control.should_save:
+        trainer._save_checkpoint(trainer.model, trial=_trial(trainer))
+        event(trainer, "on_save")
+
+
+def finished(trainer: TrainerLike, run: TrainingRun, rows: float, began: float) -> TrainOutput:
+    """Log the metrics of a run, load the best model if asked for, and return the run's output."""
+    steps = trainer.state.global_step - run.first
+    rows = rows * steps / max(run.length.max_steps, 1)
+    metrics = speed_metrics("train", began, num_samples=rows, num_steps=steps)
+    trainer.store_flos()
     metrics["total_flos"] = trainer.state.total_flos
     metrics["train_loss"] = run.losses.loss
     trainer.log(metrics)
     run.saving.wait()
-    _folders.load_best(trainer)
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        trainer._load_best_model()
+        if overridden(trainer, "_load_best_model") and trainer._trainfn.world.plan is None:
+            _parts.adopt_weights(trainer)
     _parameters.fill(trainer)
     return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)

@@ -11,7 +11,18 @@ from torch import Tensor
 
 import trainfn as tfn
 from trainfn.hf._parallel._world import ALONE, World
-from trainfn.hf._types import Batch, LossMetrics, Metrics, Optimizer, Outputs, Rate, Scheduler, TrainerLike, Trial
+from trainfn.hf._types import (
+    Batch,
+    LossMetrics,
+    Metrics,
+    Optimizer,
+    Outputs,
+    Rate,
+    Scheduler,
+    TrainerLike,
+    Trial,
+    Values,
+)
 
 if TYPE_CHECKING:  # the files that define these import this one
     from trainfn.hf._checkpoints._folders import Saving
@@ -34,12 +45,26 @@ class Search(NamedTuple):
     Attributes:
         trial: The trial of optuna.
         objective: ``metrics -> number``, or several numbers.
-        name: ``trial -> name``, for the trackers.
+        space: ``trial -> {argument: value}``.
     """
 
     trial: Trial
     objective: Callable[[Metrics], float | list[float]]
-    name: Callable[[Trial], str] | None = None
+    space: Callable[[Trial], Values]
+
+
+class Restored(NamedTuple):
+    """The checkpoint that a run resumes from, of which each method of the Trainer takes its part.
+
+    Attributes:
+        folder: The folder.
+        state: The state; None if transformers wrote the checkpoint.
+        extra: The values beside it.
+    """
+
+    folder: str
+    state: tfn.TrainState | None
+    extra: Values
 
 
 @dataclasses.dataclass(eq=False)
@@ -56,7 +81,10 @@ class TrainingRun:
         changes: Functions that change the state before the next step.
         controller_state: The state of the controller, if the learning rate follows a metric.
         began: When the loop began, in seconds since the epoch.
+        first: The number of steps before the run.
         tokens_before: The tokens that were seen before the loop began.
+        restored: The checkpoint, while the run resumes from it.
+        acts_alone: Whether a subclass overrides `_maybe_log_save_evaluate`, which is then called after every step.
         terminated: Whether a SIGTERM on any rank asked the run to save and stop.
         interrupted: Whether Ctrl-C was pressed on any rank, as all ranks know.
         held: Whether Ctrl-C was pressed on this rank, as the others do not know yet.
@@ -72,7 +100,10 @@ class TrainingRun:
     changes: list[Callable[[tfn.TrainState], tfn.TrainState]] = dataclasses.field(default_factory=list)
     controller_state: ControllerState | None = None
     began: float = dataclasses.field(default_factory=time.time)
+    first: int = 0
     tokens_before: int = 0
+    restored: Restored | None = None
+    acts_alone: bool = False
     terminated: bool = False
     interrupted: bool = False
     held: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
