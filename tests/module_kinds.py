@@ -374,3 +374,33 @@ def twins(kind: Kind) -> tuple[nn.Module, nn.Module]:
     other = kind.make()
     other.load_state_dict(copy.deepcopy(one.state_dict()))
     return one, other
+
+
+class Late(nn.Module):
+    """It begins to write into a parameter at its third call; counted by hand, as modules do that warm up."""
+
+    def __init__(self, how: str, *, frozen: bool) -> None:
+        super().__init__()
+        self.lin, self.w, self.how, self.calls = nn.Linear(4, 4), nn.Parameter(torch.ones(4)), how, 0
+        self.w.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 2:
+            with torch.no_grad():
+                WRITES[self.how](self.w)
+        return self.lin(x) * self.w
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "mul_": lambda w: w.mul_(0.5),
+    "torch.clamp_": lambda w: torch.clamp_(w, max=0.5),
+    "foreach": lambda w: torch._foreach_mul_([w], 0.5),
+    ".data.mul_": lambda w: w.data.mul_(0.5),
+    "detach": lambda w: w.detach().mul_(0.5),
+    "item": lambda w: w.__setitem__(0, 3.0),
+    "view": lambda w: w.view(2, 2)[0].mul_(0.5),
+    "out=": lambda w: torch.mul(w, 0.5, out=w),
+    ".data =": lambda w: setattr(w, "data", w.data * 0.5),
+    ".data[0]": lambda w: w.data.__setitem__(0, 3.0),
+}

@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # design.md §3. A file imports from its own layer or from one below; the name is that of the file or of its folder.
 LAYERS = {
     **dict.fromkeys(("_types", "tree", "_batch_types", "_dtensor", "errors", "_marks", "_text"), 0),
-    **dict.fromkeys(("random", "_keyed", "_audit", "_module", "_changes", "_bound"), 1),
+    **dict.fromkeys(("random", "_keyed", "_audit", "_module", "_changes", "_hooks", "_bound"), 1),
     **dict.fromkeys(("losses", "metrics", "optim", "schedules"), 1),
     **dict.fromkeys(("_reached", "_adapt", "_grad", "_step", "transforms"), 2),
     **dict.fromkeys(("_compile", "_ranks", "_plan", "process"), 3),

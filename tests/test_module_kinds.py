@@ -8,7 +8,7 @@ from torch.nn.utils import prune
 
 import trainfn as tfn
 import trainfn.testing as tt
-from tests.module_kinds import KINDS, by_hand, floats, squares, twins
+from tests.module_kinds import KINDS, WRITES, Kind, Late, by_hand, floats, squares, twins
 
 STEPS = 6
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
@@ -269,3 +269,24 @@ def test_check_module_finds_a_module_that_counts_in_python():
 
     with pytest.raises(tfn.errors.LawViolation, match=r"check_module: a step is not that of torch's plain loop"):
         tt.check_module(Counts(4, 1), squares, floats(0), compile=False)
+
+
+# --- a write that comes late --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["copy", "adopt"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("how", WRITES)
+def test_a_write_that_comes_late_leaves_the_old_state_as_it_is(how, frozen, storage):
+    kind = Kind(lambda: Late(how, frozen=frozen), squares, floats)
+    module, twin = twins(kind)
+    optimizer = tfn.optim.adamw(1e-2, weight_decay=0.1)
+    step, state = tfn.train_step(squares, optimizer), tfn.init(module, optimizer, storage=storage)
+    for n in range(STEPS):
+        kept = tfn.copy(state)
+        new, _ = step(state, kind.batch(n))
+        assert not tfn.diff(kept, state), f"step {n} changed the state that it was given"
+        state = new
+    assert torch.equal(module.w, torch.ones(4)), "the module itself was changed"
+    parameters = [p for p in twin.parameters() if p.requires_grad]
+    assert_equal_modules(state, by_hand(kind, twin, torch.optim.AdamW(parameters, **ADAMW), STEPS))

@@ -6,8 +6,8 @@ own Parameters are never touched, whatever the storage. A captured step has no n
 whose memory is the state's goes into the forward pass as the object it is.
 
 A forward pass may write into parameters, in place or by ``.data = ...``. The written numbers belong to the next state,
-and the given state stays as it is: a parameter that is written to is a copy. In the first pass all are copies, and it
-finds out which ones are needed (see `Writes`). A captured pass that finds it out is captured again.
+and the given state stays as it is. In an eager pass the stand-ins are lazy copies (`_lazily`): a copy is made by the
+first write to it. A captured pass that finds a write is captured again, with a copy of that parameter.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Generator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from trainfn._changes import check_modes, check_unchanged, unfrozen
-from trainfn._dtensor import held, is_distributed, is_split, local, spread_like
+from trainfn._dtensor import held
+from trainfn._hooks import carry_hooks
 from trainfn._marks import Again
 from trainfn._types import Buffers, Params, TrainState
 
@@ -40,19 +41,6 @@ class Unprotected(Again):
     def __init__(self, names: frozenset[str]) -> None:
         super().__init__()
         self.names = names
-
-
-class Writes:
-    """The parameters that the forward passes of one function write to, for states of one type.
-
-    Attributes:
-        names: The names that are known.
-        first: Whether no pass was made yet.
-    """
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-        self.first = True
 
 
 class Running:
@@ -77,9 +65,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def bound(
-    state: TrainState, *, training: bool, grads: bool | None = None, writes: Writes | None = None
-) -> Generator[Running]:
+def bound(state: TrainState, *, training: bool, grads: bool | None = None) -> Generator[Running]:
     """Run the state's module on the state's numbers for the time of a ``with`` block.
 
     Autograd must run inside the block: a checkpointed module computes its forward pass again during the backward pass,
@@ -87,11 +73,9 @@ def bound(
     """
     grads = training if grads is None else grads
     check_unchanged(state)
-    run, writes = Running(state), Writes() if writes is None else writes
+    run, copied = Running(state), COPIED.get()
     traced = _is_fake(next(iter(state.params.values()), None))
-    tried = writes.first and not traced and not CONSUMED.get() and _comparable()
-    copied = writes.names | COPIED.get()
-    watch = _Watch(state, copied, everything=tried)
+    watch = _Watch(copied, lazy=not traced and not CONSUMED.get() and _has_numbers())
     if state.module is None:
         run.model = run.leaves = {n: watch.stand_in(n, None, p, grads) for n, p in state.params.items()}
         run.leaves = dict(run.leaves)
@@ -102,8 +86,6 @@ def bound(
     run.written = watch.written()
     if traced and (found := run.written.keys() - copied):
         raise Unprotected(frozenset(found))
-    writes.names |= run.written.keys()
-    writes.first = writes.first and not tried and not traced
     _returned(state, run)
 
 
@@ -133,7 +115,7 @@ def _placed(state: TrainState, run: Running, watch: _Watch, training: bool, grad
             run.own[id(old)] = name
             placed[name] = run.leaves[name] = watch.stand_in(name, old, state.params[name], grads)
             if training and (old._backward_hooks or old._post_accumulate_grad_hooks):
-                _carry_hooks(run, old, placed[name])
+                carry_hooks(run, old, placed[name])
         elif name in own:  # a forward pass may write into its buffers: it gets copies
             placed[name] = state.buffers[name].clone()
         else:
@@ -171,52 +153,6 @@ def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
             module.training = mode
 
 
-# --- hooks --------------------------------------------------------------------------------------------------------
-
-
-_SPLIT_HOOK = (
-    "step(state, batch): a Parameter has a hook, and on ranks its gradient is in parts, or not added up when the hook"
-    " is called. Take `register_hook` and a plan that shards no gradients, `tfn.Plan.replicated()`; or change the"
-    " gradients in the optimizer: `tfn.optim.chain(tfn.optim.masked(...), optimizer)`."
-)
-
-
-def _carry_hooks(run: Running, old: Tensor, leaf: Tensor) -> None:
-    """Let the hooks of a Parameter see the gradients of its stand-in: of a mean, as they do in a loop of torch."""
-
-    def before(hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
-        def seen(grad: Tensor) -> Tensor | None:
-            if is_split(grad):
-                raise ValueError(_SPLIT_HOOK)
-            weight = _or_one(run.weight)
-            out = hook(local(grad) / weight)  # on ranks, of this rank's rows, as under DDP
-            return None if out is None else spread_like(out * weight, grad)
-
-        return seen
-
-    def after(hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-        def seen(leaf: Tensor) -> None:
-            weight = _or_one(run.weight)
-            if is_distributed(leaf):
-                raise ValueError(_SPLIT_HOOK)
-            assert leaf.grad is not None
-            leaf.grad = leaf.grad / weight
-            hook(leaf)
-            leaf.grad = None if leaf.grad is None else leaf.grad * weight
-
-        return seen
-
-    hooks: Any = old
-    for hook in (hooks._backward_hooks or {}).values():
-        leaf.register_hook(before(hook))
-    for hook in (hooks._post_accumulate_grad_hooks or {}).values():
-        leaf.register_post_accumulate_grad_hook(after(hook))
-
-
-def _or_one(weight: Tensor | None) -> Tensor | float:
-    return 1.0 if weight is None else torch.where(weight == 0, torch.ones_like(weight), weight)
-
-
 # --- stand-ins, and what is written to them -----------------------------------------------------------------------
 
 
@@ -236,7 +172,7 @@ class _Traced(FakeTensor):
 
 @functools.cache
 def _watched(kind: type) -> type:
-    """The class of a stand-in in the first pass: a write to its ``data`` counts as a write to the stand-in.
+    """The class of a stand-in of an eager pass: a write to its ``data`` counts as a write to the stand-in.
 
     It takes no comparison of numbers, which would wait for the device.
     """
@@ -246,6 +182,7 @@ def _watched(kind: type) -> type:
 
     def put(x: Tensor, value: Tensor) -> None:
         Tensor.data.__set__(x, value)  # type: ignore[attr-defined]
+        torch.autograd.graph.increment_version(x)
 
     plain = {"__torch_function__": torch._C._disabled_torch_function_impl}
     return type(kind.__name__, (kind,), {"__module__": kind.__module__, "data": property(get, put), **plain})
@@ -266,54 +203,97 @@ def _stand_in(old: Any, value: Any, trained: bool, *, watched: bool = False) -> 
     return made
 
 
+def _lazily(x: Any) -> Any:
+    """A copy that takes memory only when one of the two is written to; None where there is no such copy.
+
+    It costs half a microsecond, and no read of torch's own operations makes the copy. Storages that torch did not
+    allocate have none, such as those of NumPy.
+    """
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return None
+    try:
+        return torch._lazy_clone(x)  # pyright: ignore[reportAttributeAccessIssue]
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+class _Made(NamedTuple):
+    """A stand-in, or a frozen Parameter itself.
+
+    Attributes:
+        name: The parameter's name.
+        tensor: The stand-in.
+        given: The tensor that it was made of.
+        version: The version of the stand-in before the pass.
+        at: The address of its numbers before the pass; None where a read may change it.
+        kept: The state's numbers, where the stand-in is the module's own Parameter; if possible, a lazy copy.
+    """
+
+    name: str
+    tensor: Any
+    given: Any
+    version: int
+    at: int | None
+    kept: Tensor | None
+
+
 class _Watch:
     """The stand-ins of one pass."""
 
-    def __init__(self, state: TrainState, copied: set[str] | frozenset[str], *, everything: bool) -> None:
-        self._all, self._copied = everything, copied
-        # The name, the module's Parameter, its stand-in, the tensor that it was made of, the version before the pass.
-        self._made: list[tuple[str, Any, Any, Any, int]] = []
-        # No more copies of frozen parameters than the update makes of trained ones: under LoRA they are most tensors.
-        self._frozen = everything and _bytes(state.buffers) <= _bytes(state.params)
+    def __init__(self, copied: frozenset[str], *, lazy: bool) -> None:
+        self._copied, self._lazy = copied, lazy
+        self._made: list[_Made] = []
 
     def stand_in(self, name: str, old: Any, value: Any, trained: bool) -> Any:
         """The stand-in of a trained parameter."""
-        given = value.clone() if self._all or name in self._copied else value
+        given, lazy = self._given(name, value)
+        if self._lazy and not lazy and given is value:  # once: what an update makes is torch's memory
+            given = value.clone()
         trains = trained and (old is None or old.requires_grad)
         if old is not None:
-            made = _stand_in(old, given, trains, watched=self._all)
-        elif self._all and type(given) is Tensor:
+            made = _stand_in(old, given, trains, watched=lazy)
+        elif lazy:
             made = Tensor._make_subclass(_watched(Tensor), given, trains)
         else:
             made = given.detach().requires_grad_(trains)
-        self._made.append((name, old, made, given, made._version))
+        self._note(name, made, given, lazy)
         return made
 
     def frozen(self, name: str, old: Any, value: Any) -> Any:
-        """Return the frozen parameter itself where its memory is the state's and the pass only reads it."""
-        copy = name in self._copied or (self._frozen and type(value) is Tensor)
-        if not copy and _same_memory(old, value):
-            made = old
-        else:
-            value = value.clone() if copy else value
-            made = _stand_in(old, value, False, watched=self._all)
-        self._made.append((name, old, made, value, made._version))
+        """Return the frozen parameter itself where its memory is the state's."""
+        if name not in self._copied and _same_memory(old, value):
+            plain = type(old) is nn.Parameter and old.is_floating_point()  # others go to kernels that are not torch's
+            kept = _lazily(value) if self._lazy and plain else None
+            self._note(name, old, value, False, value if kept is None else kept)
+            return old
+        given, lazy = self._given(name, value)
+        made = _stand_in(old, given, False, watched=lazy)
+        self._note(name, made, given, lazy)
         return made
+
+    def _given(self, name: str, value: Any) -> tuple[Any, bool]:
+        """The numbers for a stand-in, and whether they are a copy of the state's that is watched."""
+        if name in self._copied:
+            return value.clone(), False
+        copy = _lazily(value) if self._lazy else None
+        return (value, False) if copy is None else (copy, True)
+
+    def _note(self, name: str, made: Any, given: Any, lazy: bool, kept: Tensor | None = None) -> None:
+        at = None if lazy or type(given) is not Tensor else _address(given)
+        self._made.append(_Made(name, made, given, made._version, at, kept))
 
     def written(self) -> Params:
         """The values of the parameters that were written to."""
         found: Params = {}
-        for name, old, made, given, version in self._made:
-            moved = type(given) is Tensor and made.data_ptr() != given.data_ptr()  # by `.data = ...`
-            if moved or name in self._copied or made._version != version:
-                found[name] = made.detach()
-                if made is old and moved:
-                    made.data = given  # the module's own Parameter goes on sharing the state's memory
+        for one in self._made:
+            moved = one.at is not None and _address(one.tensor) != one.at  # by `.data = ...`, or a lazy copy was made
+            if moved and one.kept is not None and one.tensor._version == one.version:
+                moved = one.kept is one.given or not torch.equal(one.tensor, one.kept)  # a foreign kernel may read it
+            if moved or one.name in self._copied or one.tensor._version != one.version:
+                found[one.name] = one.tensor.detach()
+                if one.kept is not None and (moved or one.kept is not one.given):
+                    one.given.data = one.tensor.data = one.kept  # the two go on sharing the state's memory
         return found
-
-
-def _bytes(tensors: Params) -> int:
-    return sum(x.nbytes for x in tensors.values())
 
 
 def _same_memory(old: Any, value: Any) -> bool:
@@ -321,13 +301,18 @@ def _same_memory(old: Any, value: Any) -> bool:
         return True
     if type(value) is not Tensor:
         return False
-    return old.data_ptr() == value.data_ptr() and old.shape == value.shape and old.stride() == value.stride()
+    return _address(old) == _address(value) and old.shape == value.shape and old.stride() == value.stride()
+
+
+def _address(x: Tensor) -> int:
+    """Where the numbers are; to ask for it does not make a lazy copy a real one, as `data_ptr` does."""
+    return torch._C._data_address(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _is_fake(x: Any) -> bool:
     return hasattr(held(x), "fake_mode")
 
 
-def _comparable() -> bool:
-    """Whether numbers can be compared: not inside of `torch.func.vmap` and the like."""
+def _has_numbers() -> bool:
+    """Whether tensors have memory of their own: not inside of `torch.func.vmap` and the like."""
     return torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]

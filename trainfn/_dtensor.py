@@ -103,7 +103,8 @@ def spread_like(part: Tensor, like: Any, placements: Sequence[Any] | None = None
 def split_like(x: Tensor, like: Any) -> Any:
     """Return this rank's part of a full tensor, spread as ``like`` is: the inverse of `full`.
 
-    Nothing is communicated: each rank cuts its part out of ``x``.
+    Nothing is communicated: each rank cuts its part out of ``x``. Where ``like`` has summands on an axis, the first
+    rank of the axis has all of them, and the others have zeros.
 
     >>> split_like(torch.zeros(2), torch.ones(2))
     tensor([0., 0.])
@@ -113,7 +114,13 @@ def split_like(x: Tensor, like: Any) -> Any:
     from torch.distributed.tensor import DTensor, Replicate
 
     everywhere = [Replicate()] * like.device_mesh.ndim
-    return DTensor.from_local(x, like.device_mesh, everywhere, run_check=False).redistribute(placements=like.placements)
+    spread = DTensor.from_local(x, like.device_mesh, everywhere, run_check=False)
+    if not any(placement.is_partial() for placement in like.placements):
+        return spread.redistribute(placements=like.placements)
+    part = spread.redistribute(placements=[p if p.is_shard() else Replicate() for p in like.placements]).to_local()
+    at = like.device_mesh.get_coordinate()
+    others = any(here for here, p in zip(at, like.placements, strict=True) if p.is_partial())
+    return spread_like(torch.zeros_like(part) if others else part, like)
 
 
 def on_full(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -138,6 +145,18 @@ def sum_over(x: Tensor, group: Any) -> Tensor:
     from torch.distributed import _functional_collectives as collectives  # takes a second to import
 
     return collectives.wait_tensor(collectives.all_reduce(x, "sum", group))
+
+
+def sum_of_rows(x: Tensor, like: Any) -> Tensor:
+    """Return the sum of a number over the ranks that have different rows; ``like`` is a `DTensor`, or nothing is done.
+
+    >>> sum_of_rows(torch.ones(()), torch.zeros(2))
+    tensor(1.)
+    """
+    if is_distributed(like):
+        for axis, name in enumerate(like.device_mesh.mesh_dim_names or ()):
+            x = x if name == "tensor" else sum_over(x, (like.device_mesh, axis))
+    return x
 
 
 def norm(tensors: Sequence[Any]) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trainfn import tree
-from trainfn._bound import Running, Writes, bound
+from trainfn._bound import Running, bound
 from trainfn._keyed import Randomness
 from trainfn._marks import backward_pass
 from trainfn._module import check_state
@@ -79,7 +79,7 @@ def gradient_function(loss: Loss, common: Callable[[TrainState, Tensor], Tensor]
         rows, one = tree.row_count(batch), known.of(state)
 
         def sums() -> Gradients:
-            with torch.enable_grad(), bound(state, training=True, writes=one.writes) as run:
+            with torch.enable_grad(), bound(state, training=True) as run:
                 mean, metrics = exact(loss(run.model, batch), rows)
                 grads = _derivatives(run, mean, _scale(state, mean, common), one, state)
             torch.clear_autocast_cache()  # under a caller's autocast it would keep copies of these parameters
@@ -95,13 +95,12 @@ class Pass:
     """The facts that the first pass of a loss found out, for states of one type.
 
     Attributes:
-        writes: The parameters that the forward pass writes to.
         first: Whether no pass was made yet.
         outside: Whether the loss reaches tensors outside of the state that require gradients.
     """
 
     def __init__(self) -> None:
-        self.writes, self.first, self.outside = Writes(), True, False
+        self.first, self.outside = True, False
 
 
 class Passes:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainfn import tree
 from trainfn._bound import bound
-from trainfn._grad import GradientFunction, Passes, detached, exact, gradient_function, summed, value_and_grad
+from trainfn._grad import GradientFunction, detached, exact, gradient_function, summed, value_and_grad
 from trainfn._keyed import Randomness
 from trainfn._module import check_state, check_whole
 from trainfn._reached import Unsettled, is_settled, kept
@@ -260,15 +260,14 @@ def eval_step(
     {'loss': Mean(9 over weight 2)}
     """
     one = loss if plan is None else plan.loss(loss)
-    randomness, known, noticed = Randomness(), Passes(), bool(grad)
+    randomness, noticed = Randomness(), bool(grad)
 
     def evaluate_batch(state: TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> Metrics:
         check_state(state)
         rows = tree.row_count(batch)
 
         def means(grads: bool) -> Metrics:
-            writes = known.of(state).writes
-            with torch.set_grad_enabled(grads), bound(state, training=False, grads=grads, writes=writes) as run:
+            with torch.set_grad_enabled(grads), bound(state, training=False, grads=grads) as run:
                 mean, metrics = exact(one(run.model, batch), rows)
             torch.clear_autocast_cache()  # as in `value_and_grad`
             return {"loss": detached(mean), **{name: detached(metric) for name, metric in metrics.items()}}

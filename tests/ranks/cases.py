@@ -14,7 +14,7 @@ from tests.compile.test_transformers_models import SIZES, LlamaConfig, LlamaForC
 from tests.compile.test_transformers_models import batch as hf_batch
 from tests.compile.test_transformers_models import loss as hf_loss
 from tests.optim.table import OPTIMIZERS, net
-from tests.ranks import driving
+from tests.ranks import driving, modules
 from tests.ranks.driving import deviation, mine, rows, squared
 
 PLANS = {
@@ -223,6 +223,10 @@ def of_two():
         yield from ((f"{plan_name}: {name}", Case(2, case)) for name, case in of_models(plan))
         if plan_name in ("replicated", "zero 3"):
             yield from ((f"driving, {plan_name}: {name}", Case(2, case)) for name, case in driving.cases(plan))
+    for plan_name, other in (("replicated", "zero 2"), ("zero 3", "zero 1")):
+        found = modules.cases(PLANS[plan_name], PLANS[other])
+        yield from ((f"modules, {plan_name}: {name}", Case(2, case)) for name, case in found)
+    yield "golden: a hook under DDP", Case(2, modules.hook_under_ddp)
     yield "golden: DDP", Case(2, partial(golden_case, "DDP", tfn.Plan.replicated()))
     yield "golden: DDP, zero 2", Case(2, partial(golden_case, "DDP", tfn.Plan.zero(2)))
     yield "golden: FSDP2", Case(2, partial(golden_case, "FSDP2", tfn.Plan.fsdp()))

@@ -52,6 +52,7 @@ def save(path: str | os.PathLike[str], state: TrainState, *, max_shard_size: int
     """
     ranks = ranks_of(state)
     call = "save(path, state)"
+    state = _leaves.alike(state, ranks)
     contents = ranks.agreed(
         lambda: contents_of(state, call, max_shard_size=max_shard_size, full=full, ranks=ranks)
     )  # fmt: skip

@@ -17,6 +17,8 @@ from torch import Tensor
 from trainfn import tree
 from trainfn._checkpoint._format import DTYPES, MODEL, Leaf
 from trainfn._dtensor import is_distributed
+from trainfn._ranks._group import Ranks
+from trainfn._reached import late_in, settled
 from trainfn._text import closest, nearest, shortened
 from trainfn._types import TrainState
 from trainfn.errors import CheckpointError
@@ -45,6 +47,18 @@ def named(state: TrainState, call: str) -> dict[str, Tensor]:
         if is_distributed(leaf):
             _check_layout(leaf, f"{call}: {where}")
     return found
+
+
+def alike(state: TrainState, ranks: Ranks) -> TrainState:
+    """The state with the leaves that it has on any rank.
+
+    A rank counts the updates that a parameter missed from the first one on that its own rows did not reach. Until then
+    the count is 0.
+    """
+    if ranks.size == 1:
+        return state
+    names = frozenset[str]().union(*ranks.everyone(lambda: late_in(state.opt_state)))
+    return state._replace(opt_state=settled(state.opt_state, names)) if names else state
 
 
 def _check_layout(leaf: Any, which: str) -> None:

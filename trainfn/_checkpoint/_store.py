@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from trainfn._checkpoint import _disk
 from trainfn._checkpoint._contents import SHARD, Contents, contents_of
 from trainfn._checkpoint._folder import STEP, Folder, best_of, expired
+from trainfn._checkpoint._leaves import alike
 from trainfn._checkpoint._snapshot import Gathered, Snapshot
 from trainfn._checkpoint._write import explained, sweep, write
 from trainfn._ranks import _group
@@ -128,6 +129,7 @@ class Checkpoints:
         """
         self.wait()
         ranks = self._job()
+        state = alike(state, ranks)
         given = {"extra": extra, "metrics": metrics, "files": files, "model": None if model is None else Path(model)}
         contents = ranks.agreed(lambda: self._contents(state, given, ranks))
         if not self.asynchronous:

@@ -7,8 +7,8 @@ import dataclasses
 import gc
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -276,6 +276,18 @@ def _gaps(spans: list[range], stop: int) -> list[range]:
     return [gap for gap in gaps if len(gap) > _LOOSE]
 
 
+class Source(NamedTuple):
+    """The text of a function that calls pieces, and the operations and values that it calls them with.
+
+    Attributes:
+        text: The function, ``program``. It calls a piece as ``_run_`` and its name.
+        scope: By name, operations and values that are not tensors.
+    """
+
+    text: str
+    scope: dict[str, Any]
+
+
 def compile_pieces(graph: fx.GraphModule, compiler: Compiler) -> Callable[..., Any]:
     """The graph, cut and each of its distinct pieces compiled once.
 
@@ -284,17 +296,29 @@ def compile_pieces(graph: fx.GraphModule, compiler: Compiler) -> Callable[..., A
         compiler: gets a module and the fake tensors of its inputs. What it returns is called with one list of the
             inputs, which it may empty.
     """
+    return assemble(*pieces(graph, compiler))
+
+
+def pieces(graph: fx.GraphModule, compiler: Compiler) -> tuple[Source, dict[str, Run]]:
+    """Return what `compile_pieces` assembles: the program, and the compiled pieces by name."""
     with _unswept():
         outer = cut(graph)
         if outer is graph:
-            whole = compiler(graph, _examples(graph))
-            return lambda *args: whole(list(args))
+            whole = {"whole": compiler(graph, _examples(graph))}
+            return Source("def program(*args):\n    return _run_whole(list(args))", {}), whole
         ready: dict[str, Run] = {}
         for node in outer.graph.nodes:
             if node.op == "call_module" and node.target not in ready:
                 piece = getattr(outer, node.target)
                 ready[node.target] = compiler(piece, _examples(piece))
-        return _program(outer, ready)
+        return _written(outer), ready
+
+
+def assemble(source: Source, ready: Mapping[str, Run]) -> Callable[..., Any]:
+    """Return the program as a function."""
+    scope = {**source.scope, **{f"_run_{name}": run for name, run in ready.items()}}
+    exec(compile(source.text, "<pieces>", "exec"), scope)
+    return scope["program"]
 
 
 @contextlib.contextmanager
@@ -313,41 +337,37 @@ def _examples(graph: fx.GraphModule) -> list[Tensor]:
     return [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
 
 
-def _program(outer: fx.GraphModule, ready: dict[str, Run]) -> Callable[..., Any]:
+def _written(outer: fx.GraphModule) -> Source:
     """The outer graph as one function, line by line. Each value is let go of before the last piece that takes it."""
-    scope: dict[str, Any] = {f"run_{name}": f for name, f in ready.items()}
+    scope: dict[str, Any] = {}
     last: dict[fx.Node, fx.Node] = {used: node for node in outer.graph.nodes for used in node.all_input_nodes}
     lines: list[str] = []
+
+    def written(arg: Any) -> str:
+        """An argument as text: tensors have names, and so have other values."""
+        if isinstance(arg, fx.Node):
+            return arg.name
+        if isinstance(arg, list | tuple) and any(isinstance(x, fx.Node) for x in arg):
+            return f"[{', '.join(map(written, arg))}]"
+        scope[f"_value_{len(scope)}"] = arg
+        return f"_value_{len(scope) - 1}"
+
     for node in outer.graph.nodes:
         ends = [used.name for used in node.all_input_nodes if last[used] is node and used.op != "get_attr"]
         free = f"del {', '.join(ends)}" if ends else "pass"
         if node.op == "call_module":
             args = ", ".join(str(arg) for arg in node.args)
-            lines += [f"_args = [{args}]", free, f"{node.name} = run_{node.target}(_args)"]
+            lines += [f"_args = [{args}]", free, f"{node.name} = _run_{node.target}(_args)"]
             lines += [] if node.users else [f"del {node.name}"]
         elif node.op == "call_function" and node.target is operator.getitem:
             lines += [f"{node.name} = {node.args[0]}[{node.args[1]}]", free]
         elif node.op == "call_function":
-            scope[f"op_{node.name}"] = _Loose(node)
-            args = ", ".join(str(n) for n in inputs(node))
-            lines += [f"{node.name} = op_{node.name}({args})", free]
+            args = [*map(written, node.args), *(f"{name}={written(arg)}" for name, arg in node.kwargs.items())]
+            scope[f"_op_{node.name}"] = node.target
+            lines += [f"{node.name} = _op_{node.name}({', '.join(args)})", free]
         elif node.op == "get_attr":
             scope[node.name] = getattr(outer, node.target)
         elif node.op == "output":
             lines.append(f"return {node.args[0]}")
     names = ", ".join(node.name for node in outer.graph.nodes if node.op == "placeholder")
-    source = f"def program({names}):\n" + "\n".join(f"    {line}" for line in lines)
-    exec(compile(source, "<pieces>", "exec"), scope)
-    return scope["program"]
-
-
-class _Loose:
-    """An operation with all arguments but the tensors filled in."""
-
-    def __init__(self, node: fx.Node) -> None:
-        self._node = node
-
-    def __call__(self, *tensors: Any) -> Any:
-        left = iter(tensors)
-        args, kwargs = fx.map_arg((self._node.args, dict(self._node.kwargs)), lambda _: next(left))
-        return self._node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+    return Source(f"def program({names}):\n" + "\n".join(f"    {line}" for line in lines), scope)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from trainfn._compile import _recipes
 from trainfn._compile._atoms import inputs, owner
-from trainfn._compile._blocks import compile_pieces
+from trainfn._compile._blocks import assemble, pieces
 from trainfn._compile._leafwise import leafwise
 from trainfn._compile._onefile import few_files
 from trainfn._compile._twins import merge_twins
@@ -29,9 +30,11 @@ def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
     compiled again without lists, and at last as one graph by inductor's front door.
     """
     examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    key = _recipes.key_of(graph, examples)
     ways: list[Callable[[], Callable[..., Any]]] = [
-        lambda: compile_pieces(graph, inductor),
-        lambda: compile_pieces(_without_lists(graph), inductor),
+        lambda: _recipes.follow(key),
+        lambda: _in_pieces(graph, key),
+        lambda: _in_pieces(_without_lists(graph), key),
         lambda: _spread(_by_the_front_door(_without_lists(graph), examples)),
     ]
     first: Exception | None = None
@@ -39,11 +42,20 @@ def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
         try:
             with _ONE, few_files():
                 return compiled()
+        except _recipes.Absent:
+            continue
         except Exception as error:
             first = first or error
             logging.getLogger("trainfn").info("inductor could not compile the graph, and gets another form: %s", error)
     assert first is not None
     raise first
+
+
+def _in_pieces(graph: fx.GraphModule, key: str | None) -> Callable[..., Any]:
+    source, ready = pieces(graph, inductor)
+    if key is not None:
+        _recipes.keep(key, source, ready)
+    return assemble(source, ready)
 
 
 def _without_lists(graph: fx.GraphModule) -> fx.GraphModule:
@@ -54,7 +66,7 @@ def _spread(compiled: Callable[[list[Tensor]], Sequence[Any]]) -> Callable[..., 
     return lambda *args: compiled(list(args))
 
 
-def inductor(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Any]]:
+def inductor(module: fx.GraphModule, examples: list[Tensor]) -> _recipes.Piece:
     """Compile a flat graph whose examples are fake tensors. What is returned takes a list and empties it."""
     from torch._guards import TracingContext, detect_fake_mode, tracing
     from torch._inductor import config
@@ -63,11 +75,12 @@ def inductor(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[list[T
         kept, count = _seeds_kept(module)
         with torch.no_grad(), tracing(TracingContext(detect_fake_mode(examples))), _repeatable(examples):
             with contextlib.suppress(ImportError, TypeError):  # another torch: by its front door
-                return _first(_past_autograd(kept, examples), count)
+                compiled = _past_autograd(kept, examples)
+                return _recipes.Piece(compiled, count, getattr(compiled, "_fx_graph_cache_key", None))
     return _by_the_front_door(module, examples)
 
 
-def _by_the_front_door(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Any]]:
+def _by_the_front_door(module: fx.GraphModule, examples: list[Tensor]) -> _recipes.Piece:
     from torch._guards import TracingContext, detect_fake_mode, tracing
     from torch._inductor.compile_fx import compile_fx
 
@@ -77,7 +90,7 @@ def _by_the_front_door(module: fx.GraphModule, examples: list[Tensor]) -> Callab
     module.recompile()
     with torch.no_grad(), tracing(TracingContext(detect_fake_mode(examples))), _repeatable(examples):
         whole: Any = compile_fx(module, examples)
-        return _first(lambda args: whole(*args), count)
+        return _recipes.Piece(lambda args: whole(*args), count)
 
 
 def _seeds_kept(module: fx.GraphModule) -> tuple[fx.GraphModule, int]:
@@ -105,10 +118,6 @@ def _is_seed(node: fx.Node) -> bool:
     attention = isinstance(source, fx.Node) and "_scaled_dot_product_" in str(source.target)
     value = node.meta.get("val")
     return attention and part >= 2 and isinstance(value, Tensor) and value.dim() < 2
-
-
-def _first(run: Callable[[list[Tensor]], Sequence[Any]], count: int) -> Callable[[list[Tensor]], Sequence[Any]]:
-    return lambda args: run(args)[:count]
 
 
 @contextlib.contextmanager

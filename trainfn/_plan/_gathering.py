@@ -8,12 +8,12 @@ captured step has all of this as operations of its graph.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -34,8 +34,10 @@ _QUESTIONS = {
         Tensor.register_hook,
         Tensor.register_post_accumulate_grad_hook,
     ),
+    *(Tensor.grad.__set__, Tensor.grad.__delete__),  # pyright: ignore[reportAttributeAccessIssue]
     *(Tensor.requires_grad_, Tensor.__len__, Tensor.is_contiguous, Tensor.element_size, torch.is_floating_point),
 }
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class Usage(NamedTuple):
@@ -110,6 +112,7 @@ class Gathering(TorchFunctionMode):
         super().__init__()
         self.plan, self.training = plan, training
         self.live: dict[int, tuple[StorageWeakRef, DTensor, Usage]] = {}
+        self.values: dict[int, StorageWeakRef] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Gather the parameters that the function is called on."""
@@ -121,30 +124,42 @@ class Gathering(TorchFunctionMode):
             given = _linear(*args, **(kwargs or {}))
             if _tensor.split_dim(given[1]) is not None:
                 return _tensor.linear(self.value, *given)
-        if _writes(func, args, kwargs or {}):
+        if any(self._is_ours(x) for x in _written(func, args, kwargs or {})):
+            how = ".data = ..." if func.__name__ == "__set__" else func.__name__
             raise ValueError(
-                f"step(state, batch): the forward pass writes into a parameter, by `{func.__name__}`, and each rank"
-                " would write into a copy. Keep it in a buffer, `module.register_buffer(...)`, or change it after the"
-                " step, by `tfn.transforms.after`."
+                f"step(state, batch): the forward pass writes into a parameter, by `{how}`, and each rank would write"
+                " into a copy. Keep it in a buffer, `module.register_buffer(...)`, or change it after the step, by"
+                " `tfn.transforms.after`."
             )
         args = tuple(self._use(x) for x in args)
         return func(*args, **{name: self._use(x) for name, x in (kwargs or {}).items()})
 
     def _use(self, x: Any) -> Any:
         if isinstance(x, DTensor):
-            return self.value(x) if x.requires_grad or not self.training else x  # not gradients
+            return self.value(x) if self._is_parameter(x) else x
         if type(x) is list or type(x) is tuple:
             return type(x)(self._use(item) for item in x)
         return x
 
+    def _is_parameter(self, x: DTensor) -> bool:
+        """Whether it is a parameter, trained or frozen, and not a gradient."""
+        return x.requires_grad or not self.training or isinstance(x, nn.Parameter)
+
+    def _is_ours(self, x: Any) -> bool:
+        """Whether it is a parameter, its value on this rank, or a view of that."""
+        if isinstance(x, DTensor):
+            return self._is_parameter(x)
+        return type(x) is Tensor and StorageWeakRef(x.untyped_storage()).cdata in self.values
+
     def value(self, param: DTensor, *, part: bool = False) -> Tensor:
         """The value that this rank computes with: a full parameter, or its part along the axis ``tensor``."""
         how = usage(self.plan, param, tensor_parallel=part)
-        if not torch.is_grad_enabled():
-            return gathered(param, self.plan, how)
-        value = Use.apply(param, self.plan, how)
+        grads = torch.is_grad_enabled()
+        value = Use.apply(param, self.plan, how) if grads else gathered(param, self.plan, how)
         storage = StorageWeakRef(value.untyped_storage())
-        self.live[storage.cdata] = storage, param, how
+        self.values[storage.cdata] = storage
+        if grads:
+            self.live[storage.cdata] = storage, param, how
         return value
 
     # --- instead of the values that autograd would keep -----------------------------------------------------------
@@ -166,14 +181,21 @@ class Gathering(TorchFunctionMode):
             return gathered(param, self.plan, how).as_strided(shape, stride, offset)
 
 
-def _writes(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a function writes into a parameter: into its first argument, by torch's rule for names."""
-    if func is F.embedding:
-        return kwargs.get("max_norm") is not None
+_SETS = frozenset(f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod",
+                                             "ipow", "iand", "ior", "ixor", "ilshift", "irshift"))  # fmt: skip
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    """The tensors that a function writes into, by torch's rule for names."""
     name = getattr(func, "__name__", "")
-    if not ((name.endswith("_") and not name.endswith("__")) or name == "__setitem__"):
-        return False
-    return bool(args) and isinstance(args[0], DTensor) and args[0].requires_grad
+    out = kwargs.get("out") if kwargs else None
+    if func is F.embedding and kwargs.get("max_norm") is not None:
+        yield args[1]
+    elif (name.endswith("_") and not name.endswith("__")) or name in _SETS or func == _SET_DATA:
+        given = args[0] if args else None
+        yield from given if isinstance(given, list | tuple) else (given,)
+    elif out is not None:
+        yield from out if isinstance(out, list | tuple) else (out,)
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:

@@ -216,6 +216,18 @@ class Trainer(Running, Checkpointing, Reporting):
         """The loss of a batch, a mean over ``num_items_in_batch`` labels; or an exact `trainfn.Mean`."""
         return _loss.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which losses are computed; an override may add to it."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.autocast_smart_context_manager())
+        return stack
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Nothing, as in transformers: ``bf16`` and ``fp16`` cast by themselves."""
+        return contextlib.nullcontext()
+
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """One micro-batch forwards and backwards; only called if it is overridden."""
         return _manual.training_step(self, model, inputs, num_items_in_batch)

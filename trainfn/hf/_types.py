@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -125,6 +126,7 @@ class TrainerLike(Protocol):
     hp_name: Callable[[Trial], str] | None
     hp_search_backend: HPSearchBackend | None
     deepspeed: object
+    current_gradient_accumulation_steps: int
     hub_model_id: str | None
     push_in_progress: Pushes | None
     _train_batch_size: int
@@ -177,6 +179,8 @@ class TrainerLike(Protocol):
     def _set_signature_columns_if_needed(self) -> None: ...
 
     # --- loss and step --------------------------------------------------------------------------------------------
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]: ...
 
     @property
     def compute_loss(self) -> Callable[..., Loss | tuple[Loss, Outputs]]: ...

@@ -32,7 +32,7 @@ from trainfn.hf._evaluation._prediction import mean_of
 from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._parallel._world import World
 from trainfn.hf._run._data import together
-from trainfn.hf._step._modes import as_found
+from trainfn.hf._step._modes import as_found, eval_mode
 from trainfn.hf._types import Batch, Dataset, Datasets, Loader, Metrics, Nested, TrainerLike
 
 logger = logging.getLogger(__name__)
@@ -77,12 +77,13 @@ def evaluate(
     # A broadcast from rank 0, once an evaluation. The measured times differ between ranks, and every rank must take
     # the same decisions (early stopping, the best checkpoint) from the same numbers.
     metrics = trainer._trainfn.world.ranks.first(lambda: metrics)
-    trainer.log(metrics)
-    if trainer.state.epoch is not None:  # `log` adds it; an override of `log` may not
-        metrics.setdefault("epoch", trainer.state.epoch)
-    # A copy: transformers' progress bar for notebooks pops keys from the metrics that it receives.
-    shown = trainer.args, trainer.state, trainer.control, dict(metrics)
-    trainer.control = trainer.callback_handler.on_evaluate(*shown)
+    with eval_mode(trainer.model):  # by which an override of `log` knows these logs from those of training
+        trainer.log(metrics)
+        if trainer.state.epoch is not None:  # `log` adds it; an override of `log` may not
+            metrics.setdefault("epoch", trainer.state.epoch)
+        # A copy: transformers' progress bar for notebooks pops keys from the metrics that it receives.
+        shown = trainer.args, trainer.state, trainer.control, dict(metrics)
+        trainer.control = trainer.callback_handler.on_evaluate(*shown)
     return metrics
 
 
@@ -106,8 +107,9 @@ def predict(
     output = trainer.evaluation_loop(loader, "Prediction", ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
     metrics = _with_speed(trainer, output, metric_key_prefix, start)
     metrics = trainer._trainfn.world.ranks.first(lambda: metrics)
-    shown = trainer.args, trainer.state, trainer.control, dict(metrics)
-    trainer.control = trainer.callback_handler.on_predict(*shown)
+    with eval_mode(trainer.model):
+        shown = trainer.args, trainer.state, trainer.control, dict(metrics)
+        trainer.control = trainer.callback_handler.on_predict(*shown)
     return PredictionOutput(output.predictions, output.label_ids, metrics)
 
 

@@ -51,7 +51,7 @@ def prediction_step(
     with torch.no_grad():
         if labelled:
             find_shift(trainer, inputs)
-            mean, outputs = exact_loss(trainer, model, inputs)
+            mean, outputs = exact_loss(trainer, model, inputs, outputs_too=True)
             loss = loss_of(mean)
         else:
             loss, outputs = None, forward(trainer, model, inputs)
@@ -62,7 +62,7 @@ def prediction_step(
 
 def forward(trainer: TrainerLike, model: nn.Module, inputs: Batch) -> Outputs:
     """Return the model's outputs for a batch without labels."""
-    with autocast(trainer.args, torch.device(trainer.args.device)):
+    with autocast(trainer.args, torch.device(trainer.args.device)), trainer.compute_loss_context_manager():
         return model(**inputs)
 
 

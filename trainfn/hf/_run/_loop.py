@@ -32,7 +32,7 @@ from trainfn.hf._step import _manual
 from trainfn.hf._step._additive import check_additive
 from trainfn.hf._step._halving import Halving
 from trainfn.hf._step._loss import find_shift, may_shift, training_loss
-from trainfn.hf._step._modes import same_modes
+from trainfn.hf._step._modes import eval_mode, same_modes
 from trainfn.hf._step._neftune import neftune
 from trainfn.hf._types import Batch, TrainerLike, Trial, Values
 
@@ -242,7 +242,8 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
     run.began, run.tokens_before = time.time(), trainer.state.num_input_tokens_seen
     event(trainer, "on_train_begin")
     if trainer.args.eval_on_start and first == 0:
-        trainer._evaluate(_trial(trainer), run.ignore_keys, skip_scheduler=True)
+        with eval_mode(trainer.model):
+            trainer._evaluate(_trial(trainer), run.ignore_keys, skip_scheduler=True)
     open_epoch = False
     with _folders.Saving(trainer, run) as saving:
         run.saving = saving
@@ -371,7 +372,8 @@ def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun, rate: float 
         trainer.store_flos()
         trainer.log(run.losses.take(learning_rate=trainer._get_learning_rate() if rate is None else rate), run.began)
     if control.should_evaluate and not run.terminated:
-        metrics = trainer._evaluate(_trial(trainer), run.ignore_keys)
+        with eval_mode(trainer.model):  # until the next step, as in transformers; an override may log after `evaluate`
+            metrics = trainer._evaluate(_trial(trainer), run.ignore_keys)
         better = trainer._determine_best_metric(metrics=metrics, trial=_trial(trainer))
         if trainer.args.save_strategy == SaveStrategy.BEST:
             control.should_save = control.should_save or better

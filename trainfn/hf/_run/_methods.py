@@ -39,6 +39,7 @@ class Running:
     is_deepspeed_enabled: bool
     place_model_on_device: bool
     current_flos: float
+    current_gradient_accumulation_steps: int
     neftune_noise_alpha: float | None
     hp_name: Callable[[Trial], str] | None
     hp_search_backend: HPSearchBackend | None

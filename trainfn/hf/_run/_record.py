@@ -130,6 +130,7 @@ class Record:
         parameter_count: The model's parameters without embeddings; None until they are counted.
         released: Whether the parameters are sharded over ranks, so that the model does not hold them.
         manual_mean: The loss of the newest `training_step`, undivided.
+        watch: While an overridden `training_step` runs, a function that is called with the loss.
         loss_metrics: What is logged with the loss. It is part of the step, so nothing in it may wait for the device.
     """
 
@@ -146,7 +147,13 @@ class Record:
     parameter_count: int | None = None
     released: bool = False
     manual_mean: tfn.Mean | None = None
+    watch: Callable[[object], None] | None = None
     loss_metrics: LossMetrics = no_metrics
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether a training step needs the outputs of the model, and not the loss alone."""
+        return self.loss_metrics is not no_metrics
 
 
 def current_run(trainer: TrainerLike) -> TrainingRun:

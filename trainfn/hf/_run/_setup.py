@@ -34,6 +34,7 @@ def defaults(trainer: TrainerLike, model_init: Callable[..., nn.Module] | None) 
     trainer.place_model_on_device = True if args.place_model_on_device is None else args.place_model_on_device
     trainer._signature_columns = None  # subclasses of transformers' Trainer fill this in
     trainer._train_batch_size, trainer.current_flos = args.train_batch_size, 0
+    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     trainer._memory_tracker, trainer._created_lr_scheduler = TrainerMemoryTracker(args.skip_memory_metrics), False
     trainer.hp_name = trainer.hp_search_backend = trainer.deepspeed = None
     trainer.neftune_noise_alpha = args.neftune_noise_alpha

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Generator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,16 @@ if TYPE_CHECKING:
     from trainfn.hf._arguments._training import TrainingArguments
 
 IGNORED = -100
+_OUTPUTS = frozenset(("return_outputs",))
 
 
 def exact_loss(
-    trainer: TrainerLike, model: nn.Module, inputs: Batch, takes: frozenset[str] | None = None
+    trainer: TrainerLike,
+    model: nn.Module,
+    inputs: Batch,
+    takes: frozenset[str] | None = None,
+    *,
+    outputs_too: bool = False,
 ) -> tuple[tfn.Mean, Outputs]:
     """The loss of a batch as an undivided mean, and the model's outputs.
 
@@ -38,13 +44,15 @@ def exact_loss(
         model: The model to call.
         inputs: The batch; it is not changed.
         takes: The result of `takes_of`, which is called by default.
+        outputs_too: Whether to ask `compute_loss` for the outputs too; otherwise they may be None.
 
     Raises:
         TypeError: If `compute_loss` returns something else.
     """
     count = counted(trainer, inputs)
-    with autocast(trainer.args, count.device):
-        loss, outputs = _computed(trainer, model, dict(inputs), count, takes_of(trainer) if takes is None else takes)
+    takes = takes_of(trainer) if takes is None else takes
+    with autocast(trainer.args, count.device), trainer.compute_loss_context_manager():
+        loss, outputs = _computed(trainer, model, dict(inputs), count, takes if outputs_too else takes - _OUTPUTS)
     if isinstance(loss, tfn.Mean):
         return loss, outputs
     if not isinstance(loss, Tensor) or loss.dim() != 0:
@@ -62,9 +70,9 @@ def _computed(
     trainer: TrainerLike, model: nn.Module, inputs: Batch, count: Tensor, takes: frozenset[str]
 ) -> tuple[Loss, Outputs]:
     options: Values = {"num_items_in_batch": count} if "num_items_in_batch" in takes else {}
-    if "return_outputs" not in takes:
-        return cast("Loss", trainer.compute_loss(model, inputs, **options)), None
-    returned = trainer.compute_loss(model, inputs, return_outputs=True, **options)
+    if "return_outputs" in takes:
+        options["return_outputs"] = True
+    returned = trainer.compute_loss(model, inputs, **options)
     return returned if isinstance(returned, tuple) and not isinstance(returned, tfn.Mean) else (returned, None)
 
 
@@ -145,7 +153,7 @@ def may_shift(trainer: TrainerLike, inputs: Batch) -> bool:
 def _tried(model: nn.Module, inputs: Batch) -> Tensor:
     """The head's loss in eval mode, which does not change running statistics."""
     with eval_mode(model), torch.no_grad(), tfn.keyed(tfn.random.key(0)):
-        return _head_loss(model(**inputs), inputs)
+        return head_loss(model(**inputs), inputs)
 
 
 def _returns_loss_for_labels(model: nn.Module) -> bool:
@@ -177,11 +185,18 @@ def compute_loss(
         assert trainer.label_smoother is not None
         loss = trainer.label_smoother(outputs, labels, shift_labels=shifts_labels(trainer))
     else:
-        loss = _head_loss(outputs, inputs)
+        loss = head_loss(outputs, inputs)
+    if trainer._trainfn.watch is not None:
+        trainer._trainfn.watch(loss)
     return (loss, outputs) if return_outputs else loss
 
 
-def _head_loss(outputs: Outputs, inputs: Batch) -> Tensor:
+def head_loss(outputs: Outputs, inputs: Batch) -> Tensor:
+    """The loss among a model's outputs.
+
+    Raises:
+        ValueError: If there is none.
+    """
     if isinstance(outputs, Mapping) and "loss" not in outputs:
         raise ValueError(
             f"`model(**inputs)` returned no loss, only {list(outputs)}, for the inputs {list(inputs)}. Pass labels:"
@@ -193,10 +208,10 @@ def _head_loss(outputs: Outputs, inputs: Batch) -> Tensor:
 def training_loss(trainer: TrainerLike) -> Callable[[nn.Module, Batch], tuple[tfn.Mean, dict[str, tfn.Mean]]]:
     """The trainer's loss and the metrics that come with it, as `trainfn.train_step` takes them."""
     takes = takes_of(trainer)  # once: a signature can't be looked at inside a compiled step
-    metrics = trainer._trainfn.loss_metrics
+    metrics, outputs_too = trainer._trainfn.loss_metrics, trainer._trainfn.needs_outputs
 
     def loss(model: nn.Module, batch: Batch) -> tuple[tfn.Mean, dict[str, tfn.Mean]]:
-        mean, outputs = exact_loss(trainer, model, batch, takes)
+        mean, outputs = exact_loss(trainer, model, batch, takes, outputs_too=outputs_too)
         return mean, metrics(batch, outputs)
 
     return loss

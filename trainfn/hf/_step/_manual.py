@@ -5,7 +5,9 @@ Such a step runs Python between its parts, so it is not compiled; the update is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,8 @@ from torch.distributed.tensor import DTensor, Partial
 
 import trainfn as tfn
 from trainfn.hf._parallel._parameters import whole
-from trainfn.hf._step._loss import counted, exact_loss
-from trainfn.hf._types import Batch, TrainerLike
+from trainfn.hf._step._loss import counted, exact_loss, head_loss
+from trainfn.hf._types import Batch, Outputs, TrainerLike
 
 
 def overrides(trainer: TrainerLike) -> list[str]:
@@ -29,7 +31,7 @@ def training_step(
 
     An override that adds a backward pass or changes ``.grad`` then works in the same units.
     """
-    mean, _ = exact_loss(trainer, model, inputs)
+    mean, _ = exact_loss(trainer, model, trainer._prepare_inputs(inputs))
     weight = mean.weight.detach()
     (mean.total / torch.where(weight > 0, weight, 1.0)).backward()
     mean = trainer._trainfn.manual_mean = tfn.Mean(mean.total.detach(), weight)
@@ -56,13 +58,15 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
         model.zero_grad(set_to_none=True)
         try:
             with torch.enable_grad(), tfn.keyed(key, rows=tfn.tree.row_count(batch), first_row=first_row):
-                loss = trainer.training_step(model, dict(batch), count)
-            mean = record.manual_mean
+                with _undivided(trainer) as factor:
+                    loss = trainer.training_step(model, dict(batch), count)
+            mean, scale = record.manual_mean, 1.0
             if mean is None:  # an override ran its own backward pass, of a mean over the counted labels
-                mean = tfn.Mean(loss.detach().float() * count, count)
+                scale = factor()
+                mean = tfn.Mean(torch.as_tensor(loss).detach().float().mean() * count * scale, count)
             held = dict(model.named_parameters(remove_duplicate=True))
             grads = {
-                name: _summand(p, None if (grad := held[name].grad) is None else grad.detach() * mean.weight)
+                name: _summand(p, None if (grad := held[name].grad) is None else grad.detach() * (mean.weight * scale))
                 for name, p in state.params.items()
             }
         finally:
@@ -78,6 +82,40 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
             return of_this_rank(state, batch, *first_row)
 
     return dataclasses.replace(made, gradients=on_whole)
+
+
+@contextlib.contextmanager
+def _undivided(trainer: TrainerLike) -> Generator[Callable[[], float]]:
+    """Let an override that divides by the number of micro-batches give the gradients of a mean all the same.
+
+    In the block these numbers are 1, so an override that reads them divides by 1. One that knows them otherwise is
+    found by the gradient of the loss. Yield a function that returns the factor which undoes the division.
+    """
+    args, record = trainer.args, trainer._trainfn
+    number, current = args.gradient_accumulation_steps, trainer.current_gradient_accumulation_steps
+    factors: list[Tensor] = []
+
+    def watch(loss: object) -> None:
+        if isinstance(loss, Tensor) and loss.requires_grad and loss.dim() == 0:
+            loss.register_hook(factors.append)
+
+    def of_outputs(module: nn.Module, _: object, outputs: Outputs) -> None:
+        with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+            watch(head_loss(outputs, {}))
+
+    def factor() -> float:
+        found = {float(x) for x in factors}
+        return next((float(k) for k in {number, current} if k > 1 and any(abs(x * k - 1) < 1e-5 for x in found)), 1.0)
+
+    record.watch = watch
+    handle = trainer.model.register_forward_hook(of_outputs)
+    args.gradient_accumulation_steps = trainer.current_gradient_accumulation_steps = 1
+    try:
+        yield factor
+    finally:
+        handle.remove()
+        record.watch = None
+        args.gradient_accumulation_steps, trainer.current_gradient_accumulation_steps = number, current
 
 
 def _summand(param: Tensor, grad: Tensor | None) -> Tensor | None:
