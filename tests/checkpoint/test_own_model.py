@@ -22,7 +22,7 @@ def test_the_callers_files_are_part_of_the_checkpoint(place, tmp_path):
     for name in ("model.safetensors", "1_Pooling/config.json", "config.json", "note.txt", "manifest.json"):
         (mine / name).write_text("mine")
     with tfn.Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(at(1), {"n": 1}, files={"note.txt": "theirs"}, model=mine)
+        checkpoints.save(at(1), {"n": 1}, files={"note.txt": "theirs"}, adopt=mine)
     folder = tmp_path / "checkpoint-1"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1"]
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -49,7 +49,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_of_that_step(tmp_path, mo
         mine.mkdir()
         monkeypatch.setattr(_disk, "hook", full)
         with pytest.raises(tfn.errors.CheckpointError, match="the disk is full"):
-            checkpoints.save(at(1), {"n": 2}, model=mine, wait=True)
+            checkpoints.save(at(1), {"n": 2}, adopt=mine, wait=True)
     assert checkpoints.restore(like=STATE)[1] == {"n": 1}
 
 

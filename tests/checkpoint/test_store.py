@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -485,6 +486,24 @@ def test_metrics_are_numbers_and_name_the_best(tmp_path):
         checkpoints.save(small(1), metrics={"eval_loss": torch.ones(2)})
 
 
+def test_files_may_be_in_folders_and_stand_for_the_models_own(tmp_path):
+    """Adapters are written by the package that made them; then no file looks like the full model."""
+    model = torch.nn.Linear(2, 1)
+    model.config = types.SimpleNamespace(to_json_string=lambda: "{}")
+    state = tfn.init(model, tfn.optim.sgd(0.1))
+    store = tfn.Checkpoints(tmp_path, model=False, keep=1)
+    store.save(state, files={"adapter.safetensors": b"x", "b/adapter.safetensors": b"y"}, wait=True)
+    folder = store.newest()
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert found == {"manifest.json", "state.safetensors", "adapter.safetensors", "b", "b/adapter.safetensors"}
+    assert_same(tfn.restore(folder, like=state), state)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "b").rename(tmp_path / "elsewhere" / "b")
+    (folder / "b").symlink_to(tmp_path / "elsewhere" / "b")
+    with pytest.warns(UserWarning, match=r"b/adapter\.safetensors: it is a symbolic link"):
+        assert store.newest() is None
+
+
 def test_text_files_stand_beside_the_state_and_are_sealed(tmp_path):
     state = tfn.init({"w": torch.ones(2)}, tfn.optim.sgd(0.1))
     store = tfn.Checkpoints(tmp_path)
@@ -494,6 +513,7 @@ def test_text_files_stand_beside_the_state_and_are_sealed(tmp_path):
     file.write_text('{"epoch": 2.0}')
     with pytest.warns(UserWarning, match=r"trainer_state\.json: checksum mismatch"):
         assert store.newest() is None
-    for name in ("../x.json", ".hidden", "manifest.json", "more.safetensors", "a/b"):
+    own = ("manifest.json", "state.safetensors", "model-1.safetensors")
+    for name in (*own, "../x.json", ".hidden", "a/b/c", "a/../b", "/b"):
         with pytest.raises(ValueError, match=r"is not a valid name for a file"):
             store.save(state._replace(step=state.step + 1), files={name: ""})

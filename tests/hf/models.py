@@ -17,6 +17,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from trainfn.hf._optim._groups import Groups
+from trainfn.hf._optim._named import clipped, cls_and_kwargs, decay_names
+
 VOCAB, LENGTH = 11, 6
 
 
@@ -38,9 +41,9 @@ def gpt2(dropout=0.0):
     return seeded(lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **sizes, **off)))
 
 
-def llama():
+def llama(**options):
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=8, **sizes)
+    config = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=8, **sizes, **options)
     return seeded(lambda: LlamaForCausalLM(config))
 
 
@@ -95,3 +98,15 @@ HEADS = {
     "llama": (llama, tokens),
     "t5": (t5, tokens),
 }
+
+
+def rule_of(args, model):
+    """The update that the Trainer's arguments describe for a model: the transform of the optimizer that it makes."""
+    decays = decay_names(model)
+    named = dict(model.named_parameters())
+    cls, options = cls_and_kwargs(args, model)
+    groups = [
+        {"params": [p for n, p in named.items() if n in decays], "weight_decay": args.weight_decay},
+        {"params": [p for n, p in named.items() if n not in decays], "weight_decay": 0.0},
+    ]
+    return clipped(args, Groups(cls(groups, **options), named.items()).transform)

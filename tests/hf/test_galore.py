@@ -10,10 +10,10 @@ from transformers import trainer_optimizer
 
 import trainfn as tfn
 from tests.helpers import assert_close, assert_identical
-from tests.hf.models import gpt2, llama, seeded, tokens
+from tests.hf.models import gpt2, llama, rule_of, seeded, tokens
 from trainfn.hf import Trainer, TrainingArguments
 from trainfn.hf._arguments._support import check_supported
-from trainfn.hf._optim._named import make_optimizer, parse_optim_args
+from trainfn.hf._optim._named import cls_and_kwargs, parse_optim_args
 from trainfn.hf._optim._targets import target_names
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
@@ -83,11 +83,12 @@ def test_the_weights_that_transformers_chooses(targets, model):
 
 def test_all_others_are_optimized_in_the_usual_way():
     model = llama()
-    rule = make_optimizer(arguments(optim_args="rank=2", max_grad_norm=0.0), model, lambda count: 0.1)
+    rule = rule_of(arguments(optim_args="rank=2", max_grad_norm=0.0, learning_rate=0.1), model)
     params = {name: p.detach() for name, p in model.named_parameters()}
     updates, state = rule.update(params, rule.init(params), params)
-    assert {*state[0].left, *state[0].right} == target_names(arguments(), model)
-    plain = tfn.optim.galore_adamw(lambda count: 0.1, targets=lambda name, p: False)
+    low_rank = [group.inner[0] for group in state[1].inner.values() if hasattr(group, "inner")]
+    assert {name for part in low_rank for name in (*part.left, *part.right)} == target_names(arguments(), model)
+    plain = tfn.optim.galore_adamw(0.1, targets=lambda name, p: False)
     others, _ = plain.update(params, plain.init(params), params)
     for name in params:
         assert torch.equal(updates[name], others[name]) != (name in target_names(arguments(), model)), name
@@ -128,7 +129,7 @@ def test_a_matrix_that_matches_and_is_no_linear_layer_is_named(caplog):
 )
 def test_targets_that_cannot_be(targets, model, kind, message):
     with pytest.raises(kind, match=message):
-        make_optimizer(arguments(targets=targets), model(), 0.1)
+        cls_and_kwargs(arguments(targets=targets), model())
 
 
 # -------------------------------------------------------------------------------------------------------- which numbers
@@ -141,7 +142,7 @@ def decays(name, p):
     return "bias" not in name and "norm" not in name
 
 
-RATE = lambda count: 0.1 / (1 + count)  # noqa: E731
+RATE = 0.1
 NUMBERS = {"weight_decay": 0.1, "mask": decays}
 EQUAL = [
     ("galore_adamw", tfn.optim.galore_adamw(RATE, 0.8, 0.95, 1e-3, **NUMBERS, **SIZES)),
@@ -168,10 +169,11 @@ def follow(rule, model, steps=5):
 )
 def test_the_fields_are_the_numbers_of_the_transform(name, expected):
     galore = "galore" in name
-    fields = {"weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-3, "max_grad_norm": 0.0}
+    fields = {"weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-3, "max_grad_norm": 0.0,
+              "learning_rate": RATE}  # fmt: skip
     args = arguments(name, "all-linear" if galore else None, optim_args=OPTIONS if galore else None, **fields)
     model = net()
-    assert_identical(follow(make_optimizer(args, model, RATE), model), follow(expected, model))
+    assert_identical(follow(rule_of(args, model), model), follow(expected, model))
 
 
 @pytest.mark.parametrize("name", GALORE)
@@ -180,7 +182,7 @@ def test_defaults_are_those_of_the_package(name):
     base = tfn.optim.galore_adafactor if "adafactor" in name else tfn.optim.galore_adamw
     eps = {"eps": 1e-8} if "8bit" in name else {}
     expected = base(RATE, rank=128, update_proj_gap=200, scale=0.25, proj_type="std", **eps)
-    rule = make_optimizer(arguments(name, "all-linear", max_grad_norm=0.0), model, RATE)
+    rule = rule_of(arguments(name, "all-linear", max_grad_norm=0.0, learning_rate=RATE), model)
     assert_identical(follow(rule, model), follow(expected, model))
 
 
@@ -201,7 +203,7 @@ def test_options_that_cannot_be(name, text, message):
 def test_options_are_typed():
     assert parse_optim_args("galore_adamw", OPTIONS) == SIZES
     with pytest.raises(ValueError, match=r"proj_type='both'.*'reverse_std'"):
-        make_optimizer(arguments(optim_args="proj_type=both"), llama(), 0.1)
+        rule_of(arguments(optim_args="proj_type=both"), llama()).init(dict(llama().named_parameters()))
 
 
 def test_eight_bits_are_a_promise_that_is_not_kept_silently():

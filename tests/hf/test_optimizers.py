@@ -1,20 +1,21 @@
 """Optimizers and schedules by their names in transformers: the same numbers as theirs; and torch objects converted."""
 
 import copy
-import math
-import warnings
+import json
 
 import pytest
 import torch
 import transformers
 from torch import nn
-from transformers.optimization import Adafactor, get_scheduler
+from transformers.optimization import Adafactor, GreedyLR, get_scheduler
 
 import trainfn as tfn
+from tests.hf.models import rule_of
 from trainfn.hf._arguments._training import TrainingArguments
-from trainfn.hf._optim._named import check_optimizer, decay_names, make_optimizer, parse_optim_args
-from trainfn.hf._optim._schedules import for_groups, from_lambda_lr, make_schedule
-from trainfn.hf._optim._torch import from_torch
+from trainfn.hf._optim._groups import Groups
+from trainfn.hf._optim._moments import entries
+from trainfn.hf._optim._named import check_optimizer, cls_and_kwargs, decay_names, parse_optim_args
+from trainfn.hf._optim._schedules import from_json, load_state, make_scheduler, state_of, to_json
 
 
 def arguments(**kwargs):
@@ -50,9 +51,9 @@ def follow(optimizer, rule, model, *, steps=20, scheduler=None, clip=None):
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
+        updates, state = rule.update(grads, state, params)
         if scheduler is not None:
             scheduler.step()
-        updates, state = rule.update(grads, state, params)
         params = tfn.tree.add(params, updates)
     return params
 
@@ -93,13 +94,18 @@ def test_the_optimizer_that_transformers_builds(kwargs, norm):
         {"params": [p for n, p in model.named_parameters() if n not in names], "weight_decay": 0.0},
     ]
     optimizer = cls(groups, **options)
-    scheduler = get_scheduler("linear", optimizer, args.get_warmup_steps(20), 20)
-    rule = make_optimizer(args, net(), make_schedule(args, 20).schedule)
-    assert_equal(follow(optimizer, rule, model, scheduler=scheduler, clip=norm), model)
+    mine, kwargs = cls_and_kwargs(args, model)
+    # transformers reads `optim_args` as text, and leaves out what it does not know.
+    assert mine is cls and options.items() <= {"momentum": 0.0, **kwargs}.items()
+    rule = rule_of(args, model)
+    assert_equal(follow(optimizer, rule, model, clip=norm), model)
 
 
 def test_lion_against_its_equations():
-    rule = make_optimizer(arguments(optim="lion_32bit", weight_decay=0.1, max_grad_norm=0.0), {}, lambda count: 0.1)
+    module = nn.Module()
+    module.w = nn.Parameter(torch.tensor([1.0, -2.0]))
+    args = arguments(optim="lion_32bit", weight_decay=0.1, max_grad_norm=0.0, learning_rate=0.1)
+    rule = rule_of(args, module)
     p, m = torch.tensor([1.0, -2.0]), torch.zeros(2)
     params = {"w": p}
     state = rule.init(params)
@@ -108,25 +114,6 @@ def test_lion_against_its_equations():
         updates, state = rule.update({"w": g}, state, params)
         params = tfn.tree.add(params, updates)
     torch.testing.assert_close(params["w"], p)
-
-
-def test_a_number_as_the_rate_can_be_changed_and_the_whole_compiles_once():
-    args = arguments(optim="adamw_torch", weight_decay=0.1)
-    rule = make_optimizer(args, net(), 0.5)
-    params = {name: p.detach() for name, p in net().named_parameters()}
-    state = rule.init(params)
-    assert tfn.optim.get_hyperparams(state)["learning_rate"] == 0.5
-    still, _ = rule.update(params, tfn.optim.set_hyperparams(state, learning_rate=0.0), params)
-    assert not any(u.any() for u in still.values())
-
-
-def test_names_alone_decide_where_there_are_no_layers():
-    model = net()
-    grads = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    params = {name: torch.ones_like(p) for name, p in grads.items()}
-    rule = make_optimizer(arguments(weight_decay=0.1), params, lambda count: 1.0)
-    updates, _ = rule.update(grads, rule.init(params), params)
-    assert {name for name, u in updates.items() if u.any()} == {"fc.weight", "ln.weight", "scale"}
 
 
 TINY = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 16}
@@ -191,7 +178,7 @@ def test_every_name_of_transformers_works_or_says_why_not(name):
         check_optimizer(name)  # what it needs besides: test_galore.py
         return
     if name in has | {"lomo", "adalomo"}:
-        make_optimizer(arguments(optim=name), {}, 0.1)
+        rule_of(arguments(optim=name), net()).init({name: p.detach() for name, p in net().named_parameters()})
         return
     with pytest.raises(ValueError, match=rf"`TrainingArguments\(optim='{name}'\)` can't work: .*Write `optim='(\w+)'`"):
         check_optimizer(name)
@@ -222,7 +209,7 @@ TORCH = {
 def test_a_torch_optimizer_becomes_a_transform(name):
     model = net()
     optimizer = TORCH[name](model.parameters())
-    rule = from_torch(optimizer, model.named_parameters())
+    rule = Groups(optimizer, model.named_parameters()).transform
     assert_equal(follow(optimizer, rule, model), model)
 
 
@@ -232,7 +219,7 @@ def test_moments_that_are_there_already_are_carried_over(name):
     optimizer = TORCH[name](model.parameters())
     follow(optimizer, tfn.optim.scale(0.0), model, steps=3)
     before = copy.deepcopy(optimizer.state_dict()["state"])
-    rule = from_torch(optimizer, model.named_parameters())
+    rule = Groups(optimizer, model.named_parameters()).transform
     params = {n: p.detach() for n, p in model.named_parameters()}
     rule.init(params)
     after = optimizer.state_dict()["state"]
@@ -250,41 +237,11 @@ def test_groups_keep_their_own_numbers():
         ],
         lr=0.01,
     )
-    rule = from_torch(optimizer, model.named_parameters())
+    rule = Groups(optimizer, model.named_parameters()).transform
     untouched = model.final_norm.weight.detach().clone()
     params = follow(optimizer, rule, model)
     assert_equal(params, model)
     assert torch.equal(params["final_norm.weight"], untouched)  # in no group
-
-
-def test_the_rates_of_groups():
-    model = net()
-    optimizer = torch.optim.SGD(
-        [{"params": model.fc.parameters(), "lr": 1.0}, {"params": model.ln.parameters()}], lr=0.1
-    )
-    args = arguments(lr_scheduler_type="polynomial", lr_scheduler_kwargs={"lr_end": 0.01}, warmup_steps=0.2)
-    theirs = get_scheduler("polynomial", optimizer, 4, 20, {"lr_end": 0.01})
-    rates = [one.schedule for one in for_groups(args, optimizer, 20)]
-    for n in range(20):
-        here = [rate(torch.tensor(n)).item() for rate in rates]
-        assert here == pytest.approx([group["lr"] for group in optimizer.param_groups], rel=1e-6)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            theirs.step()
-    rule = from_torch(optimizer, model.named_parameters(), rates)
-    params = {n: torch.ones_like(p) for n, p in model.named_parameters()}
-    assert not any(u.any() for u in rule.update(params, rule.init(params), params)[0].values())  # the warm-up's 0
-
-
-def test_rates_that_are_numbers_can_be_changed():
-    model = net()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    args = arguments(lr_scheduler_type="greedy", eval_strategy="epoch")
-    (scheduled,) = for_groups(args, optimizer, 20)
-    rule = from_torch(optimizer, model.named_parameters(), [scheduled.schedule])
-    params = {n: p.detach() for n, p in model.named_parameters()}
-    state = tfn.optim.set_hyperparams(rule.init(params), learning_rate=0.0)
-    assert not any(u.any() for u in rule.update(params, state, params)[0].values())
 
 
 def test_optimizers_that_are_not_known_or_cannot_be():
@@ -293,113 +250,99 @@ def test_optimizers_that_are_not_known_or_cannot_be():
     class Mine(torch.optim.Adam):
         """What it does, its Python alone knows."""
 
-    assert from_torch(Mine(model.parameters()), params(model)) is None
-    assert from_torch(torch.optim.NAdam(model.parameters()), params(model)) is None
+    for unknown in (Mine(model.parameters()), torch.optim.NAdam(model.parameters())):
+        with pytest.raises(ValueError, match=r"(Mine|NAdam)\(...\), ...\)\)` can't work: only its own Python"):
+            Groups(unknown, params(model))
+    amsgrad = Groups(torch.optim.Adam(model.parameters(), amsgrad=True), params(model)).transform
     with pytest.raises(ValueError, match=r"`optimizers=\(Adam\(...\), ...\)`.*amsgrad=True.*Write `amsgrad=False`"):
-        from_torch(torch.optim.Adam(model.parameters(), amsgrad=True), params(model))
+        amsgrad.init(dict(params(model)))
     with pytest.raises(ValueError, match=r"group 0 has a tensor of shape \[\] that is not a parameter.*Build"):
-        from_torch(torch.optim.SGD(net().parameters(), lr=0.1), params(model))
-    used = adafactor(model.parameters())
-    follow(used, tfn.optim.scale(0.0), model, steps=1)
-    with pytest.raises(ValueError, match=r"Adafactor.*are not carried over. Pass a new optimizer"):
-        from_torch(used, params(model))
-    partly = torch.optim.Adam(model.parameters())
-    model.zero_grad()
-    model.scale.grad = torch.ones(())
-    partly.step()
-    with pytest.raises(ValueError, match=r"a state for 1 of its parameters and none for '(fc|ln|final)"):
-        from_torch(partly, params(model))
-    model.fc.weight.grad = torch.ones(4, 3)
-    odd = torch.optim.Adam([model.scale, model.fc.weight])
-    odd.step()
-    odd.state[model.scale]["step"] += 1
-    with pytest.raises(ValueError, match=r"different numbers of steps, \[1, 2\]"):
-        from_torch(odd, params(model))
+        Groups(torch.optim.SGD(net().parameters(), lr=0.1), params(model))
+
+
+def partly(model):
+    """Adam, of whose parameters one made two steps, one made one, and the others none."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for names in (["scale"], ["scale", "fc.weight"]):
+        model.zero_grad()
+        for name in names:
+            model.get_parameter(name).grad = torch.ones_like(model.get_parameter(name))
+        optimizer.step()
+    return optimizer
+
+
+def test_parameters_that_made_different_numbers_of_steps_keep_them():
+    model = net()
+    optimizer = partly(model)
+    rule = Groups(optimizer, model.named_parameters()).transform
+    params = {n: p.detach().clone() for n, p in model.named_parameters()}
+    state = rule.init(params)
+    assert {n: int(late) for n, late in state.inner["0"].inner[1].late.items()} == {
+        "scale": 0, "fc.weight": 1, "fc.bias": 2, "ln.weight": 2, "ln.bias": 2, "final_norm.weight": 2,
+    }  # fmt: skip
+    assert_equal(follow(optimizer, rule, model, steps=3), model)
+
+
+@pytest.mark.parametrize("name", [name for name in TORCH if name != "adafactor relative"])
+def test_entries_of_a_state_are_those_of_torch(name):
+    model = net()
+    optimizer = TORCH[name](model.parameters())
+    rule = Groups(optimizer, model.named_parameters()).transform
+    state = rule.init({n: p.detach().clone() for n, p in model.named_parameters()})
+    assert entries(state, "fc.weight") == {}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        grads = {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
+        for n, p in model.named_parameters():
+            p.grad = grads[n].clone()
+        params = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer.step()
+        _, state = rule.update(grads, state, params)
+    for n, p in model.named_parameters():
+        theirs = {k: v for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor) and k != "RMS"}
+        mine = {k: v for k, v in entries(state, n).items() if k != "step" or "step" in theirs}
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
 
 
 def test_clip_comes_first():
-    args = arguments(optim="sgd", max_grad_norm=1.0)
+    args = arguments(optim="sgd", max_grad_norm=1.0, learning_rate=1.0)
+    module = nn.Module()
+    module.w = nn.Parameter(torch.zeros(2))
     params = {"w": torch.zeros(2)}
-    rule = make_optimizer(args, params, lambda count: torch.tensor(1.0))
+    rule = rule_of(args, module)
     updates, _ = rule.update({"w": torch.tensor([3.0, 4.0])}, rule.init(params), params)
     torch.testing.assert_close(updates["w"], torch.tensor([-0.6, -0.8]), atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- schedules
 
-STEPS = 40
-SCHEDULES = [
-    ("linear", {}),
-    ("cosine", {}),
-    ("cosine", {"num_cycles": 1.5}),
-    ("cosine_with_restarts", {"num_cycles": 3}),
-    ("polynomial", {}),
-    ("polynomial", {"lr_end": 1e-4, "power": 2.0}),
-    ("constant", {}),
-    ("constant_with_warmup", {}),
-    ("inverse_sqrt", {}),
-    ("inverse_sqrt", {"timescale": 5}),
-    ("cosine_with_min_lr", {"min_lr": 1e-4}),
-    ("cosine_with_min_lr", {"min_lr_rate": 0.1, "num_cycles": 1.0}),
-    ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1}),
-    ("cosine_warmup_with_min_lr", {"min_lr": 1e-4, "warmup_lr_rate": 0.2}),
-    ("warmup_stable_decay", {"num_decay_steps": 10}),
-    ("warmup_stable_decay", {"num_decay_steps": 10, "num_stable_steps": 5, "min_lr_ratio": 0.1}),
-    ("warmup_stable_decay", {"num_decay_steps": 10, "warmup_type": "cosine", "decay_type": "1-sqrt"}),
-]
+NAMES = {
+    "warmup_stable_decay": {"num_decay_steps": 10},
+    "cosine_with_min_lr": {"min_lr": 1e-4},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "polynomial": {"lr_end": 1e-4},
+}
 
 
-def used_by_transformers(name, warmup, kwargs, steps=STEPS):
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
-    used = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scheduler = get_scheduler(name, optimizer, warmup, steps, kwargs)
-        for _ in range(steps):
-            used.append(optimizer.param_groups[0]["lr"])
-            scheduler.step()
-    return used
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler:UserWarning")
+@pytest.mark.parametrize("name", [name.value for name in transformers.SchedulerType])
+def test_the_schedules_are_those_of_transformers(name):
+    kwargs = NAMES.get(name, {})
+    args = arguments(lr_scheduler_type=name, lr_scheduler_kwargs=kwargs, warmup_steps=0.25, eval_strategy="epoch")
+    groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 0.5}]
+    mine, theirs = (torch.optim.SGD(copy.deepcopy(groups), lr=0.1) for _ in range(2))
+    schedules = make_scheduler(args, mine, 20), get_scheduler(name, theirs, 5, 20, kwargs)
+    assert type(schedules[0]) is type(schedules[1])
+    for n in range(20):
+        assert [g["lr"] for g in mine.param_groups] == [g["lr"] for g in theirs.param_groups]
+        for each in schedules:
+            each.step(*([float(n % 7)] if name in ("reduce_lr_on_plateau", "greedy") else []))
 
 
-@pytest.mark.parametrize("warmup", [0, 7, 0.11, 100])
-@pytest.mark.parametrize(("name", "kwargs"), SCHEDULES, ids=str)
-def test_the_rate_of_each_step_is_that_of_transformers(name, kwargs, warmup):
-    args = arguments(learning_rate=1e-3, lr_scheduler_type=name, lr_scheduler_kwargs=kwargs, warmup_steps=warmup)
-    steps = math.ceil(0.11 * STEPS) if warmup == 0.11 else warmup
-    if name == "warmup_stable_decay" and warmup == 100 and "num_stable_steps" not in kwargs:
-        with pytest.raises(ValueError, match="have to fit into the total"):
-            make_schedule(args, STEPS)
-        return
-    made = make_schedule(args, STEPS)
-    assert made.controller is None
-    here = [made.schedule(torch.tensor(n)).item() for n in range(STEPS)]
-    assert here == pytest.approx(used_by_transformers(name, steps, kwargs), rel=1e-6, abs=1e-11)
-
-
-def test_every_name_is_there():
-    tested = {name for name, _ in SCHEDULES} | {"reduce_lr_on_plateau", "greedy"}
-    assert tested == {name.value for name in transformers.SchedulerType}
-
-
-@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
-@pytest.mark.parametrize("mode", ["min", "max"])
-def test_rates_that_follow_a_metric(name, mode):
-    args = arguments(
-        learning_rate=0.1,
-        lr_scheduler_type=name,
-        lr_scheduler_kwargs='{"patience": 1, "factor": 0.5}',
-        eval_strategy="epoch",
-        metric_for_best_model="loss" if mode == "min" else "accuracy",
-    )
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-    theirs = get_scheduler(name, optimizer, scheduler_specific_kwargs={"patience": 1, "factor": 0.5, "mode": mode})
-    rate, control = make_schedule(args, 10)
-    assert rate == 0.1
-    state = control.init()
-    for metric in (3.0, 2.0, 2.0, 2.0, 2.5, 1.0, 0.5, 4.0):
-        state = control.update(metric, state)
-        theirs.step(metric)
-        assert state.learning_rate.item() == pytest.approx(optimizer.param_groups[0]["lr"])
+@pytest.mark.parametrize(("name", "better"), [("reduce_lr_on_plateau", True), ("greedy", False)])
+def test_a_schedule_that_follows_a_metric_knows_which_is_better(name, better):
+    args = arguments(lr_scheduler_type=name, eval_strategy="epoch", greater_is_better=better)
+    assert make_scheduler(args, torch.optim.SGD([torch.zeros(1)]), 1).mode == ("max" if better else "min")
 
 
 @pytest.mark.parametrize(
@@ -412,12 +355,13 @@ def test_rates_that_follow_a_metric(name, mode):
             {},
             r"num_decay_steps.*Write for example `lr_scheduler_kwargs=\{'num_decay_steps': 100\}`",
         ),
-        ("cosine_with_min_lr", {}, "needs exactly one of the two"),
     ],
 )
 def test_options_of_schedules_that_cannot_be(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        make_schedule(arguments(lr_scheduler_type=name, lr_scheduler_kwargs=kwargs), 10)
+        make_scheduler(
+            arguments(lr_scheduler_type=name, lr_scheduler_kwargs=kwargs), torch.optim.SGD([torch.zeros(1)]), 9
+        )
 
 
 LR = torch.optim.lr_scheduler
@@ -425,7 +369,13 @@ SCHEDULERS = {
     "lambda": lambda o: LR.LambdaLR(o, [lambda n: 0.9**n, lambda n: 1.0]),
     "multiplicative": lambda o: LR.MultiplicativeLR(o, lambda n: 0.9),
     "step": lambda o: LR.StepLR(o, 3),
-    "one cycle": lambda o: LR.OneCycleLR(o, max_lr=[1.0, 0.1], total_steps=21, cycle_momentum=False),
+    "milestones": lambda o: LR.MultiStepLR(o, [2, 2, 8]),
+    "one cycle": lambda o: LR.OneCycleLR(o, max_lr=[1.0, 0.1], total_steps=21),
+    "restarts": lambda o: LR.CosineAnnealingWarmRestarts(o, 4),
+    "cyclic": lambda o: LR.CyclicLR(o, 0.01, 0.1, 3),
+    "polynomial": lambda o: LR.PolynomialLR(o, 10),
+    "plateau": lambda o: LR.ReduceLROnPlateau(o, patience=1),
+    "greedy": lambda o: GreedyLR(o, patience=1),
     "sequence": lambda o: LR.SequentialLR(o, [LR.ConstantLR(o, 0.1, 4), LR.ExponentialLR(o, 0.9)], [4]),
     "chain": lambda o: LR.ChainedScheduler([LR.ConstantLR(o, 0.1, 4), LR.ExponentialLR(o, 0.9)], o),
     "transformers": lambda o: get_scheduler("cosine", o, 5, 20),
@@ -434,31 +384,27 @@ SCHEDULERS = {
 
 @pytest.mark.filterwarnings("ignore:.*epoch parameter:UserWarning")  # torch's SequentialLR, of itself
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_torch_scheduler_becomes_a_table(name):
-    parameters = [torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)]
-    optimizer = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.5}], lr=1.0)
-    scheduler = SCHEDULERS[name](optimizer)
-    before = copy.deepcopy(optimizer.state_dict())
-    rates = from_lambda_lr(scheduler, 20)
-    assert optimizer.state_dict() == before
-    for n in range(20):
-        here = [rate(torch.tensor(n)).item() for rate in rates]
-        assert here == pytest.approx([group["lr"] for group in optimizer.param_groups], rel=1e-6)
+def test_the_state_of_a_schedule_is_json_and_continues(name):
+    def made():
+        groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 0.5}]
+        optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+        return optimizer, SCHEDULERS[name](optimizer)
+
+    def step(optimizer, scheduler, n):
         optimizer.step()
-        scheduler.step()
-    assert rates[0](torch.tensor(99)) == rates[0](torch.tensor(20))
+        scheduler.step(*([float(n % 3)] if name in ("plateau", "greedy") else []))
+        return [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
+
+    optimizer, scheduler = made()
+    for n in range(7):
+        step(optimizer, scheduler, n)
+    again, resumed = made()
+    again.load_state_dict(optimizer.state_dict())
+    load_state(resumed, json.loads(json.dumps(state_of(scheduler))))
+    for n in range(7, 14):
+        assert step(again, resumed, n) == step(optimizer, scheduler, n)
 
 
-def test_a_table_is_part_of_a_compiled_step():
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    (rate,) = from_lambda_lr(LR.LambdaLR(optimizer, lambda n: 0.5**n), 3)
-    compiled = torch.compile(rate, backend="aot_eager", fullgraph=True)
-    assert [compiled(torch.tensor(n)).item() for n in range(4)] == [1.0, 0.5, 0.25, 0.125]
-
-
-def test_schedulers_that_cannot_be_a_table():
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
-    with pytest.raises(ValueError, match=r"ReduceLROnPlateau\(...\)\)`.*Write `TrainingArguments\(lr_scheduler_type="):
-        from_lambda_lr(LR.ReduceLROnPlateau(optimizer), 10)
-    with pytest.raises(ValueError, match=r"OneCycleLR.*changes the momentum.*Write `cycle_momentum=False`"):
-        from_lambda_lr(LR.OneCycleLR(optimizer, max_lr=1.0, total_steps=10), 8)
+def test_what_json_cannot_hold_is_left_out():
+    assert to_json({"f": print, "of": {"f": [print], "n": 1}, 3: 4}) == {"of": {"n": 1}}
+    assert from_json(to_json({"t": (1, (2.0, None)), "x": torch.tensor(3)})) == {"t": (1, (2.0, None)), "x": 3}

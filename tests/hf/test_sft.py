@@ -405,7 +405,6 @@ def test_a_step_with_packs_compiles(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"loss_type": "chunked_nll"}, "loss_type='chunked_nll'.*Write `loss_type='nll'`"),
         ({"loss_type": "mse"}, "loss_type='mse'.*not one of 'nll', 'dft'"),
         ({"packing_strategy": "ffd"}, "packing_strategy='ffd'.*Write `packing_strategy='bfd'`"),
         ({"truncation_mode": "middle"}, "truncation_mode='middle'"),
@@ -437,7 +436,7 @@ SAID = [{"role": "user", "content": "a"}]
         ([{"text": "a", "images": []}], {}, ValueError, "has images"),
         ([{"text": "a b"}], {"completion_only_loss": True}, ValueError, "there is no completion"),
         ([{"text": "a b"}], {"assistant_only_loss": True}, ValueError, "no messages of an assistant"),
-        ([{"input_ids": [5, 6], "completion_mask": [1]}], {}, ValueError, "2 input_ids and 1 labels"),
+        ([{"input_ids": [5, 6], "completion_mask": [1]}], {}, ValueError, "2 input_ids and 1 values"),
         ([{"text": "a b"}], {"eos_token": "<end>"}, ValueError, "eos_token='<end>'.*does not know it"),
     ],
 )

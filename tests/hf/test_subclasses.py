@@ -96,15 +96,6 @@ def test_a_method_that_needs_a_run_says_so(tmp_path):
         trainer.train()
 
 
-def test_the_rate_of_a_controller_needs_a_state(tmp_path):
-    trainer = Trainer(
-        gpt2(), arguments(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1)
-    )
-    trainer.create_optimizer_and_scheduler(2)
-    with pytest.raises(RuntimeError, match=r"no state before a run. Call `trainer.train\(\)` first"):
-        trainer.get_learning_rates()
-
-
 def test_an_override_may_set_optimizer_and_schedule_by_itself(tmp_path):
     class Own(Trainer):
         def create_optimizer_and_scheduler(self, num_training_steps):

@@ -739,7 +739,7 @@ def test_a_resumed_plateau_keeps_the_rate_it_had_decided(own, tmp_path):
         model = gpt2()
         trainer = with_evaluation(folder, *callbacks, model=model, metrics=lambda _: {"loss": next(values)}, **options)
         if own:
-            trainer._trainfn.given = (torch.optim.SGD(model.parameters(), 0.1), None)
+            trainer.optimizer = torch.optim.SGD(model.parameters(), 0.1)
         return trainer
 
     whole = make(tmp_path / "a")

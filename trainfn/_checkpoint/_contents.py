@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainfn._checkpoint import _leaves
-from trainfn._checkpoint._format import CODES, MANIFEST, MODEL, NAME, STATE_FILE, Leaf, Manifest, Piece
+from trainfn._checkpoint._format import CODES, MANIFEST, MODEL, NAME, OWN, STATE_FILE, Leaf, Manifest, Piece
 from trainfn._checkpoint._pieces import holders, is_split, local
 from trainfn._compile._donate import check_alive
 from trainfn._ranks._group import ALONE, Ranks
@@ -30,7 +30,7 @@ class Contents(NamedTuple):
         texts: The contents of the other files.
         mine: The files of leaves that this rank writes.
         full: Whether each leaf has yet to be gathered, which all ranks take part in.
-        model: The folder with the model's files, if the caller has written them.
+        adopt: The folder that the caller has begun to fill, if there is one; it becomes the checkpoint.
     """
 
     leaves: Mapping[str, Tensor]
@@ -38,7 +38,7 @@ class Contents(NamedTuple):
     texts: dict[str, bytes]
     mine: tuple[str, ...]
     full: bool = False
-    model: Path | None = None
+    adopt: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -55,36 +55,44 @@ def contents_of(
     metrics: Mapping[str, Any] | None = None,
     files: Mapping[str, str | bytes] | None = None,
     full: bool = False,
-    model: Path | None = None,
+    model: bool = True,
+    adopt: Path | None = None,
     ranks: Ranks = ALONE,
 ) -> Contents:
-    """The contents of a save of ``state`` on this rank; errors begin with ``call``."""
+    """The contents of a save of ``state`` on this rank; errors begin with ``call``.
+
+    Without ``model``, or with a folder to ``adopt``, the module's leaves are beside the others, and no file looks like
+    a model's.
+    """
     check_alive(state)
     leaves = _leaves.named(state, call)
     full = full and ranks.size > 1
     split = {name: leaf for name, leaf in leaves.items() if is_split(leaf) and ranks.size > 1 and not full}
-    places, texts = _files(state, leaves, max_shard_size, set(split), with_model=model is None)
+    model = model and adopt is None
+    places, texts = _files(state, leaves, max_shard_size, set(split)) if model else (_beside(leaves, set(split)), {})
     pieces, writers = spread(split, leaves, places, ranks.size)
     tree = {
         name: Leaf(_code(leaf, name, call), tuple(leaf.shape), places[name], pieces.get(name, ()))
         for name, leaf in leaves.items()
     }
     config = getattr(state.module, "config", None)
-    if model is None and callable(getattr(config, "to_json_string", None)):
+    if model and callable(getattr(config, "to_json_string", None)):
         texts["config.json"] = _config(config, type(state.module).__name__)
     for name, text in (files or {}).items():
-        if not NAME.fullmatch(name) or name == MANIFEST or name.endswith(".safetensors"):
-            raise ValueError(f"{call}: files={{{name!r}: ...}} is not a valid name for a file beside the state's own."
-                " Take letters, digits, '.', '_' and '-', and another ending than .safetensors.")  # fmt: skip
+        if not NAME.fullmatch(name) or name == MANIFEST or OWN.fullmatch(name):
+            raise ValueError(
+                f"{call}: files={{{name!r}: ...}} is not a valid name for a file beside the state's own."
+                " Take letters, digits, '.', '_' and '-', in a folder or not; and not the name of a file of the state."
+            )
         texts[name] = text.encode() if isinstance(text, str) else text
     plain = json.loads(_json_text(dict(extra or {}), call))  # a copy, which the user can't change any more
     numbers = {name: _number(value, name, call) for name, value in (metrics or {}).items()}
     manifest = Manifest(int(state.step), numbers, {}, tree, plain, _versions())
     if full:
-        return Contents(leaves, manifest, texts, tuple(writers) if ranks.rank == 0 else (), full, model)
+        return Contents(leaves, manifest, texts, tuple(writers) if ranks.rank == 0 else (), full, adopt)
     mine = tuple(file for file, writer in writers.items() if writer == ranks.rank)
     held = {name: local(leaves[name]) for leaves_of in map(manifest.by_file().get, mine) for name in leaves_of or ()}
-    return Contents(held, manifest, texts, mine, model=model)
+    return Contents(held, manifest, texts, mine, adopt=adopt)
 
 
 def _versions() -> dict[str, str]:
@@ -102,19 +110,18 @@ def _code(leaf: Tensor, name: str, call: str) -> str:
 
 
 def _files(
-    state: TrainState, leaves: dict[str, Tensor], max_shard_size: int, split: set[str], *, with_model: bool
+    state: TrainState, leaves: dict[str, Tensor], max_shard_size: int, split: set[str]
 ) -> tuple[dict[str, str], dict[str, bytes]]:
     """The file of each leaf that is not split, and the index of a model in several files.
 
     A model with a split leaf has no file of its own: a file with the other leaves would look like the full model.
-    Without ``with_model`` it has none either.
     """
     unsaved = _leaves.unsaved_buffers(state)
     model = [name for name in leaves if name.startswith(MODEL) and name not in unsaved]
-    if not with_model or not split.isdisjoint(model):
-        return {name: "" if name in split else STATE_FILE for name in leaves}, {}
+    files = _beside(leaves, split)
+    if not split.isdisjoint(model):
+        return files, {}
     shards = _shards({name: leaves[name].nbytes for name in model}, max_shard_size)
-    files = {name: "" if name in split else STATE_FILE for name in leaves}
     for i, shard in enumerate(shards):
         of = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         files.update(dict.fromkeys(shard, f"model{of}.safetensors"))
@@ -127,6 +134,11 @@ def _files(
     placed = {name.removeprefix(MODEL): files[name] for name in sorted(model)}
     text = json.dumps({"metadata": total, "weight_map": placed}, indent=2) + "\n"
     return files, {"model.safetensors.index.json": text.encode()}
+
+
+def _beside(leaves: dict[str, Tensor], split: set[str]) -> dict[str, str]:
+    """The one file of all leaves that are not split."""
+    return {name: "" if name in split else STATE_FILE for name in leaves}
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

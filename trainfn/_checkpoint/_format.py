@@ -110,7 +110,9 @@ def header(leaves: Mapping[str, Leaf]) -> bytes:
 # --- the manifest -------------------------------------------------------------------------------------------------
 
 _SEAL = re.compile(rb',\n"sha256": "([0-9a-f]{64})"\n}\n\Z')
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")  # no separator, no "..", nothing hidden
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}"  # no "..", nothing hidden
+NAME = re.compile(rf"(?:{_PART}/)?{_PART}")  # in the checkpoint's folder, or in a folder there
+OWN = re.compile(r"(?:model|state|rank)\b[^/]*\.safetensors")  # the files that hold leaves
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 

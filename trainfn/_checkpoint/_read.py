@@ -42,13 +42,13 @@ def inspect(folder: Path) -> Manifest:
             raise CheckpointError(
                 f"{str(folder)!r}: no checkpoint there (no {MANIFEST}, which is written last). `tfn.save` writes one."
             )
-        with _opened(folder / name) as file:
+        with _opened(folder, name) as file:
             data = file.read(LIMIT + 1)
         if len(data) > LIMIT:
             raise _Damage(f"it has more than the {LIMIT:,} bytes that are read")
         manifest = parsed_manifest(data)
         for name, written in manifest.files.items():
-            with _opened(folder / name) as file:
+            with _opened(folder, name) as file:
                 size = os.fstat(file.fileno()).st_size
             if size != written.size:
                 raise _Damage(f"it has {size:,} bytes, and {written.size:,} were written")
@@ -103,7 +103,7 @@ def _read(folder: Path, manifest: Manifest, names: list[str], goals: Mapping[str
 
     def one(name: str) -> None:
         try:
-            with _opened(folder / name) as file:
+            with _opened(folder, name) as file:
                 hashed = _Hashed(file)
                 _fill(hashed, by_file.get(name, {}), name, goals)
                 hashed.end(manifest.files[name])
@@ -209,9 +209,10 @@ class _Hashed:
             raise _Damage("checksum mismatch: its bytes are not those that were written (SHA-256)")
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(folder: Path, name: str) -> BinaryIO:
     """Open a regular file for reading; a symbolic link could lead anywhere, and a pipe would never end."""
-    if stat.S_ISLNK(os.lstat(path).st_mode):
+    path = folder / name
+    if stat.S_ISLNK(os.lstat(path).st_mode) or ("/" in name and path.parent.is_symlink()):
         raise _Damage("it is a symbolic link")
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     number = os.open(path, flags)

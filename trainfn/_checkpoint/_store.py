@@ -43,6 +43,8 @@ class Checkpoints:
         resume: Whether the run resumes from the newest checkpoint. If not, the folder must have none.
         max_shard_size: Bytes above which the model is split into several files.
         full: Whether rank 0 writes the files that one process would write, as in `save`.
+        model: Whether the module's tensors are in a file of their own, ``model.safetensors``. Without it, they are
+            beside the rest of the state, and other files may hold the model.
 
     Raises:
         ValueError: If an argument is invalid, or ``resume=False`` finds checkpoints.
@@ -71,6 +73,7 @@ class Checkpoints:
         resume: bool = True,
         max_shard_size: int = SHARD,
         full: bool = False,
+        model: bool = True,
     ) -> None:
         counts = {"every": every, "keep": keep, "keep_every": keep_every, "max_shard_size": max_shard_size}
         for name, count in counts.items():
@@ -81,6 +84,7 @@ class Checkpoints:
         self.folder, self.every, self.keep, self.keep_every = Path(folder), every, keep, keep_every
         self.best, self.asynchronous, self.max_shard_size, self.full = best, asynchronous, max_shard_size, full
         self.mode: Literal["min", "max"] = mode
+        self.model = model
         self._found = Folder(self.folder)
         self._lock: _disk.Lock | None = None
         self._snapshot = Snapshot()
@@ -107,7 +111,7 @@ class Checkpoints:
         *,
         metrics: Mapping[str, Any] | None = None,
         files: Mapping[str, str | bytes] | None = None,
-        model: str | os.PathLike[str] | None = None,
+        adopt: str | os.PathLike[str] | None = None,
         wait: bool = False,
     ) -> None:
         """Save the state as ``checkpoint-<its step>``, once the save before this one has ended.
@@ -116,9 +120,9 @@ class Checkpoints:
             state: May be changed or donated as soon as this returns.
             extra: What `restore` gives back beside the state; plain JSON.
             metrics: Numbers or `Mean`s, for ``best=``.
-            files: Small files to put beside the others: their contents by name.
-            model: A folder beside or in place of ``checkpoint-<its step>``, with the model's files as the caller wrote
-                them. It becomes the checkpoint, whose own tensors are then all in ``state.safetensors``.
+            files: Small files to put beside the others: their contents by name, which may begin with a folder's.
+            adopt: A folder beside or in place of ``checkpoint-<its step>``, with files that the caller has written,
+                such as the model's. It becomes the checkpoint. The module's tensors are in ``state.safetensors``.
             wait: Whether to return only when the checkpoint is on the disk.
 
         Raises:
@@ -130,7 +134,7 @@ class Checkpoints:
         self.wait()
         ranks = self._job()
         state = alike(state, ranks)
-        given = {"extra": extra, "metrics": metrics, "files": files, "model": None if model is None else Path(model)}
+        given = {"extra": extra, "metrics": metrics, "files": files, "adopt": None if adopt is None else Path(adopt)}
         contents = ranks.agreed(lambda: self._contents(state, given, ranks))
         if not self.asynchronous:
             self._write(contents, ranks)
@@ -144,7 +148,8 @@ class Checkpoints:
 
     def _contents(self, state: TrainState, given: dict[str, Any], ranks: Ranks) -> Contents:
         call, metrics = "Checkpoints.save(state)", given["metrics"]
-        contents = contents_of(state, call, max_shard_size=self.max_shard_size, full=self.full, ranks=ranks, **given)
+        how = {"max_shard_size": self.max_shard_size, "full": self.full, "model": self.model}
+        contents = contents_of(state, call, ranks=ranks, **how, **given)
         if self.best is not None and metrics is not None and self.best not in metrics:
             near = nearest(self.best, metrics, likeness=0)
             raise ValueError(f"{call}: best={self.best!r} is not among the metrics {sorted(metrics)}.{near}")

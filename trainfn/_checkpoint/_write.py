@@ -36,14 +36,14 @@ def write(target: Path, contents: Contents, ranks: Ranks = ALONE, prepare: Calla
     def begin() -> str:
         with _explaining(target, contents):
             prepare()
-            if contents.model != target:
+            if contents.adopt != target:
                 _check_replaceable(target)
             if beside.exists():
                 _disk.discard(beside)
-            if contents.model is None:
+            if contents.adopt is None:
                 _disk.make_folder(beside)
             else:
-                _disk.adopt(contents.model, beside, [MANIFEST, *contents.texts, *contents.manifest.by_file()])
+                _disk.adopt(contents.adopt, beside, [MANIFEST, *contents.texts, *contents.manifest.by_file()])
         return beside.name
 
     def fill() -> dict[str, Written]:
@@ -101,7 +101,7 @@ def _fill(folder: Path, contents: Contents, ranks: Ranks) -> dict[str, Written]:
     try:
         files: dict[str, Written] = {}
         if ranks.rank == 0:
-            files = {name: _disk.write(folder / name, [text]) for name, text in contents.texts.items()}
+            files = _beside(folder, contents.texts)
         for name in contents.mine:
             files[name] = _disk.write(folder / name, _file(by_file[name], values))
         if ranks.rank > 0 and contents.mine:
@@ -111,6 +111,17 @@ def _fill(folder: Path, contents: Contents, ranks: Ranks) -> dict[str, Written]:
         # After an error of this rank's disk too: each gather is a collective, which the other ranks would wait in.
         if isinstance(values, Gathered):
             values.drain()
+
+
+def _beside(folder: Path, texts: Mapping[str, bytes]) -> dict[str, Written]:
+    """Write the files that hold no leaf, and the folders that they are in."""
+    inner = sorted({(folder / name).parent for name in texts} - {folder})
+    for path in inner:
+        _disk.make_folders(path)
+    files = {name: _disk.write(folder / name, [text]) for name, text in texts.items()}
+    for path in inner:
+        _disk.flush_folder(path)
+    return files
 
 
 def _check_visible(folder: Path, files: dict[str, Written]) -> None:

@@ -19,7 +19,7 @@ from trainfn.hf._arguments._training import TrainingArguments
 from trainfn.hf._callbacks._events import CallbackHandler, event, gather, with_defaults
 from trainfn.hf._checkpoints._methods import Checkpointing
 from trainfn.hf._evaluation import _evaluate, _prediction
-from trainfn.hf._optim import _resolve
+from trainfn.hf._optim._methods import Optimizing
 from trainfn.hf._parallel import _parameters
 from trainfn.hf._parallel._layout import world_of
 from trainfn.hf._reporting import _logs
@@ -52,7 +52,7 @@ logger = logging.get_logger(__name__)
 
 
 @_names.without_missing
-class Trainer(Running, Checkpointing, Reporting):
+class Trainer(Running, Optimizing, Checkpointing, Reporting):
     """Train, evaluate and predict with a model, as transformers' Trainer does; every method may be overridden.
 
     The step is `trainfn.train_step`: pure, the same update for every split into micro-batches, resumable to the bit.
@@ -232,22 +232,6 @@ class Trainer(Running, Checkpointing, Reporting):
         """One micro-batch forwards and backwards; only called if it is overridden."""
         return _manual.training_step(self, model, inputs, num_items_in_batch)
 
-    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        """Set up the schedule, then the optimizer."""
-        _resolve.create(self, num_training_steps)
-
-    def create_optimizer(self) -> Optimizer | None:
-        """The optimizer: a transform of `trainfn.optim`; an override may return a torch optimizer."""
-        return _resolve.create_optimizer(self)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Scheduler | None:
-        """The schedule, of `trainfn.schedules`; an override may return a torch schedule."""
-        return _resolve.create_scheduler(self, num_training_steps)
-
-    def get_learning_rates(self) -> list[float]:
-        """The learning rate of the newest step."""
-        return [_resolve.learning_rate(self)]
-
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -322,5 +306,4 @@ class Trainer(Running, Checkpointing, Reporting):
             yield self.model
 
 
-for _method in (Trainer.training_step, Trainer.create_scheduler):
-    _method.not_overridden = True  # type: ignore[attr-defined]  # so that overrides are recognized
+Trainer.training_step.not_overridden = True  # type: ignore[attr-defined]  # so that an override is recognized

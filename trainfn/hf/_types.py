@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 import trainfn as tfn
@@ -21,7 +20,6 @@ if TYPE_CHECKING:  # the files that define these import this one
 
     from trainfn.hf._arguments._training import TrainingArguments
     from trainfn.hf._callbacks._events import CallbackHandler
-    from trainfn.hf._optim._schedules import Scheduled
     from trainfn.hf._reporting._hub import Pushes
     from trainfn.hf._run._record import Record
 
@@ -40,10 +38,8 @@ Nested: TypeAlias = Any
 """A tensor or an array; or tuples, lists and dicts of them."""
 Metrics: TypeAlias = dict[str, Any]
 """Metrics by name, as they are logged: mostly numbers."""
-Rate: TypeAlias = tfn.Schedule | float
-"""A learning rate: a function of the number of completed updates, or a number that a controller changes."""
 Optimizer: TypeAlias = torch.optim.Optimizer | tfn.Transform
-Scheduler: TypeAlias = "LRScheduler | Scheduled | list[Scheduled] | tfn.Schedule"
+Scheduler: TypeAlias = "Steps | tfn.Schedule"
 Callback: TypeAlias = TrainerCallback | type[TrainerCallback]
 Collator: TypeAlias = Callable[[Any], Batch]  # of a list of rows
 LossFunction: TypeAlias = Callable[..., Loss]
@@ -69,6 +65,15 @@ Dataset: TypeAlias = "SizedDataset | IterableDataset[Any]"
 Datasets: TypeAlias = "Dataset | dict[str, Dataset]"
 Loader: TypeAlias = Iterable[Any]
 """Batches; each pass over it is an epoch. Most have a length."""
+
+
+class Steps(Protocol):
+    """A scheduler of torch's kind, which writes rates into an optimizer's groups."""
+
+    @property
+    def step(self) -> Callable[..., object]: ...
+
+    def get_last_lr(self) -> Sequence[float | Tensor]: ...
 
 
 class Trial(Protocol):
@@ -156,8 +161,6 @@ class TrainerLike(Protocol):
 
     def _track_num_input_tokens(self, inputs: Batch) -> None: ...
 
-    def _get_learning_rate(self) -> float: ...
-
     def _hp_search_setup(self, trial: Trial | None) -> None: ...
 
     def _report_to_hp_search(self, trial: Trial | None, step: int, metrics: Metrics) -> None: ...
@@ -189,11 +192,17 @@ class TrainerLike(Protocol):
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None: ...
 
+    # `trainfn.hf._optim` calls the first two as transformers does; overrides of older versions take fewer arguments.
     def create_optimizer(self) -> Optimizer | None: ...
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Scheduler | None: ...
+    def create_scheduler(self, num_training_steps: int) -> Scheduler | None: ...
 
-    def get_learning_rates(self) -> list[float]: ...
+    @property
+    def get_optimizer_cls_and_kwargs(self) -> Callable[..., tuple[Any, Values]]: ...
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]: ...
+
+    def _get_learning_rate(self) -> float: ...
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 

@@ -90,6 +90,12 @@ def _own_accumulation(value: object, args: Arguments) -> bool:
     )
 
 
+RECOMPUTING = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"} | {
+    "every_n_layers",
+    "offload",
+}
+"""The keys of `gradient_checkpointing_kwargs`: those of `torch.utils.checkpoint`, and those of transformers."""
+
 REFUSED: tuple[Refused, ...] = (
     Refused(
         "deepspeed",
@@ -117,10 +123,22 @@ REFUSED: tuple[Refused, ...] = (
     ),
     Refused(
         "optim_target_modules",
-        lambda value, args: value is not None and "galore" not in args.optim,
+        lambda value, args: value is not None and not any(name in args.optim for name in ("galore", "apollo")),
         "it chooses the layers of GaLore, and this is another `optim`",
         "Leave `optim_target_modules` out, or write `optim='galore_adamw'`; a model's `requires_grad_(False)` freezes"
         " what should not train",
+    ),
+    Refused(
+        "gradient_checkpointing_kwargs",
+        lambda value, _: isinstance(value, dict) and not value.keys() <= RECOMPUTING,
+        "it has keys that neither torch's checkpoint nor transformers knows",
+        f"Write some of {', '.join(sorted(RECOMPUTING))}; `{{'every_n_layers': 2}}` recomputes every second layer",
+    ),
+    Refused(
+        "gradient_checkpointing_kwargs",
+        lambda value, args: isinstance(value, dict) and bool(value.get("offload")) and args.device.type == "cpu",
+        "activations on a CPU are on the host already",
+        "Leave `offload` out",
     ),
     Refused(
         "debug",
@@ -187,10 +205,12 @@ _READ: dict[str, tuple[str, ...]] = {
     "_step/_modes.py": ("bf16_full_eval", "fp16_full_eval"),
     "_installed.py": ("gradient_checkpointing", "gradient_checkpointing_kwargs"),
     "_optim/_named.py": (
-        *("optim", "optim_args", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
+        "learning_rate",
+        *("optim", "optim_args", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
     ),
+    "_optim/_resolve.py": ("weight_decay",),
     "_optim/_targets.py": ("optim_target_modules",),
-    "_optim/_schedules.py": ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    "_optim/_schedules.py": ("lr_scheduler_type", "lr_scheduler_kwargs"),
     "_optim/_schedules.py as get_warmup_steps": ("warmup_steps",),
     "_callbacks/_events.py": ("disable_tqdm",),
     "_callbacks/_events.py as DefaultFlowCallback": (

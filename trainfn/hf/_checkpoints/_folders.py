@@ -9,8 +9,6 @@ import math
 import operator
 import re
 import shutil
-import tempfile
-from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
@@ -22,10 +20,11 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 import trainfn as tfn
-from trainfn.hf._checkpoints import _parts
+from trainfn.hf._checkpoints import _adapters, _parts
 from trainfn.hf._checkpoints._transformers import load_weights
 from trainfn.hf._names import overridden
 from trainfn.hf._optim._resolve import metric_name
+from trainfn.hf._optim._resolve import saved as saved_optimizer
 from trainfn.hf._parallel._parameters import plain, whole
 from trainfn.hf._parallel._world import ALONE
 from trainfn.hf._run._position import go_to, position
@@ -81,7 +80,8 @@ class Saving:
             # With sharded files each rank writes its part, and no rank writes a model.safetensors.
             full = not trainer._trainfn.world.sharded_files
             keep = args.save_total_limit or None  # 0 keeps all, as in transformers
-            self.made = tfn.Checkpoints(output_dir(trainer), keep=keep, best=best, mode=mode, full=full)
+            model = not _adapters.has_adapters(trainer.model)  # adapters are written by peft, and their model is not
+            self.made = tfn.Checkpoints(output_dir(trainer), keep=keep, best=best, mode=mode, full=full, model=model)
         return self.made
 
     def __enter__(self) -> Self:
@@ -122,16 +122,17 @@ class Saving:
             "trainer_state": state_dict(trainer),
             "position": position(run.windows),
             "losses": run.losses.state_dict(),
+            "optimizer": saved_optimizer(trainer, run.optimizer),
         }
-        if run.controller_state is not None:
-            extra["controller"] = {name: leaf.tolist() for name, leaf in run.controller_state._asdict().items()}
         current = numbers if at == trainer.state.global_step else None
         if self.store.best is not None and current is not None and self.store.best not in current:
             current = None
         self.wait()  # an override writes into the folder that the save before may be writing
         own = written_by_overrides(trainer, folder)
-        beside = files(trainer, with_model=own is None) if ranks.rank == 0 else None
-        self.store.save(newest_state(trainer), extra, metrics=current, files=beside, model=own)
+        with whole(trainer) if not self.store.model else contextlib.nullcontext():  # peft reads full parameters
+            beside = files(trainer, with_model=own is None) if ranks.rank == 0 else None
+        state = _adapters.without_base(newest_state(trainer), trainer.model)
+        self.store.save(state, extra, metrics=current, files=beside, adopt=own)
         return folder
 
 
@@ -188,23 +189,12 @@ def files(trainer: TrainerLike, *, with_model: bool) -> dict[str, str | bytes]:
     if not with_model:
         return found
     found[ARGUMENTS] = trainer.args.to_json_string() + "\n"
-    with tempfile.TemporaryDirectory() as folder, _quietly():
-        for part in (trainer.processing_class, getattr(trainer.model, "generation_config", None)):
-            if part is not None and hasattr(part, "save_pretrained"):
-                part.save_pretrained(folder)
-        found |= {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
+    adapted = _adapters.has_adapters(trainer.model)
+    beside = trainer.model if adapted else getattr(trainer.model, "generation_config", None)
+    for part in (trainer.processing_class, beside):
+        if part is not None and hasattr(part, "save_pretrained"):
+            found |= _adapters.written_by(part)
     return found
-
-
-@contextlib.contextmanager
-def _quietly() -> Generator[None]:
-    """Silence transformers in this block: it would log the name of a temporary folder."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------
@@ -339,7 +329,8 @@ def load_best(trainer: TrainerLike) -> None:
         with plain(trainer):
             load_weights(trainer.model, best)
         return
-    _parts.place(trainer, tfn.restore(best, like=newest_state(trainer), only="^model/"))
+    like = _adapters.without_base(newest_state(trainer), trainer.model, tfn.manifest(best).tree)
+    _parts.place(trainer, tfn.restore(best, like=like, only="^model/"))
 
 
 # --- the model alone -------------------------------------------------------------------------------------------------
@@ -361,7 +352,7 @@ def write_model(trainer: TrainerLike, folder: str, tensors: dict[str, Tensor] | 
     """Write the model, with ``tensors`` in place of its own if they are given, its tokenizer, and the arguments."""
     target, model = Path(folder), trainer.model
     target.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+    if isinstance(model, PreTrainedModel) or _adapters.has_adapters(model):
         cast("PreTrainedModel", model).save_pretrained(folder, state_dict=tensors)
     elif tensors is not None:
         save_file({name: x.contiguous() for name, x in tensors.items()}, target / "model.safetensors", {"format": "pt"})

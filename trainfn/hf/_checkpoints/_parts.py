@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import trainfn as tfn
-from trainfn.hf._checkpoints import _transformers
+from trainfn.hf._checkpoints import _adapters, _transformers
 from trainfn.hf._names import overridden
-from trainfn.hf._optim._resolve import control_again
+from trainfn.hf._optim._resolve import restore as restore_optimizer
 from trainfn.hf._parallel._parameters import see
 from trainfn.hf._run._record import Restored, TrainingRun, current_run, newest_state
 from trainfn.hf._types import TrainerLike, Values
@@ -28,9 +28,10 @@ def resume(trainer: TrainerLike, run: TrainingRun, folder: str, *, foreign: bool
         where: Values = {"epoch": n // updates, "micro": n % updates * run.length.accumulate}
         restored = Restored(folder, None, {"step": n})
     else:
-        extra = tfn.manifest(folder).extra
+        manifest = tfn.manifest(folder)
+        like, extra = _adapters.without_base(newest_state(trainer), trainer.model, manifest.tree), manifest.extra
         state, where, n = extra["trainer_state"], extra["position"], 0
-        restored = Restored(folder, tfn.restore(folder, like=newest_state(trainer)), extra)
+        restored = Restored(folder, tfn.restore(folder, like=like), extra)
         run.losses.load_state_dict(extra["losses"])
     run.restored = restored
     try:
@@ -73,8 +74,7 @@ def load_optimizer(trainer: TrainerLike) -> None:
         _transformers.load_optimizer(trainer, restored.extra["step"], restored.folder)
         return
     trainer.train_state = newest_state(trainer)._replace(opt_state=restored.state.opt_state)
-    if "controller" in restored.extra:
-        control_again(trainer, run, restored.extra["controller"])
+    restore_optimizer(trainer, run.optimizer, restored.extra["optimizer"])
 
 
 def load_key(trainer: TrainerLike) -> None:
@@ -88,7 +88,7 @@ def place(trainer: TrainerLike, saved: tfn.TrainState) -> None:
     """Take restored parameters and buffers; they are copied into the model's own memory."""
     mine = newest_state(trainer)
     if trainer._trainfn.world.plan is not None:
-        trainer.train_state = mine._replace(params=saved.params, buffers=saved.buffers)
+        trainer.train_state = mine._replace(params=saved.params, buffers={**mine.buffers, **saved.buffers})
         see(trainer)
         return
     copy({**mine.params, **mine.buffers}, {**saved.params, **saved.buffers})

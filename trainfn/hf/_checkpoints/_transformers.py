@@ -8,38 +8,49 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.errors import shortened
-from trainfn.hf._optim._named import decay_names
-from trainfn.hf._run._record import newest_state
-from trainfn.hf._types import OptState, TrainerLike
+from trainfn.hf._checkpoints._adapters import has_adapters, in_folder, load
+from trainfn.hf._optim._facade import RunOptimizer
+from trainfn.hf._optim._moments import with_entries
+from trainfn.hf._optim._schedules import as_scheduler, go_to
+from trainfn.hf._run._record import current_run, newest_state
+from trainfn.hf._types import OptState, TrainerLike, Values
 
 logger = logging.get_logger(__name__)
 
 
 def load_optimizer(trainer: TrainerLike, n: int, folder: str) -> None:
-    """Take the step and Adam's moments from a checkpoint that transformers wrote; no code in a pickle is run."""
+    """Take the optimizer's state from a checkpoint that transformers wrote, with schedules at step ``n``.
+
+    No code in a pickle is run.
+    """
     fresh = newest_state(trainer)
-    opt_state = counted(fresh.opt_state, n)
-    moments = adam_moments(trainer.model, Path(folder) / "optimizer.pt")
-    filled = opt_state if moments is None else with_moments(opt_state, *moments)
-    trainer.train_state = fresh._replace(opt_state=opt_state if filled is None else filled)
-    if moments is None or filled is None:
+    opt_state, optimizer = counted(fresh.opt_state, n), current_run(trainer).optimizer
+    moments = saved_moments(optimizer, Path(folder) / "optimizer.pt")
+    if moments is None:
         logger.warning(
             f"{folder} was written by transformers. This run resumes its weights, step, schedule and data position. Its"
-            " optimizer.pt is not one of Adam for this model, so the optimizer's state starts anew."
+            " optimizer.pt is not one of this optimizer for this model, so the optimizer's state starts anew."
         )
+    else:
+        opt_state = with_entries(opt_state, moments)
+    trainer.train_state = fresh._replace(opt_state=opt_state)
+    go_to(as_scheduler(trainer.lr_scheduler, optimizer.optimizer), optimizer.optimizer, n)
 
 
 def load_weights(model: nn.Module, folder: str) -> None:
-    """Load the safetensors files of a folder, one or several, into a model.
+    """Load the safetensors files of a folder, one or several, into a model; or the adapters that it holds.
 
     Raises:
         trainfn.errors.CheckpointError: If the files are missing, or do not fit.
     """
+    if has_adapters(model) and in_folder(folder):
+        load(model, folder)
+        return
     index = Path(folder) / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     # An index from elsewhere must not name files outside of the folder.
@@ -65,42 +76,15 @@ def counted(opt_state: OptState, n: int) -> OptState:
     return tfn.tree.map(lambda x: torch.full_like(x, n) if x.dtype == torch.int64 and x.dim() == 0 else x, opt_state)
 
 
-def adam_moments(model: nn.Module, file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-    """Return the moments in an ``optimizer.pt`` of transformers by parameter name; None if it has no such moments.
+def saved_moments(optimizer: RunOptimizer, file: Path) -> dict[str, Values] | None:
+    """Return the moments in an ``optimizer.pt`` of transformers by parameter name; None if they do not fit.
 
     The file is read with ``weights_only=True``, which allows tensors, numbers and plain containers, and no code.
     """
     if not file.is_file():
         return None
     try:
-        saved = torch.load(file, weights_only=True, map_location="cpu")["state"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError):
+        found = optimizer.entries_of(torch.load(file, weights_only=True, map_location="cpu"))
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, ValueError):
         return None
-    trained, decayed = [n for n, p in model.named_parameters() if p.requires_grad], decay_names(model)
-    # transformers numbers the parameters group by group: first those with weight decay, then the others.
-    names = [*(n for n in trained if n in decayed), *(n for n in trained if n not in decayed)]
-    shapes = {n: p.shape for n, p in model.named_parameters()}
-    if len(saved) != len(names) or not all({"exp_avg", "exp_avg_sq"} <= set(entry) for entry in saved.values()):
-        return None
-    mu, nu = ({n: saved[i][key] for i, n in enumerate(names)} for key in ("exp_avg", "exp_avg_sq"))
-    return (mu, nu) if all(mu[n].shape == nu[n].shape == shapes[n] for n in names) else None
-
-
-def with_moments(opt_state: OptState, mu: dict[str, Tensor], nu: dict[str, Tensor]) -> OptState | None:
-    """Return an optimizer's state with Adam's moments in it; None if it has no moments of these parameters."""
-    if isinstance(opt_state, tuple) and {"mu", "nu"} <= set(getattr(opt_state, "_fields", ())):
-        state: OptState = opt_state
-        if state.mu.keys() != mu.keys():
-            return None
-        return state._replace(
-            mu={n: x.clone().copy_(mu[n]) for n, x in state.mu.items()},
-            nu={n: x.clone().copy_(nu[n]) for n, x in state.nu.items()},
-        )
-    if isinstance(opt_state, tuple):
-        parts: list[OptState] = list(opt_state)
-        found = [with_moments(part, mu, nu) for part in parts]
-        if all(part is None for part in found):
-            return None
-        items = [old if new is None else new for old, new in zip(parts, found, strict=True)]
-        return type(opt_state)(*items) if hasattr(opt_state, "_fields") else tuple(items)
-    return None
+    return found if found and optimizer.fits(found) else None

@@ -1,64 +1,74 @@
-"""The optimizer that `TrainingArguments` describe, as a transform."""
+"""The optimizer that `TrainingArguments` describe: a class of torch, or one of this package."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Callable, Iterable
+from typing import NoReturn, TypeAlias
 
+import torch
 import transformers
 from torch import Tensor, nn
+from transformers.optimization import Adafactor
 
 import trainfn as tfn
 from trainfn.errors import nearest
+from trainfn.hf._optim._groups import Group, Kind, Make, Numbers
 from trainfn.hf._optim._targets import target_names
-from trainfn.hf._types import Rate, Values
+from trainfn.hf._types import Values
 
 Arguments: TypeAlias = transformers.TrainingArguments
-Decay: TypeAlias = Callable[[str, Tensor], bool]
 Options: TypeAlias = Values
+Model: TypeAlias = nn.Module | None
+Described: TypeAlias = tuple[Callable[..., torch.optim.Optimizer], Values]
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
 
-def make_optimizer(args: Arguments, model: nn.Module | Mapping[str, Tensor], schedule: Rate) -> tfn.Transform:
-    """The optimizer of ``optim`` and ``optim_args``, after clipping to ``max_grad_norm``.
-
-    Its arithmetic and its defaults are those of the `torch.optim.Optimizer` that transformers builds.
+class Named(torch.optim.Optimizer):
+    """An optimizer of `trainfn.optim` that torch does not have, with the groups of a torch optimizer.
 
     Args:
-        args: The fields ``optim, optim_args, weight_decay, adam_beta1, adam_beta2, adam_epsilon,
-            max_grad_norm``; for GaLore, ``optim_target_modules``.
-        model: The model, which decides which parameters decay; see `decay_names`. Or a dict of its parameters;
-            then their names alone decide.
-        schedule: The learning rate as a function of the number of completed updates. Or a number; then it is a
-            hyperparameter that `trainfn.optim.set_hyperparams` changes.
+        params: Parameters, or groups of them.
+        kind: The rule of a group.
+        lr: The learning rate.
+        options: The other options of each group.
+    """
+
+    def __init__(self, params: Iterable[Tensor] | Iterable[Values], kind: Kind, lr: float, **options: object) -> None:
+        self.kind = kind
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, **options})
+
+    def step(self, closure: Callable[[], float] | None = None) -> NoReturn:
+        """Raise an error: the update is part of the Trainer's step."""
+        raise RuntimeError(
+            f"`optimizer.step()` can't work: the update of {self.defaults.get('name', 'this optimizer')!r} is a"
+            " transform, which the Trainer's step applies. Write `trainer.train()`; or use `tfn.train_step` with the"
+            " transform of `tfn.optim`."
+        )
+
+
+def cls_and_kwargs(args: Arguments, model: Model = None) -> Described:
+    """The class of ``optim`` and its arguments, as transformers' Trainer has them.
+
+    Args:
+        args: The fields ``optim, optim_args, learning_rate, adam_beta1, adam_beta2, adam_epsilon``; for GaLore,
+            ``optim_target_modules``.
+        model: The model; only GaLore needs it.
 
     Raises:
         ValueError: If the optimizer is one that trainfn doesn't have, or ``optim_args`` has a key or a value
             that it doesn't take.
 
-    >>> import torch
     >>> from trainfn.hf import TrainingArguments
-    >>> args = TrainingArguments(optim="sgd", optim_args="momentum=0.9", max_grad_norm=0.0, use_cpu=True)
-    >>> rule = make_optimizer(args, nn.Linear(1, 1), 0.1)
-    >>> params = {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
-    >>> rule.update(params, rule.init(params), params)[0]
-    {'weight': tensor([[-0.1000]]), 'bias': tensor([-0.1000])}
+    >>> cls_and_kwargs(TrainingArguments(optim="sgd", optim_args="momentum=0.9", learning_rate=0.1, use_cpu=True))
+    (<class 'torch.optim.sgd.SGD'>, {'lr': 0.1, 'momentum': 0.9})
     """
     name = str(getattr(args.optim, "value", args.optim))
     check_optimizer(name)
     options = parse_optim_args(name, args.optim_args)
-    if name.startswith("galore"):
-        targets = target_names(args, model)
-        options["targets"] = lambda name, param: name in targets
-    decays = _decays(model)
-
-    def factory(learning_rate: Rate) -> tfn.Transform:
-        return _OPTIMIZERS[name](args, learning_rate, options, decays)
-
-    rule = factory(schedule) if callable(schedule) else tfn.optim.inject_hyperparams(factory)(float(schedule))
-    return clipped(args, rule)
+    cls, kwargs = _OPTIMIZERS[name](args, model, options)
+    return cls, {"lr": args.learning_rate, **kwargs}
 
 
 def clipped(args: Arguments, rule: tfn.Transform) -> tfn.Transform:
@@ -66,11 +76,16 @@ def clipped(args: Arguments, rule: tfn.Transform) -> tfn.Transform:
 
     >>> from trainfn.hf import TrainingArguments
     >>> rule = tfn.optim.scale(-1.0)
-    >>> clipped(TrainingArguments(max_grad_norm=0.0, use_cpu=True), rule) is rule
-    True
+    >>> updates = {"w": torch.tensor([3.0, 4.0])}
+    >>> for norm in (0.0, 1.0):
+    ...     rules = clipped(TrainingArguments(max_grad_norm=norm, use_cpu=True), rule)
+    ...     print(rules.update(updates, rules.init({}), {})[0]["w"])
+    tensor([-3., -4.])
+    tensor([-0.6000, -0.8000])
     """
     norm: float | None = args.max_grad_norm
-    return tfn.optim.chain(tfn.optim.clip_by_global_norm(norm), rule) if norm and norm > 0 else rule
+    first = tfn.optim.clip_by_global_norm(norm) if norm and norm > 0 else tfn.optim.identity()
+    return tfn.optim.chain(first, rule)
 
 
 def decay_names(model: nn.Module) -> frozenset[str]:
@@ -161,103 +176,100 @@ def _typed(call: str, key: str, value: object, kind: type) -> object:
         ) from None
 
 
-def _decays(model: nn.Module | Mapping[str, Tensor]) -> Decay:
-    if not isinstance(model, nn.Module):
-        return lambda name, param: not _NO_DECAY.search(name)
-    names = decay_names(model)
+def _adamw(args: Arguments, model: Model, options: Options) -> Described:
+    return torch.optim.AdamW, _adam_options(args)
+
+
+def _fused(args: Arguments, model: Model, options: Options) -> Described:
+    return torch.optim.AdamW, {**_adam_options(args), "fused": True}  # the arithmetic is the same
+
+
+def _adam_options(args: Arguments) -> Options:
+    return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+
+
+def _adafactor(args: Arguments, model: Model, options: Options) -> Described:
+    return Adafactor, {"scale_parameter": False, "relative_step": False}
+
+
+def _of_torch(cls: type[torch.optim.Optimizer]) -> Callable[[Arguments, Model, Options], Described]:
+    return lambda args, model, options: (cls, options)
+
+
+def _own(
+    make: Make, options: Options, numbers: tuple[str, ...] = ("lr", "weight_decay"), name: str | None = None
+) -> Described:
+    return Named, {"kind": Kind(make, numbers), "name": name or make.__name__.strip("_"), **options}
+
+
+def _lion(args: Arguments, model: Model, options: Options) -> Described:
+    def lion(group: Group, n: Numbers) -> tfn.Transform:
+        return tfn.optim.lion(n["learning_rate"], n["beta1"], n["beta2"], weight_decay=_decay(group, n))
+
+    return _own(lion, {"betas": (args.adam_beta1, args.adam_beta2)}, ("lr", "weight_decay", "betas"))
+
+
+def _lomo(args: Arguments, model: Model, options: Options) -> Described:
+    def lomo(group: Group, n: Numbers) -> tfn.Transform:
+        return tfn.optim.lomo(n["learning_rate"], weight_decay=_decay(group, n))
+
+    return _own(lomo, options)
+
+
+def _adalomo(args: Arguments, model: Model, options: Options) -> Described:
+    def adalomo(group: Group, n: Numbers) -> tfn.Transform:
+        return tfn.optim.adalomo(n["learning_rate"], weight_decay=_decay(group, n))
+
+    return _own(adalomo, options)
+
+
+def _galore_adamw(args: Arguments, model: Model, options: Options) -> Described:
+    # transformers passes the learning rate alone, so the field's default, 1e-8, means galore-torch's own eps there.
+    return _galore(args, model, options, 1e-6 if args.adam_epsilon == 1e-8 else args.adam_epsilon)
+
+
+def _galore_adamw_8bit(args: Arguments, model: Model, options: Options) -> Described:
+    return _galore(args, model, options, args.adam_epsilon)  # bitsandbytes' eps is 1e-8 too
+
+
+def _galore(args: Arguments, model: Model, options: Options, eps: float) -> Described:
+    targets = _targets(args, model)
+
+    def galore_adamw(group: Group, n: Numbers) -> tfn.Transform:
+        more = {key: group[key] for key in options}
+        numbers = (n["learning_rate"], n["beta1"], n["beta2"], n["eps"])
+        return tfn.optim.galore_adamw(*numbers, weight_decay=_decay(group, n), targets=targets, **more)
+
+    known = ("lr", "weight_decay", "betas", "eps")
+    return _own(galore_adamw, {**_adam_options(args), "eps": eps, **options}, known)
+
+
+def _galore_adafactor(args: Arguments, model: Model, options: Options) -> Described:
+    targets = _targets(args, model)
+
+    def galore_adafactor(group: Group, n: Numbers) -> tfn.Transform:
+        more = {key: group[key] for key in options}
+        return tfn.optim.galore_adafactor(n["learning_rate"], weight_decay=_decay(group, n), targets=targets, **more)
+
+    return _own(galore_adafactor, options)
+
+
+def _targets(args: Arguments, model: Model) -> Callable[[str, Tensor], bool]:
+    names = target_names(args, {} if model is None else model)
     return lambda name, param: name in names
 
 
-def _coupled(args: Arguments, rule: tfn.Transform, decays: Decay) -> tfn.Transform:
-    """A transform with weight decay as the gradient of a penalty, as in torch's SGD, Adagrad and RMSprop."""
-    decay = args.weight_decay
-    return tfn.optim.chain(tfn.optim.add_decayed_weights(decay, decays), rule) if decay else rule
+def _decay(group: Group, n: Numbers) -> float | Tensor:
+    return n["weight_decay"] if group["weight_decay"] else 0.0
 
 
-def _adamw(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    betas = (args.adam_beta1, args.adam_beta2)
-    return tfn.optim.adamw(rate, *betas, args.adam_epsilon, weight_decay=args.weight_decay, mask=decays)
-
-
-def _adafactor(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    return tfn.optim.adafactor(rate, scale_parameter=False, weight_decay=args.weight_decay, mask=decays)
-
-
-def _lion(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    return tfn.optim.lion(rate, args.adam_beta1, args.adam_beta2, weight_decay=args.weight_decay, mask=decays)
-
-
-def _sgd(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    momentum = options.get("momentum") or None  # 0 means none, and takes no memory
-    rest = {"nesterov": options.get("nesterov", False), "dampening": options.get("dampening", 0.0)}
-    return _coupled(args, tfn.optim.sgd(rate, momentum=momentum, **rest), decays)
-
-
-def _rmsprop(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    rule = tfn.optim.rmsprop(
-        rate,
-        options.get("alpha", 0.99),
-        options.get("eps", 1e-8),
-        centered=options.get("centered", False),
-        momentum=options.get("momentum") or None,
-    )
-    return _coupled(args, rule, decays)
-
-
-def _adagrad(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    rule = tfn.optim.chain(
-        tfn.optim.scale_by_adagrad(eps=options.get("eps", 1e-10)),
-        slowing(options.get("lr_decay", 0.0)),
-        tfn.optim.scale_by_learning_rate(rate),
-    )
-    return _coupled(args, rule, decays)
-
-
-def _galore_adamw(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    # transformers passes the learning rate alone, so the field's default, 1e-8, means galore-torch's own eps there.
-    eps = 1e-6 if args.adam_epsilon == 1e-8 else args.adam_epsilon
-    betas = (args.adam_beta1, args.adam_beta2)
-    return tfn.optim.galore_adamw(rate, *betas, eps, weight_decay=args.weight_decay, mask=decays, **options)
-
-
-def _galore_adamw_8bit(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    numbers = (args.adam_beta1, args.adam_beta2, args.adam_epsilon)  # bitsandbytes' eps is 1e-8 too
-    return tfn.optim.galore_adamw(rate, *numbers, weight_decay=args.weight_decay, mask=decays, **options)
-
-
-def _galore_adafactor(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    return tfn.optim.galore_adafactor(rate, weight_decay=args.weight_decay, mask=decays, **options)
-
-
-def _lomo(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    return tfn.optim.lomo(rate, weight_decay=args.weight_decay, mask=decays)
-
-
-def _adalomo(args: Arguments, rate: Rate, options: Options, decays: Decay) -> tfn.Transform:
-    return tfn.optim.adalomo(rate, weight_decay=args.weight_decay, mask=decays)
-
-
-def slowing(lr_decay: float) -> tfn.Transform:
-    """Adagrad's own decay of the rate: divide by ``1 + count * lr_decay``.
-
-    >>> import torch
-    >>> rule = slowing(1.0)
-    >>> _, state = rule.update({"w": torch.ones(1)}, rule.init({}), {})
-    >>> rule.update({"w": torch.ones(1)}, state, {})[0]
-    {'w': tensor([0.5000])}
-    """
-    if not lr_decay:
-        return tfn.optim.identity()
-    return tfn.optim.scale_by_schedule(lambda count: 1.0 / (1.0 + count.float() * lr_decay), own=True)
-
-
-_OPTIMIZERS: dict[str, Callable[[Arguments, Rate, Options, Decay], tfn.Transform]] = {
+_OPTIMIZERS: dict[str, Callable[[Arguments, Model, Options], Described]] = {
     "adamw_torch": _adamw,
-    "adamw_torch_fused": _adamw,  # the arithmetic is the same, and the compiler does the fusing
+    "adamw_torch_fused": _fused,
     "adafactor": _adafactor,
-    "sgd": _sgd,
-    "adagrad": _adagrad,
-    "rmsprop": _rmsprop,
+    "sgd": _of_torch(torch.optim.SGD),
+    "adagrad": _of_torch(torch.optim.Adagrad),
+    "rmsprop": _of_torch(torch.optim.RMSprop),
     "lion_32bit": _lion,  # bitsandbytes' name for plain Lion
     # Layer by layer saves memory of gradients; the steps are the same.
     **dict.fromkeys(("galore_adamw", "galore_adamw_layerwise"), _galore_adamw),

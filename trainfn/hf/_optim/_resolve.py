@@ -1,117 +1,149 @@
-"""The optimizer and the schedule of a run: from the arguments, from overrides, or from torch objects."""
+"""The optimizer and the schedule of a run: asked for as transformers asks, then shown as torch's."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import nn
+from transformers.trainer_optimizer import is_optimizer_factory
 
 import trainfn as tfn
-from trainfn.hf._optim._named import clipped, make_optimizer
-from trainfn.hf._optim._schedules import Scheduled, for_groups, from_lambda_lr, make_schedule
-from trainfn.hf._optim._torch import from_torch
-from trainfn.hf._run._record import ControllerState, TrainingRun, current_run, newest_state
-from trainfn.hf._types import Metrics, Optimizer, Rate, Scheduler, TrainerLike, Values
+from trainfn.hf._optim._facade import RunOptimizer, TransformOptimizer
+from trainfn.hf._optim._named import clipped, decay_names
+from trainfn.hf._optim._schedules import as_scheduler, follows_metric, make_scheduler, stepped
+from trainfn.hf._types import Metrics, Optimizer, Scheduler, TrainerLike, Values
 
 if TYPE_CHECKING:
     from trainfn.hf._arguments._training import TrainingArguments
 
 
 def create(trainer: TrainerLike, num_training_steps: int) -> None:
-    """Set ``optimizer`` and ``lr_scheduler``, and the learning rate of each parameter group."""
-    given, trainer.lr_scheduler = trainer._trainfn.given
-    # The schedule comes first, because the transform that `create_optimizer` makes contains it.
-    trainer.optimizer = given
-    if trainer.lr_scheduler is None and isinstance(given, torch.optim.Optimizer) and not _schedules(trainer):
-        trainer.lr_scheduler = for_groups(trainer.args, given, num_training_steps)
-    if trainer.lr_scheduler is None:
-        made = trainer.create_scheduler(num_training_steps, optimizer=trainer.optimizer or _stand_in(trainer))
-        trainer.lr_scheduler = made if made is not None else trainer.lr_scheduler
-    trainer._trainfn.rates = _rates(trainer.lr_scheduler, num_training_steps)
-    if trainer.optimizer is None:
-        made = trainer.create_optimizer()
-        trainer.optimizer = made if made is not None else trainer.optimizer
+    """The default of `Trainer.create_optimizer_and_scheduler`: the optimizer first, because a schedule writes into it.
+
+    An override that returns an optimizer or a schedule, and does not set the attribute, is understood too.
+    """
+    made = trainer.create_optimizer()
+    trainer.optimizer = made if trainer.optimizer is None else trainer.optimizer
+    trainer.optimizer = as_torch(trainer, trainer.optimizer)
+    scheduler = trainer.create_scheduler(num_training_steps=num_training_steps)
+    trainer.lr_scheduler = scheduler if trainer.lr_scheduler is None else trainer.lr_scheduler
 
 
-def create_scheduler(trainer: TrainerLike, num_training_steps: int) -> Scheduler:
-    """The schedule of the arguments."""
-    return make_schedule(trainer.args, num_training_steps)
-
-
-def create_optimizer(trainer: TrainerLike) -> Optimizer:
-    """The optimizer of the arguments, or of ``optimizer_cls_and_kwargs``."""
+def create_optimizer(trainer: TrainerLike, model: nn.Module | None) -> Optimizer | None:
+    """The default of `Trainer.create_optimizer`: the Trainer's own, or that of the arguments in two groups."""
+    if trainer.optimizer is not None:
+        return trainer.optimizer
+    model = trainer.model if model is None else model
+    decays = trainer.get_decay_parameter_names(model)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: object = [
+        {"params": [p for n, p in trained if n in decays], "weight_decay": trainer.args.weight_decay},
+        {"params": [p for n, p in trained if n not in decays], "weight_decay": 0.0},
+    ]
     if trainer.optimizer_cls_and_kwargs is not None:
         cls, options = trainer.optimizer_cls_and_kwargs
-        return cls([p for p in trainer.model.parameters() if p.requires_grad], **options)
-    rates = trainer._trainfn.rates or _rates(make_schedule(trainer.args, 1), 1)
-    return make_optimizer(trainer.args, trainer.model, rates[0])
+    else:
+        cls, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    options = dict(options)
+    if isinstance(cls, type) and is_optimizer_factory(cls):
+        factory = cast("Callable[[], Callable[..., torch.optim.Optimizer]]", cls)
+        trainer.optimizer = factory()(model, **options)
+        return trainer.optimizer
+    for key in ("params", "model", "optimizer_dict"):  # in place of the two groups, as in transformers
+        groups = options.pop(key, groups)
+    try:
+        trainer.optimizer = cls(groups, **options)
+    except RuntimeError:
+        if not options.pop("fused", False):  # a kernel that this device does not have
+            raise
+        trainer.optimizer = cls(groups, **options)
+    return trainer.optimizer
 
 
-def _schedules(trainer: TrainerLike) -> bool:
-    """Whether `create_scheduler` is overridden."""
-    return not getattr(type(trainer).create_scheduler, "not_overridden", False)
+def create_scheduler(trainer: TrainerLike, num_training_steps: int, optimizer: Optimizer | None) -> Scheduler:
+    """The default of `Trainer.create_scheduler`: the Trainer's own, or that of the arguments."""
+    if trainer.lr_scheduler is None:
+        optimizer = as_torch(trainer, trainer.optimizer if optimizer is None else optimizer)
+        trainer.lr_scheduler = trainer._trainfn.made = make_scheduler(trainer.args, optimizer, num_training_steps)
+    return trainer.lr_scheduler
 
 
-def _stand_in(trainer: TrainerLike) -> torch.optim.Optimizer:
-    """A torch optimizer without a model, for an override of `create_scheduler` that needs one."""
-    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=trainer.args.learning_rate)
-
-
-def _rates(scheduler: Scheduler | None, num_training_steps: int) -> list[Rate]:
-    """The learning rate of each parameter group: a function of the step, or a number that a controller changes."""
-    if isinstance(scheduler, Scheduled):
-        return [scheduler.schedule]
-    if isinstance(scheduler, list):
-        return [one.schedule for one in scheduler]
-    if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
-        return list(from_lambda_lr(scheduler, num_training_steps))
-    if callable(scheduler):
-        return [scheduler]
-    raise TypeError(
-        f"`Trainer(optimizers=(..., schedule))` can't work: the schedule is a {type(scheduler).__name__}. Pass a"
-        " torch LR scheduler, or a function of the step: `tfn.schedules.cosine(1e-3, total_steps)`."
-    )
-
-
-def transform_of(trainer: TrainerLike, num_training_steps: int) -> tfn.Transform:
-    """The Trainer's optimizer as a transform, which is part of the step.
+def as_torch(trainer: TrainerLike, optimizer: Optimizer | None) -> torch.optim.Optimizer:
+    """A torch optimizer as it is, or a transform as one.
 
     Raises:
-        ValueError: If the optimizer can't be converted.
+        TypeError: If it is neither.
     """
-    record, optimizer = trainer._trainfn, trainer.optimizer
-    if not record.rates:  # an override of `create_optimizer_and_scheduler` has set the two by itself
-        record.rates = _rates(trainer.lr_scheduler, num_training_steps)
-    if isinstance(optimizer, tfn.Transform):
-        return optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
-        groups = len(optimizer.param_groups)
-        rates = record.rates if len(record.rates) == groups else [record.rates[0]] * groups
-        made = from_torch(optimizer, trainer.model.named_parameters(), rates)
-        if made is not None:
-            return clipped(trainer.args, made)
-    kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-    raise ValueError(
-        f"`Trainer(optimizers=({kind}(...), ...))` can't work: only its own Python code knows its update, and that"
-        " can't be part of a pure step. Pass torch's SGD, Adam, AdamW, RMSprop or Adagrad, or transformers' Adafactor,"
-        " which are converted; or a transform of `tfn.optim`; or write `TrainingArguments(optim=...)`."
+        return optimizer
+    if isinstance(optimizer, tfn.Transform):
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        return TransformOptimizer(optimizer, trained, trainer.args.learning_rate)
+    raise TypeError(
+        f"`Trainer(optimizers=(optimizer, ...))` can't work: the optimizer is a {type(optimizer).__name__}. Pass a"
+        " torch optimizer, or a transform of `tfn.optim`; an override of `create_optimizer` sets `self.optimizer`."
     )
+
+
+def begin(trainer: TrainerLike, num_training_steps: int) -> RunOptimizer:
+    """Ask the Trainer for the optimizer and the schedule of a new run, and show them as torch's.
+
+    If a former run made them, they are made anew. If the user gave them, or set them, they are used again.
+    """
+    record = trainer._trainfn
+    if isinstance(trainer.optimizer, RunOptimizer):
+        trainer.optimizer.rewind()
+        trainer.optimizer, trainer.lr_scheduler = record.given
+    if trainer.lr_scheduler is record.made:
+        trainer.lr_scheduler = record.made = None
+    record.given = trainer.optimizer, trainer.lr_scheduler
+    trainer.create_optimizer_and_scheduler(num_training_steps=num_training_steps)
+    optimizer = as_torch(trainer, trainer.optimizer)
+    if isinstance(optimizer, RunOptimizer):
+        optimizer = optimizer.optimizer
+    trainer.lr_scheduler = scheduler = as_scheduler(trainer.lr_scheduler, optimizer)
+    named = trainer.model.named_parameters()
+    trainer.optimizer = shown = RunOptimizer(trainer, optimizer, scheduler, named)
+    return shown
+
+
+def transform_of(trainer: TrainerLike) -> tfn.Transform:
+    """The update of the run's optimizer, clipped where the arguments say so."""
+    optimizer = cast("RunOptimizer", trainer.optimizer)
+    return optimizer.transform if optimizer.groups is None else clipped(trainer.args, optimizer.transform)
+
+
+def decay_parameter_names(model: nn.Module) -> list[str]:
+    """The names of the parameters that decay, in the order of the model."""
+    names = decay_names(model)
+    return [name for name, _ in model.named_parameters() if name in names]
 
 
 def learning_rate(trainer: TrainerLike) -> float:
-    """The learning rate that the newest step used."""
-    rate = trainer._trainfn.rates[0]
-    if callable(rate):
-        return float(rate(torch.tensor(max(int(trainer.state.global_step) - 1, 0))))
-    return float(tfn.optim.get_hyperparams(newest_state(trainer))["learning_rate"])
+    """The learning rate of the first group, as transformers logs it."""
+    scheduler = trainer.lr_scheduler
+    if follows_metric(scheduler):
+        return float(cast("torch.optim.Optimizer", trainer.optimizer).param_groups[0]["lr"])
+    return float(as_scheduler(scheduler, cast("torch.optim.Optimizer", trainer.optimizer)).get_last_lr()[0])
+
+
+def advance(trainer: TrainerLike, optimizer: RunOptimizer, metrics: tfn.Metrics) -> None:
+    """Make the step of the schedule that follows an update, unless the update was skipped or a metric decides."""
+    # Only float16 skips updates. To know it, the host waits for the device, as in transformers.
+    if "skipped" in metrics and bool(metrics["skipped"].total > 0):
+        return
+    scheduler = trainer.lr_scheduler
+    if not follows_metric(scheduler):
+        stepped(as_scheduler(scheduler, optimizer.optimizer), optimizer.optimizer)
 
 
 def after_evaluation(trainer: TrainerLike, metrics: Metrics) -> None:
-    """Pass the metric to the controller, and set the learning rate that it returns."""
-    controller = _controller(trainer)
-    if controller is None or not trainer.is_in_train:
+    """Make the step of a schedule that follows a metric."""
+    scheduler = trainer.lr_scheduler
+    if not follows_metric(scheduler) or not trainer.is_in_train:
         return
-    run = current_run(trainer)
     name = metric_name(trainer.args) or "eval_loss"
     if name not in metrics:
         raise KeyError(
@@ -119,33 +151,34 @@ def after_evaluation(trainer: TrainerLike, metrics: Metrics) -> None:
             f" {name!r}, which is not among the evaluation's metrics {sorted(metrics)}. Write"
             " `metric_for_best_model=...` with one of them."
         )
-    held = controller.init() if run.controller_state is None else run.controller_state
-    _control(run, controller.update(float(metrics[name]), held))
-
-
-def control_again(trainer: TrainerLike, run: TrainingRun, saved: Values) -> None:
-    """Restore the state of a controller from a checkpoint, and set its learning rate."""
-    controller = _controller(trainer)
-    assert controller is not None  # without one, the checkpoint's state would not have fitted
-    first = controller.init()
-    held = {n: torch.tensor(v, dtype=getattr(first, n).dtype) for n, v in saved.items()}
-    _control(run, first._replace(**held))
-
-
-def _controller(trainer: TrainerLike) -> tfn.schedules.Controller | None:
-    """The controller of the learning rate, if it follows a metric."""
-    scheduled = trainer.lr_scheduler[0] if isinstance(trainer.lr_scheduler, list) else trainer.lr_scheduler
-    return scheduled.controller if isinstance(scheduled, Scheduled) else None
-
-
-def _control(run: TrainingRun, held: ControllerState) -> None:
-    """Keep a controller's state, and use its learning rate from the next step on."""
-    run.controller_state = held
-    rate = float(held.learning_rate)
-    run.changes.append(lambda state: tfn.optim.set_hyperparams(state, learning_rate=rate))
+    scheduler.step(float(metrics[name]))
 
 
 def metric_name(args: TrainingArguments) -> str | None:
     """The metric that chooses the best checkpoint, with its prefix."""
     name = args.metric_for_best_model
     return name if name is None or name.startswith("eval_") else f"eval_{name}"
+
+
+def optimizer_of(trainer: TrainerLike) -> torch.optim.Optimizer:
+    """The Trainer's optimizer.
+
+    Raises:
+        ValueError: If it has none yet.
+    """
+    if trainer.optimizer is None:
+        raise ValueError(
+            "`trainer.get_learning_rates()` and `trainer.get_optimizer_group()` can't work: the Trainer optimizer is"
+            " None. Call `trainer.create_optimizer()` or `trainer.train()` first."
+        )
+    return as_torch(trainer, trainer.optimizer)
+
+
+def saved(trainer: TrainerLike, optimizer: RunOptimizer) -> Values:
+    """The groups and the schedule of a run, for a checkpoint."""
+    return optimizer.to_json(as_scheduler(trainer.lr_scheduler, optimizer.optimizer))
+
+
+def restore(trainer: TrainerLike, optimizer: RunOptimizer, values: Values) -> None:
+    """Take back what `saved` returned."""
+    optimizer.load_json(as_scheduler(trainer.lr_scheduler, optimizer.optimizer), values)

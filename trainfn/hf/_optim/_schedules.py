@@ -1,65 +1,79 @@
-"""The learning rate that `TrainingArguments` describe, as a function of the step."""
+"""The schedule of a run: a scheduler of torch or of transformers, which writes the rates into the optimizer's groups.
+
+It steps in Python after each update, as in transformers. The rates reach a captured step through the state; see
+`trainfn.hf._optim._groups`.
+"""
 
 from __future__ import annotations
 
-import copy
+import collections
 import json
-import warnings
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import TypeGuard, cast
 
 import torch
 import transformers
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from transformers.optimization import GreedyLR, get_scheduler
 
 import trainfn as tfn
 from trainfn.errors import nearest
-from trainfn.hf._types import Values
+from trainfn.hf._types import Steps, Values
 
-Kwargs = Values
 Arguments = transformers.TrainingArguments
 
 
-class Scheduled(NamedTuple):
-    """How the learning rate moves: with the step, or with a metric.
-
-    Attributes:
-        schedule: A function of the number of completed updates; with a controller, the first learning rate.
-        controller: The controller that changes the rate after each evaluation; None for a function of the step.
-    """
-
-    schedule: tfn.Schedule | float
-    controller: tfn.schedules.Controller | None = None
-
-
-def make_schedule(args: Arguments, num_training_steps: int) -> Scheduled:
-    """The learning rate of ``lr_scheduler_type``, its ``lr_scheduler_kwargs`` and the warm-up.
-
-    At each step it equals the rate that the optimizer uses there with `transformers.get_scheduler`.
+class Follow(LRScheduler):
+    """The rates of a function of the step, such as those of `trainfn.schedules`.
 
     Args:
-        args: The fields ``learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_steps``, and
-            ``greater_is_better`` where the rate follows a metric.
+        optimizer: The optimizer, whose groups all get the same rate.
+        schedule: ``step -> rate``, with the number of completed updates as ``int64[]``.
+
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    >>> scheduler = Follow(optimizer, tfn.schedules.linear(0.5, 2))
+    >>> scheduler.get_last_lr()
+    [0.5]
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: tfn.Schedule) -> None:
+        self.schedule = schedule
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rates after the present step."""
+        rate = self.schedule(torch.tensor(self.last_epoch))
+        return [float(rate)] * len(self.optimizer.param_groups)
+
+
+def make_scheduler(
+    args: Arguments, optimizer: torch.optim.Optimizer, num_training_steps: int
+) -> LRScheduler | ReduceLROnPlateau | GreedyLR:
+    """The scheduler of ``lr_scheduler_type``, its ``lr_scheduler_kwargs`` and the warm-up, as transformers makes it.
+
+    Args:
+        args: The fields ``lr_scheduler_type, lr_scheduler_kwargs, warmup_steps``, and ``greater_is_better`` where the
+            rate follows a metric.
+        optimizer: The optimizer; each of its groups starts from its own rate.
         num_training_steps: Updates in the whole run.
 
     Raises:
         ValueError: If ``lr_scheduler_kwargs`` has a key that the schedule doesn't take, or lacks one it needs.
 
     >>> from trainfn.hf import TrainingArguments
-    >>> args = TrainingArguments(learning_rate=1.0, warmup_steps=0.25, use_cpu=True)
-    >>> rate = make_schedule(args, 8).schedule
-    >>> [round(rate(torch.tensor(n)).item(), 4) for n in range(8)]
-    [0.0, 0.5, 1.0, 0.8333, 0.6667, 0.5, 0.3333, 0.1667]
+    >>> args = TrainingArguments(warmup_steps=0.25, use_cpu=True)
+    >>> scheduler = make_scheduler(args, torch.optim.SGD([torch.zeros(1)], lr=1.0), 8)
+    >>> scheduler.get_last_lr()
+    [0.0]
     """
     name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     kwargs = _kwargs(args, name)
+    if name in FOLLOWS_METRIC:
+        kwargs.setdefault("mode", "max" if args.greater_is_better else "min")
+    warmup = args.get_warmup_steps(num_training_steps)
     try:
-        if name in _CONTROLLERS:
-            kwargs.setdefault("mode", "max" if args.greater_is_better else "min")
-            return Scheduled(args.learning_rate, _CONTROLLERS[name](args.learning_rate, **kwargs))
-        warmup = args.get_warmup_steps(num_training_steps)
-        return Scheduled(_SCHEDULES[name](args.learning_rate, num_training_steps, warmup, kwargs))
+        return cast("LRScheduler", get_scheduler(name, optimizer, warmup, num_training_steps, kwargs))
     except TypeError as error:  # a key that the schedule requires is missing
         raise ValueError(
             f"`TrainingArguments(lr_scheduler_type={name!r}, lr_scheduler_kwargs={args.lr_scheduler_kwargs!r})`"
@@ -67,106 +81,143 @@ def make_schedule(args: Arguments, num_training_steps: int) -> Scheduled:
         ) from error
 
 
-def for_groups(args: Arguments, optimizer: torch.optim.Optimizer, num_training_steps: int) -> list[Scheduled]:
-    """The schedule of the arguments for a torch optimizer: each parameter group starts from its own rate.
-
-    As in transformers, ``args.learning_rate`` has no effect then.
-
-    Args:
-        args: As for `make_schedule`.
-        optimizer: The torch optimizer, whose groups have the first rates.
-        num_training_steps: Updates in the whole run.
-
-    >>> from trainfn.hf import TrainingArguments
-    >>> groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 4.0}]
-    >>> scheduled = for_groups(TrainingArguments(use_cpu=True), torch.optim.SGD(groups, lr=1.0), 2)
-    >>> [one.schedule(torch.tensor(1)).item() for one in scheduled]
-    [0.5, 2.0]
-    """
-    peak = float(optimizer.defaults.get("lr") or args.learning_rate)
-    changed = copy.copy(args)
-    changed.learning_rate = peak
-    rates = [float(group.get("initial_lr", group["lr"]) or peak) for group in optimizer.param_groups]
-    made = make_schedule(changed, num_training_steps)
-    if made.controller is not None:
-        return [Scheduled(rate, made.controller) for rate in rates]
-    return [Scheduled(tfn.schedules.scale(cast("tfn.Schedule", made.schedule), rate / peak)) for rate in rates]
-
-
-def from_lambda_lr(scheduler: LRScheduler, num_training_steps: int) -> list[tfn.Schedule]:
-    """The learning rates of a torch scheduler, one function of the step per parameter group.
-
-    A scheduler is Python that changes an optimizer, so it can't be part of a compiled step. But its rates are
-    known beforehand: a copy of it runs through the whole training on a stand-in optimizer, and the rates become a
-    table. Neither the scheduler nor its optimizer is changed.
-
-    Args:
-        scheduler: Any scheduler whose rates depend on the step alone.
-        num_training_steps: Length of the table; after it, the last rate stays.
+def as_scheduler(given: object, optimizer: torch.optim.Optimizer) -> Steps:
+    """Make a user's schedule a scheduler that writes into the optimizer's groups.
 
     Raises:
-        ValueError: If the scheduler reacts to a metric, or changes more than the rate.
-
-    >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    >>> halving = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    >>> (rate,) = from_lambda_lr(halving, 3)
-    >>> [rate(torch.tensor(n)).item() for n in range(4)]
-    [1.0, 0.5, 0.25, 0.125]
+        TypeError: If it is neither a scheduler nor a function of the step.
     """
-    if isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "optimizer"):
-        raise ValueError(
-            f"`optimizers=(..., {type(scheduler).__name__}(...))` can't work: this scheduler reacts to a metric,"
-            " so its rates are not known before the run. Write `TrainingArguments(lr_scheduler_type="
-            "'reduce_lr_on_plateau', lr_scheduler_kwargs={...}, eval_strategy='epoch')` and no scheduler."
-        )
-    groups = [
-        {**{k: copy.deepcopy(v) for k, v in group.items() if k != "params"}, "params": [torch.zeros(1)]}
-        for group in scheduler.optimizer.param_groups
-    ]
-    stand_in = torch.optim.SGD(groups, lr=0.0)
-    runner = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
-    rows = [_rates(stand_in)]
-    rest = _rest(stand_in)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch counts the optimizer's steps, and would miss them here
-        for _ in range(num_training_steps):
-            stand_in.step()
-            runner.step()
-            rows.append(_rates(stand_in))
-            if _rest(stand_in) != rest:
-                raise ValueError(
-                    f"`optimizers=(..., {type(scheduler).__name__}(...))` can't work: this scheduler changes the"
-                    " momentum of the optimizer too, and a schedule sets only the learning rate. Write"
-                    " `cycle_momentum=False`."
-                )
-    return [
-        _table(column, group["params"][0].device)
-        for column, group in zip(zip(*rows, strict=True), scheduler.optimizer.param_groups, strict=True)
-    ]
+    if callable(getattr(given, "step", None)) and callable(getattr(given, "get_last_lr", None)):
+        return cast("Steps", given)
+    if callable(given):
+        return Follow(optimizer, cast("tfn.Schedule", given))
+    raise TypeError(
+        f"`Trainer(optimizers=(..., schedule))` can't work: the schedule is a {type(given).__name__}. Pass a"
+        " torch LR scheduler, or a function of the step: `tfn.schedules.cosine(1e-3, total_steps)`."
+    )
 
 
-def _table(rates: tuple[float, ...], device: torch.device) -> tfn.Schedule:
-    """A schedule that reads its values from a table on the parameters' device; after the end, the last one stays."""
-    table = torch.tensor(rates, dtype=torch.float32, device=device)
-
-    def schedule(count: Tensor) -> Tensor:
-        at = count.clamp(max=len(rates) - 1).reshape(1)  # a 0-dim index would be read on the host
-        return table.to(count.device).index_select(0, at).reshape(())
-
-    return schedule
+def follows_metric(scheduler: object) -> TypeGuard[ReduceLROnPlateau | GreedyLR]:
+    """Whether the scheduler steps after an evaluation, with its metric, and not after each update."""
+    return isinstance(scheduler, ReduceLROnPlateau | GreedyLR)
 
 
-def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    return [float(group["lr"]) for group in optimizer.param_groups]
+# --- in checkpoints -------------------------------------------------------------------------------------------------
 
 
-def _rest(optimizer: torch.optim.Optimizer) -> list[tuple[object, object]]:
-    return [(group.get("momentum"), group.get("betas")) for group in optimizer.param_groups]
+def state_of(scheduler: Steps) -> Values:
+    """The state of a scheduler as JSON; what JSON can't hold, such as functions, is left out.
+
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    >>> state_of(torch.optim.lr_scheduler.StepLR(optimizer, 3))["step_size"]
+    3
+    """
+    made: Callable[[], Values] | None = getattr(scheduler, "state_dict", None)
+    return {} if made is None else cast("Values", to_json(made()))
 
 
-def _kwargs(args: Arguments, name: str) -> Kwargs:
+def load_state(scheduler: Steps, saved: Values) -> None:
+    """Restore a scheduler to the state of a checkpoint."""
+    load: Callable[[Values], None] | None = getattr(scheduler, "load_state_dict", None)
+    if load is not None and saved:
+        load(cast("Values", from_json(saved)))
+
+
+def closed_form(scheduler: object) -> list[float] | None:
+    """The rates after the present step of a scheduler that computes them from the step alone, or None.
+
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+    >>> closed_form(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5))
+    [1.0]
+    """
+    if isinstance(scheduler, Follow):
+        return [float(rate) for rate in scheduler.get_lr()]
+    if type(scheduler) is LambdaLR:
+        pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        return [float(base * factor(scheduler.last_epoch)) for base, factor in pairs]
+    return None
+
+
+def go_to(scheduler: Steps, optimizer: torch.optim.Optimizer, n: int) -> None:
+    """Bring a new scheduler to the place after ``n`` updates."""
+    if follows_metric(scheduler):
+        return
+    if isinstance(scheduler, LRScheduler) and closed_form(scheduler) is not None:
+        scheduler.last_epoch, scheduler._step_count = n, n + 1
+        write_rates(scheduler, optimizer)
+        return
+    for _ in range(n):
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # see `stepped`
+        scheduler.step()
+
+
+def write_rates(scheduler: LRScheduler, optimizer: torch.optim.Optimizer) -> None:
+    """Write the rates that the scheduler has at its present step."""
+    rates = closed_form(scheduler)
+    assert rates is not None
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = list[float | Tensor](rates)
+
+
+def stepped(scheduler: Steps, optimizer: torch.optim.Optimizer) -> None:
+    """Make the scheduler's step after an update."""
+    # Torch counts the calls of `optimizer.step`, and would warn that there was none.
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+    scheduler.step()
+
+
+_LEFT_OUT = object()
+
+
+def to_json(value: object) -> object:
+    """The value with marks where JSON would change its type; what it can't hold is left out of dicts.
+
+    >>> to_json({"at": collections.Counter({3: 1}), "function": print})
+    {'at': {'Counter': [[3, 1]]}}
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        items = [to_json(each) for each in cast("list[object]", value)]
+        if any(each is _LEFT_OUT for each in items):
+            return _LEFT_OUT
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, dict):
+        pairs = [(k, to_json(v)) for k, v in cast("dict[object, object]", value).items()]
+        kept = [(k, v) for k, v in pairs if v is not _LEFT_OUT]
+        if isinstance(value, collections.Counter):
+            return {"Counter": [list(pair) for pair in kept]}
+        return {k: v for k, v in kept if isinstance(k, str)}
+    return _LEFT_OUT
+
+
+def from_json(value: object) -> object:
+    """Undo `to_json`.
+
+    >>> from_json({"at": {"Counter": [[3, 1]]}})
+    {'at': Counter({3: 1})}
+    """
+    if isinstance(value, list):
+        return [from_json(each) for each in cast("list[object]", value)]
+    if not isinstance(value, dict):
+        return value
+    held = cast("dict[str, object]", value)
+    if held.keys() == {"tuple"}:
+        return tuple(cast("list[object]", from_json(held["tuple"])))
+    if held.keys() == {"Counter"}:
+        return collections.Counter({k: v for k, v in cast("list[tuple[int, int]]", held["Counter"])})
+    return {k: from_json(v) for k, v in held.items()}
+
+
+# --- its options ----------------------------------------------------------------------------------------------------
+
+
+def _kwargs(args: Arguments, name: str) -> Values:
     given = args.lr_scheduler_kwargs or {}
-    kwargs: Kwargs = json.loads(given) if isinstance(given, str) else dict(given)
+    kwargs: Values = json.loads(given) if isinstance(given, str) else dict(given)
     known = _KWARGS[name]
     for key in kwargs:
         if key not in known:
@@ -178,39 +229,7 @@ def _kwargs(args: Arguments, name: str) -> Kwargs:
     return kwargs
 
 
-def _linear(peak: float, total: int, warmup: int, kwargs: Kwargs) -> tfn.Schedule:
-    # A run shorter than its warm-up ends on the way up, in transformers too.
-    return tfn.schedules.linear(peak, max(total, warmup), warmup)
-
-
-def _shape(shape: Callable[..., tfn.Schedule], **renamed: str) -> Callable[..., tfn.Schedule]:
-    def make(peak: float, total: int, warmup: int, kwargs: Kwargs) -> tfn.Schedule:
-        return shape(peak, max(total, warmup), warmup, **{renamed.get(k, k): v for k, v in kwargs.items()})
-
-    return make
-
-
-def _stable(peak: float, total: int, warmup: int, kwargs: Kwargs) -> tfn.Schedule:
-    length = None if kwargs.get("num_stable_steps") is not None else total  # of the two, the former counts
-    return tfn.schedules.warmup_stable_decay(peak, length, warmup, **kwargs)
-
-
-_SCHEDULES: dict[str, Callable[[float, int, int, Kwargs], tfn.Schedule]] = {
-    "linear": _linear,
-    "cosine": _shape(tfn.schedules.cosine),
-    "cosine_with_restarts": _shape(tfn.schedules.cosine_with_restarts),
-    "polynomial": _shape(tfn.schedules.polynomial, lr_end="end_value"),
-    "constant": lambda peak, total, warmup, kwargs: tfn.schedules.constant(peak),
-    "constant_with_warmup": lambda peak, total, warmup, kwargs: tfn.schedules.constant_with_warmup(peak, warmup),
-    "inverse_sqrt": lambda peak, total, warmup, kwargs: tfn.schedules.inverse_sqrt(peak, warmup, **kwargs),
-    "cosine_with_min_lr": _shape(tfn.schedules.cosine_with_min_lr),
-    "cosine_warmup_with_min_lr": _shape(tfn.schedules.cosine_warmup_with_min_lr),
-    "warmup_stable_decay": _stable,
-}
-_CONTROLLERS: dict[str, Callable[..., tfn.schedules.Controller]] = {
-    "reduce_lr_on_plateau": tfn.schedules.reduce_on_plateau,
-    "greedy": tfn.schedules.greedy,
-}
+FOLLOWS_METRIC = frozenset(("reduce_lr_on_plateau", "greedy"))
 _FLOOR = ("num_cycles", "min_lr", "min_lr_rate")
 _PLATEAU = ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps")
 _KWARGS: dict[str, tuple[str, ...]] = {

@@ -5,29 +5,31 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import cast
 
 import torch
 from torch import nn
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 import trainfn as tfn
-from trainfn.hf._callbacks._events import DECISIONS, event
-from trainfn.hf._checkpoints import _folders, _parts
+from trainfn.hf._callbacks._events import event
+from trainfn.hf._checkpoints import _folders
 from trainfn.hf._installed import attribute
 from trainfn.hf._names import overridden
-from trainfn.hf._optim._resolve import transform_of
+from trainfn.hf._optim._gradients import clear_gradients, with_gradients
+from trainfn.hf._optim._resolve import advance, begin, transform_of
 from trainfn.hf._parallel import _parameters
 from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._parallel._world import World
 from trainfn.hf._reporting._logs import LossWindow
+from trainfn.hf._run._actions import act, agree, trial_of
 from trainfn.hf._run._data import Ended, Windows, arithmetic
 from trainfn.hf._run._record import TrainingRun, newest_state
-from trainfn.hf._run._setup import new_model, smoother
+from trainfn.hf._run._setup import is_quantized, new_model, smoother
 from trainfn.hf._step import _manual
 from trainfn.hf._step._additive import check_additive
 from trainfn.hf._step._halving import Halving
@@ -160,34 +162,17 @@ def _recomputing(model: nn.Module, options: Values) -> Generator[None]:
 
 def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     """Make the optimizer, the schedule, the first state and the step of a run, and an empty log."""
-    args, length = trainer.args, run.length
-    trainer._trainfn.rates = []
-    trainer.create_optimizer_and_scheduler(num_training_steps=length.max_steps)
-    transform = transform_of(trainer, length.max_steps)
+    args, length, plan = trainer.args, run.length, trainer._trainfn.world.plan
+    run.optimizer = begin(trainer, length.max_steps)
     # "adopt" shares the model's memory: parameters are held once, and the model has the newest ones.
-    trainer.train_state = tfn.init(trainer.model, transform, seed=args.seed, storage="adopt")
-    plan = trainer._trainfn.world.plan
-    alone = length.accumulate == 1 and not args.auto_find_batch_size
-    accumulate = 1 if alone else "stream"
-    compiled, _ = compiles(trainer)
-    step = tfn.train_step(training_loss(trainer), transform, accumulate=accumulate, plan=plan)
-    if not compiled and _manual.overrides(trainer):
-        step = _manual.step(trainer, step)
+    trainer.train_state = tfn.init(trainer.model, transform_of(trainer), seed=args.seed, storage="adopt")
     if args.fp16:
-        step = _scaled(trainer, step)
+        trainer.train_state = _loss_scale(trainer).init(trainer.train_state)
     if plan is not None:
         trainer.train_state = tfn.shard(trainer.train_state, plan)
         _parameters.see(trainer)
         _parameters.warn_of_callbacks(trainer)
-    how: Values = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
-    # "auto": batches of many lengths share a few graphs.
-    how |= {
-        "dynamic": "auto",
-        **(trainer._trainfn.world.compile or {}),
-    }
-    run.step = tfn.jit(step, compile=compiled, donate=True, max_graphs=64, **how)
-    if args.auto_find_batch_size:
-        run.step = Halving(run.step)
+    run.step = make_step(trainer, run)
     search = trainer._trainfn.search
     trainer.state = TrainerState(
         is_hyper_param_search=search is not None,
@@ -202,16 +187,36 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     trainer.state.compute_steps(args, length.max_steps)
 
 
-def _scaled(trainer: TrainerLike, step: tfn.TrainStep) -> tfn.TrainStep:
-    """The step with a loss scale in its state, so that float16 gradients neither vanish nor overflow."""
+def make_step(trainer: TrainerLike, run: TrainingRun) -> Callable[..., tuple[tfn.TrainState, tfn.Metrics]]:
+    """The step of a run, compiled where `compiles` says so, with the present options of the optimizer."""
+    args, transform = trainer.args, transform_of(trainer)
+    accumulate = 1 if run.length.accumulate == 1 and not args.auto_find_batch_size else "stream"
+    compiled, _ = compiles(trainer)
+    plan = trainer._trainfn.world.plan
+    step = tfn.train_step(training_loss(trainer), transform, accumulate=accumulate, plan=plan)
+    if not compiled and _manual.overrides(trainer):
+        step = _manual.step(trainer, step)
+    step = with_gradients(trainer, run, step, compiled, functools.partial(_before_update, trainer, run))
+    if args.fp16:
+        step = _loss_scale(trainer)(step)
+    how: Values = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
+    # "auto": batches of many lengths share a few graphs.
+    how |= {
+        "dynamic": "auto",
+        **(trainer._trainfn.world.compile or {}),
+    }
+    made = tfn.jit(step, compile=compiled, donate=True, max_graphs=64, **how)
+    return Halving(made) if args.auto_find_batch_size else made
+
+
+def _loss_scale(trainer: TrainerLike) -> tfn.transforms.StepTransform:
+    """A loss scale in the state of the step, so that float16 gradients neither vanish nor overflow."""
     if _manual.overrides(trainer):
         raise ValueError(
             "`TrainingArguments(fp16=True)` can't work with an overridden training_step: its backward pass does not"
             " apply the loss scale. Override compute_loss in place of training_step, or write `bf16=True`."
         )
-    scaling = tfn.transforms.dynamic_loss_scale(**trainer._trainfn.world.loss_scale)
-    trainer.train_state = scaling.init(newest_state(trainer))
-    return scaling(step)
+    return tfn.transforms.dynamic_loss_scale(**trainer._trainfn.world.loss_scale)
 
 
 def compiles(trainer: TrainerLike) -> tuple[bool, str]:
@@ -224,6 +229,8 @@ def compiles(trainer: TrainerLike) -> tuple[bool, str]:
         return bool(args.torch_compile), "as torch_compile says"
     if trainer._trainfn.world.compile is not None:
         return True, "as the launcher's configuration says"
+    if is_quantized(trainer.model):
+        return False, "the model is quantized, by kernels of another package; torch_compile=True compiles all the same"
     if args.device.type == "cpu":
         return False, "on a CPU, compiling takes longer than most runs; torch_compile=True compiles all the same"
     return True, "by default on an accelerator; torch_compile=False runs the same step eagerly"
@@ -243,7 +250,7 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
     event(trainer, "on_train_begin")
     if trainer.args.eval_on_start and first == 0:
         with eval_mode(trainer.model):
-            trainer._evaluate(_trial(trainer), run.ignore_keys, skip_scheduler=True)
+            trainer._evaluate(trial_of(trainer), run.ignore_keys, skip_scheduler=True)
     open_epoch = False
     with _folders.Saving(trainer, run) as saving:
         run.saving = saving
@@ -260,7 +267,7 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
             windows.end_epoch()
         run.first = first
         rows = (run.length.num_examples or 0) * run.length.max_steps / run.length.updates_per_epoch
-        output = trainer._finalize_training(_trial(trainer), rows, run.began)
+        output = trainer._finalize_training(trial_of(trainer), rows, run.began)
         event(trainer, "on_train_end")
     return output
 
@@ -290,6 +297,9 @@ def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
         for change in run.changes:
             state = change(state)
         run.changes.clear()
+        if run.optimizer.stale():
+            run.step = make_step(trainer, run)
+        state = run.optimizer.pushed(state)
         if not looked or not known:
             look()
         return run.step(state, batch)
@@ -304,33 +314,20 @@ def _end_epoch(trainer: TrainerLike, run: TrainingRun) -> None:
     act(trainer, run)
 
 
-def agree(trainer: TrainerLike, run: TrainingRun) -> None:
-    """Set on all ranks the decisions that any rank has made, and add up the counts of all."""
-    world = trainer._trainfn.world
-    run.terminated |= run.sigterm.arrived
-    if world.plan is None:
-        return
-    # A rank that saved or stopped alone would leave the others waiting in a collective. The cost is two small sums.
-    control = trainer.control
-    flags = [*(bool(getattr(control, name)) for name in DECISIONS), run.terminated, run.held.arrived]
-    *found, run.terminated, run.interrupted = world.ranks.any(flags)
-    for name, value in zip(DECISIONS, found, strict=True):
-        setattr(control, name, value)
-    run.windows.take_counts(world.sums(run.windows.counted))
-
-
 def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:
     """Fire the events of a completed step; then log, evaluate and save where due."""
     state, windows, length = trainer.state, run.windows, run.length
     run.saving.check()
-    # The step is one function, so the events inside it are fired after it, in the order of transformers.
-    for _ in range(windows.micro_done - (windows.window - 1) * length.accumulate - 1):
-        event(trainer, "on_substep_end")
-    event(trainer, "on_pre_optimizer_step")
+    if not run.announced:
+        _before_update(trainer, run)
     event(trainer, "on_optimizer_step")
+    run.learning_rate = trainer._get_learning_rate()
+    advance(trainer, run.optimizer, info.metrics)
+    clear_gradients(run)
     state.global_step = info.n
     state.epoch = windows.epoch + windows.micro_done / length.micro_counted
     run.losses.add(info.metrics)
+    run.announced = False
     event(trainer, "on_step_end")
     agree(trainer, run)
     if run.terminated:
@@ -338,63 +335,10 @@ def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:
     act(trainer, run)
 
 
-def _trial(trainer: TrainerLike) -> Trial | None:
-    search = trainer._trainfn.search
-    return None if search is None else search.trial
-
-
-def act(trainer: TrainerLike, run: TrainingRun) -> None:
-    """Log, evaluate and save, if the callbacks decided so. Then stop, if Ctrl-C was pressed on a rank.
-
-    Raises:
-        KeyboardInterrupt: If Ctrl-C was pressed. All ranks raise it after the same step, with full parameters in the
-            model.
-    """
-    control = trainer.control
-    acted = control.should_log or control.should_evaluate or control.should_save
-    if run.acts_alone:  # an override decides by itself when to log
-        loss, norm = run.losses.newest(trainer.args.device)
-        state, where = trainer.state, (run.ignore_keys, run.began)
-        trainer._maybe_log_save_evaluate(loss, norm, trainer.model, _trial(trainer), state.epoch or 0.0, *where)
-    else:
-        maybe_log_save_evaluate(trainer, run)
-    if acted:  # logs, evaluations and checkpoints fire events, in which callbacks decide again
-        agree(trainer, run)
-    if run.interrupted:
-        _parameters.fill(trainer)
-        raise KeyboardInterrupt
-
-
-def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun, rate: float | None = None) -> None:
-    """Log, evaluate and save, in this order, if the callbacks decided so."""
-    control = trainer.control
-    if control.should_log and run.losses.steps > 0:
-        trainer.store_flos()
-        trainer.log(run.losses.take(learning_rate=trainer._get_learning_rate() if rate is None else rate), run.began)
-    if control.should_evaluate and not run.terminated:
-        with eval_mode(trainer.model):  # until the next step, as in transformers; an override may log after `evaluate`
-            metrics = trainer._evaluate(_trial(trainer), run.ignore_keys)
-        better = trainer._determine_best_metric(metrics=metrics, trial=_trial(trainer))
-        if trainer.args.save_strategy == SaveStrategy.BEST:
-            control.should_save = control.should_save or better
-    if control.should_save:
-        trainer._save_checkpoint(trainer.model, trial=_trial(trainer))
-        event(trainer, "on_save")
-
-
-def finished(trainer: TrainerLike, run: TrainingRun, rows: float, began: float) -> TrainOutput:
-    """Log the metrics of a run, load the best model if asked for, and return the run's output."""
-    steps = trainer.state.global_step - run.first
-    rows = rows * steps / max(run.length.max_steps, 1)
-    metrics = speed_metrics("train", began, num_samples=rows, num_steps=steps)
-    trainer.store_flos()
-    metrics["total_flos"] = trainer.state.total_flos
-    metrics["train_loss"] = run.losses.loss
-    trainer.log(metrics)
-    run.saving.wait()
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-        trainer._load_best_model()
-        if overridden(trainer, "_load_best_model") and trainer._trainfn.world.plan is None:
-            _parts.adopt_weights(trainer)
-    _parameters.fill(trainer)
-    return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)
+def _before_update(trainer: TrainerLike, run: TrainingRun) -> None:
+    """Fire the events before an update: inside of the step where a callback may read gradients, and else after it."""
+    windows = run.windows
+    for _ in range(windows.micro_done - (windows.window - 1) * run.length.accumulate - 1):
+        event(trainer, "on_substep_end")
+    event(trainer, "on_pre_optimizer_step")
+    run.announced = True

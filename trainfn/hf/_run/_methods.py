@@ -13,7 +13,7 @@ from transformers.trainer_utils import BestRun, TrainOutput
 
 from trainfn.hf._optim import _resolve
 from trainfn.hf._parallel import _accelerator
-from trainfn.hf._run import _loop, _search, _setup
+from trainfn.hf._run import _actions, _search, _setup
 from trainfn.hf._run._record import current_run
 from trainfn.hf._types import Batch, Metrics, Nested, TrainerLike, Trial, Values
 
@@ -122,10 +122,6 @@ class Running:
         """Count the tokens of a micro-batch, with ``include_num_input_tokens_seen``."""
         current_run(self).windows.count_tokens(inputs)
 
-    def _get_learning_rate(self: TrainerLike) -> float:
-        """Return the learning rate to log: that of the first parameter group."""
-        return self.get_learning_rates()[0]
-
     # --- between steps, and at the end --------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(
@@ -140,7 +136,7 @@ class Running:
         learning_rate: float | None = None,
     ) -> None:
         """Log, evaluate and save, in this order, if ``control`` says so."""
-        _loop.maybe_log_save_evaluate(self, current_run(self), learning_rate)
+        _actions.maybe_log_save_evaluate(self, current_run(self), learning_rate)
 
     def _evaluate(
         self: TrainerLike, trial: Trial | None, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
@@ -157,7 +153,7 @@ class Running:
         self: TrainerLike, trial: Trial | None, num_train_samples: float, start_time: float
     ) -> TrainOutput:
         """Log the run's metrics, load the best model if asked for, and return the output of `train`."""
-        return _loop.finished(self, current_run(self), num_train_samples, start_time)
+        return _actions.finished(self, current_run(self), num_train_samples, start_time)
 
     # --- search -------------------------------------------------------------------------------------------------------
 

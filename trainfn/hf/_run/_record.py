@@ -5,38 +5,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from torch import Tensor
 
 import trainfn as tfn
 from trainfn.hf._parallel._world import ALONE, World
-from trainfn.hf._types import (
-    Batch,
-    LossMetrics,
-    Metrics,
-    Optimizer,
-    Outputs,
-    Rate,
-    Scheduler,
-    TrainerLike,
-    Trial,
-    Values,
-)
+from trainfn.hf._types import Batch, LossMetrics, Metrics, Optimizer, Outputs, Scheduler, TrainerLike, Trial, Values
 
 if TYPE_CHECKING:  # the files that define these import this one
     from trainfn.hf._checkpoints._folders import Saving
+    from trainfn.hf._optim._facade import RunOptimizer
     from trainfn.hf._reporting._logs import LossWindow
     from trainfn.hf._run._data import Length, Windows
-
-
-class ControllerState(Protocol):
-    """The state of a `trainfn.schedules.Controller`: a named tuple of tensors."""
-
-    @property
-    def learning_rate(self) -> Tensor: ...
-
-    def _asdict(self) -> dict[str, Tensor]: ...
 
 
 class Search(NamedTuple):
@@ -79,7 +60,10 @@ class TrainingRun:
         step: The compiled step, once it is prepared.
         saving: The checkpoints, once the loop has begun.
         changes: Functions that change the state before the next step.
-        controller_state: The state of the controller, if the learning rate follows a metric.
+        optimizer: The optimizer, once the run is prepared.
+        learning_rate: The learning rate of the newest step.
+        announced: Whether the events before the update were fired inside of the present step.
+        gradients: The parameters whose ``.grad`` callbacks can read now.
         began: When the loop began, in seconds since the epoch.
         first: The number of steps before the run.
         tokens_before: The tokens that were seen before the loop began.
@@ -98,7 +82,10 @@ class TrainingRun:
     step: Callable[..., tuple[tfn.TrainState, tfn.Metrics]] = dataclasses.field(init=False, repr=False)
     saving: Saving = dataclasses.field(init=False, repr=False)
     changes: list[Callable[[tfn.TrainState], tfn.TrainState]] = dataclasses.field(default_factory=list)
-    controller_state: ControllerState | None = None
+    optimizer: RunOptimizer = dataclasses.field(init=False, repr=False)
+    learning_rate: float = 0.0
+    announced: bool = False
+    gradients: list[Tensor] = dataclasses.field(default_factory=list, repr=False)
     began: float = dataclasses.field(default_factory=time.time)
     first: int = 0
     tokens_before: int = 0
@@ -121,10 +108,10 @@ class Record:
 
     Attributes:
         world: The processes that train together.
-        given: The optimizer and the schedule that the user passed.
+        given: The optimizer and the schedule that the user passed, or set on the Trainer.
+        made: The schedule that `create_scheduler` made; the next run makes another one.
         run: The newest run. It stays after its end, so that its step can be looked at.
         search: The trial that is being trained, if there is one.
-        rates: The learning rate of each parameter group.
         latest: The step of the newest evaluation, and its metrics.
         shifts: Whether the model's loss shifts labels; None until it is known.
         parameter_count: The model's parameters without embeddings; None until they are counted.
@@ -139,9 +126,9 @@ class Record:
 
     world: World = ALONE
     given: tuple[Optimizer | None, Scheduler | None] = (None, None)
+    made: Scheduler | None = None
     run: TrainingRun | None = None
     search: Search | None = None
-    rates: list[Rate] = dataclasses.field(default_factory=list)
     latest: tuple[int, Metrics] = (-1, {})
     shifts: bool | None = None
     parameter_count: int | None = None

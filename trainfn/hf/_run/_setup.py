@@ -60,7 +60,29 @@ def first_model(trainer: TrainerLike, model: nn.Module | None) -> nn.Module:
             f"`Trainer(model)` can't work: the model is a {type(model).__name__}, and a torch.nn.Module is needed."
             " Pass the module itself, not its name: `Trainer(AutoModelForCausalLM.from_pretrained(name))`."
         )
+    check_quantized(model)
     return model
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether layers of the model hold quantized weights, which can't be trained."""
+    held = {type(parameter).__module__.partition(".")[0] for parameter in model.parameters()}
+    return bool(getattr(base_of(model), "is_quantized", False)) or "bitsandbytes" in held
+
+
+def check_quantized(model: nn.Module) -> None:
+    """Raise if a quantized model has no adapters to train: only its norms and embeddings would learn.
+
+    Raises:
+        ValueError: If it has none, and its quantization does not train weights itself.
+    """
+    trains = getattr(getattr(model, "hf_quantizer", None), "is_qat_trainable", False)
+    if getattr(model, "is_quantized", False) and not hasattr(model, "peft_config") and not trains:
+        raise ValueError(
+            f"`Trainer(model)` can't work: this {type(model).__name__} is quantized, and quantized weights can't be"
+            " trained. Add adapters: `SFTTrainer(..., peft_config=peft.LoraConfig(...))`, or"
+            " `peft.get_peft_model(model, config)`."
+        )
 
 
 def made_model(trainer: TrainerLike, trial: Trial | None) -> nn.Module:

@@ -58,7 +58,9 @@ class SFTConfig(TrainingArguments):
         default=None, metadata={"help": "Keywords of `from_pretrained`, for a model's name."}
     )
     trust_remote_code: bool = _field(False, "Whether code that comes with a model may run.")
-    router_aux_loss_coef: float = _field(0.001, "Weight of the load-balancing loss of mixtures of experts.")
+    router_aux_loss_coef: float | None = _field(
+        None, "Weight of the load-balancing loss of a mixture of experts; by default that of the model's config."
+    )
     chat_template_path: str | None = _field(None, "A Jinja file, or a tokenizer whose template to take.")
 
     dataset_text_field: str = _field("text", "The column with the text.")
@@ -71,7 +73,9 @@ class SFTConfig(TrainingArguments):
     truncation_mode: str = _field("keep_start", "The end of a long row to keep.", choices=["keep_start", "keep_end"])
     shuffle_dataset: bool = _field(False, "Whether to shuffle rows before they are packed.")
     packing: bool = _field(False, "Whether to put several rows in one.")
-    packing_strategy: str = _field("bfd", "How to put rows in one.", choices=["bfd", "bfd_split", "wrapped"])
+    packing_strategy: str = _field(
+        "bfd", "How to put rows in one.", choices=["bfd", "bfd_split", "wrapped", "bfd-requeue"]
+    )
     padding_free: bool = _field(False, "Whether a batch is one long row, without padding.")
     pad_to_multiple_of: int | str | None = _field("auto", "Pad to a multiple of this.")
     eval_packing: bool | None = _field(None, "Whether to pack the evaluation's rows; by default as `packing`.")
@@ -97,6 +101,10 @@ class SFTConfig(TrainingArguments):
         if self.max_seq_length is not None:
             _renamed(f"max_seq_length={self.max_seq_length!r}", f"max_length={self.max_seq_length!r}")
             self.max_length, self.max_seq_length = self.max_seq_length, None
+        for (field, old), new in _RENAMED.items():
+            if getattr(self, field) == old:
+                _renamed(f"{field}={old!r}", f"{field}={new!r}")
+                setattr(self, field, new)
         if isinstance(self.pad_to_multiple_of, str) and self.pad_to_multiple_of.isdigit():
             self.pad_to_multiple_of = int(self.pad_to_multiple_of)  # from a command line
         super().__post_init__()
@@ -106,6 +114,12 @@ class SFTConfig(TrainingArguments):
     def packs_eval(self) -> bool:
         """Whether the evaluation's rows are packed."""
         return self.packing if self.eval_packing is None else self.eval_packing
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """The columns of rows of tokens that say which tokens are learnt."""
+        completion = () if self.completion_only_loss is False else ("completion_mask",)
+        return (*completion, "assistant_masks")
 
     @property
     def multiple_of(self) -> int:
@@ -144,14 +158,14 @@ _CHOICES = {
     "packing_strategy": ("bfd", "bfd_split", "wrapped"),
     "loss_type": ("nll", "dft"),
 }
+_RENAMED = {("packing_strategy", "bfd-requeue"): "bfd_split", ("loss_type", "chunked_nll"): "nll"}
+"""The old values of fields in trl, and the same ones today."""
 _KWARGS = "Leave it out, or write `dataset_kwargs={'skip_prepare_dataset': True}`"
 _OFFLOAD = "Write `gradient_checkpointing_kwargs={'offload': True}`, which keeps activations on the host"
 
 
 def _allowed(args: SFTConfig, field: str, allowed: tuple[str, ...]) -> None:
     value = getattr(args, field)
-    if field == "loss_type" and value in (None, "chunked_nll"):
-        _refuse(field, value, "trainfn does not compute the loss in pieces", "Write `loss_type='nll'`, the same loss")
     if value not in allowed:
         _refuse(field, value, f"it is not one of {', '.join(map(repr, allowed))}", f"Write `{field}={allowed[0]!r}`")
 

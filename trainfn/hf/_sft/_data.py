@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainfn.errors import nearest
 from trainfn.hf._sft._config import SFTConfig
-from trainfn.hf._sft._packing import IGNORED, pack_dataset
+from trainfn.hf._sft._packing import IGNORED, masked, pack_dataset
 from trainfn.hf._types import Row, Values
 
 Encoded: TypeAlias = tuple[list[int], Sequence[int]]
@@ -197,10 +197,8 @@ class Encode:
         return {"input_ids": list(ids[keep]), "labels": list(labels[keep])}
 
     def _tokens(self, row: Row) -> Encoded:
-        masks = [row["completion_mask"]] if self.completion_only and "completion_mask" in row else []
-        masks += [row["assistant_masks"]] if "assistant_masks" in row else []
-        learnt = [all(bits) for bits in zip(*masks, strict=True)] if masks else [True] * len(row["input_ids"])
-        return row["input_ids"], learnt
+        labels = masked(row["input_ids"], row, () if "labels" in row else self.args.masks)
+        return row["input_ids"], [label != IGNORED for label in labels]
 
     def _text(self, row: Row) -> Encoded:
         text = self.formatting(row) if self.formatting else row[self.args.dataset_text_field]

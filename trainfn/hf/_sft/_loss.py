@@ -116,7 +116,7 @@ def loss(trainer: SFTLike, outputs: Outputs, labels: Tensor, num_items_in_batch:
     count = found.weight if num_items_in_batch is None else num_items_in_batch
     value = found.total / count.clamp(min=1)
     auxiliary = getattr(outputs, "aux_loss", None)
-    return value if auxiliary is None else value + trainer.args.router_aux_loss_coef * auxiliary
+    return value if auxiliary is None else value + trainer._trainfn_sft.auxiliary * auxiliary
 
 
 def dft(logits: Tensor, targets: Tensor) -> tfn.Mean:

@@ -97,7 +97,8 @@ def _converted(args: transformers.TrainingArguments) -> SFTConfig:
         )
     known = {name for name, field in SFTConfig.__dataclass_fields__.items() if field.init}
     fields: Values = {name: value for name, value in args.to_dict().items() if name in known}
-    fields["hub_token"] = args.hub_token  # `to_dict` hides it
+    # `to_dict` hides all tokens, `eos_token` too.
+    fields |= {name: getattr(args, name) for name in fields if name.endswith("_token")}
     return SFTConfig(**fields)
 
 
@@ -129,6 +130,11 @@ def model_of(
             f"`{which}` is for loading a model, but {type(model).__name__} is loaded already. Pass its name,"
             " `SFTTrainer(model='name')`, or pass the options to `from_pretrained`."
         )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"SFTTrainer(model={type(model).__name__}): a causal language model is needed, and this one has an encoder."
+            " Load another: `AutoModelForCausalLM.from_pretrained(name)`; or train this one with `Seq2SeqTrainer`."
+        )
     return model if peft_config is None else _adapted(model, args, peft_config)
 
 
@@ -139,6 +145,11 @@ def _adapted(model: nn.Module, args: SFTConfig, peft_config: object) -> nn.Modul
             " installed. Run `pip install peft`, or leave `peft_config` out to train all parameters."
         )
     peft: Any = importlib.import_module("peft")
+    if not isinstance(peft_config, peft.PeftConfig):
+        raise TypeError(
+            f"SFTTrainer(peft_config={type(peft_config).__name__}): a configuration of peft is needed. Write"
+            " `peft_config=peft.LoraConfig(r=8, target_modules='all-linear')`."
+        )
     if isinstance(model, peft.PeftModel):
         raise ValueError(
             "SFTTrainer(model=PeftModel, peft_config=...): the model has adapters already. Leave `peft_config` out."
@@ -150,13 +161,53 @@ def _adapted(model: nn.Module, args: SFTConfig, peft_config: object) -> nn.Modul
         return peft.get_peft_model(model, peft_config)
 
 
-def balance_experts(model: nn.Module, args: SFTConfig) -> None:
-    """Let a mixture of experts return its load-balancing loss, unless the coefficient is 0."""
+def balance_experts(model: nn.Module, args: SFTConfig) -> float:
+    """Let a mixture of experts return its load-balancing loss, and return the coefficient; 0 for a dense model.
+
+    Raises:
+        ValueError: If a dense model is given a coefficient.
+    """
+    text, given = _text_config(model), args.router_aux_loss_coef
+    if not hasattr(text, "output_router_logits"):
+        if given:
+            raise ValueError(
+                f"`SFTConfig(router_aux_loss_coef={given!r})` can't work with {type(model).__name__}: it is not a"
+                " mixture of experts that returns its router's logits, so it has no auxiliary loss. Leave the argument"
+                " out."
+            )
+        return 0.0
+    assert text is not None
+    coefficient = float(getattr(text, "router_aux_loss_coef", 0.0) if given is None else given)
+    text.output_router_logits = coefficient != 0
+    text.router_aux_loss_coef = coefficient
+    return coefficient
+
+
+def _text_config(model: nn.Module) -> transformers.PreTrainedConfig | None:
+    """The configuration of the language model, which a model of images and text has inside its own."""
     get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
-    text = None if get_text_config is None else get_text_config()
-    if text is not None and getattr(text, "output_router_logits", None) is not None:
-        text.output_router_logits = args.router_aux_loss_coef != 0
-        text.router_aux_loss_coef = args.router_aux_loss_coef
+    return None if get_text_config is None else get_text_config()
+
+
+def match_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
+    """Set the tokenizer's padding token, and an end token that the arguments name, in the model's configurations.
+
+    Generation ends at any of several tokens, so a new end token is added to those of the generation's configuration.
+    """
+    text, generation = _text_config(model), getattr(model, "generation_config", None)
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    for config in (text, generation):
+        if config is not None:
+            config.pad_token_id = pad
+    if args.eos_token is None:
+        return
+    if text is not None:
+        text.eos_token_id = end
+    if generation is not None:
+        held = generation.eos_token_id
+        ends = [] if held is None else [held] if isinstance(held, int) else list(held)
+        if end not in ends:
+            generation.eos_token_id = [end, *ends]
 
 
 # --- the tokenizer ----------------------------------------------------------------------------------------------------

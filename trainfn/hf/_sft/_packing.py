@@ -71,12 +71,14 @@ class SFTCollator:
         multiple_of: The number of which the length of a batch is a multiple.
         flatten: Whether to join all sequences of a batch into one row.
         flatten_packs: Whether to do so for packs.
+        masks: The columns that say which tokens of a row without labels are learnt.
     """
 
     pad_token_id: int
     multiple_of: int = 1
     flatten: bool = False
     flatten_packs: bool = False
+    masks: tuple[str, ...] = ()
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return the batch."""
@@ -84,8 +86,8 @@ class SFTCollator:
         if not packs and not self.flatten:
             pad = {"input_ids": self.pad_token_id, "labels": IGNORED}
             collate = tfn.data.pad_collate(pad, multiple_of=self.multiple_of, mask="attention_mask")
-            return collate([_with_labels(row) for row in rows])
-        sequences = [_sequences(row) for row in rows]
+            return collate([self._labelled(row) for row in rows])
+        sequences = [_sequences(row, self._labelled(row)) for row in rows]
         if self.flatten or self.flatten_packs:
             sequences = [[sequence for row in sequences for sequence in row]]
         longest = max(sum(len(sequence["input_ids"]) for sequence in row) for row in sequences)
@@ -93,13 +95,33 @@ class SFTCollator:
         pad = {"input_ids": self.pad_token_id}
         return tfn.data.stack([tfn.data.pack_rows(row, length, pad=pad) for row in sequences])
 
+    def _labelled(self, row: Row) -> dict[str, Sequence[int]]:
+        ids = row["input_ids"]
+        return {"input_ids": ids, "labels": row["labels"] if "labels" in row else masked(ids, row, self.masks)}
 
-def _with_labels(row: Row) -> dict[str, list[int]]:
-    return {"input_ids": row["input_ids"], "labels": row.get("labels", row["input_ids"])}
+
+def masked(ids: Sequence[int], row: Row, masks: Sequence[str]) -> list[int]:
+    """Return the labels of a row of tokens: each token that all of the row's masks keep.
+
+    Raises:
+        ValueError: If a mask has another length.
+    """
+    present = [name for name in masks if name in row]
+    for name in present:
+        if len(row[name]) != len(ids):
+            raise ValueError(
+                f"SFTTrainer: a row has {len(ids)} input_ids and {len(row[name])} values of {name!r}, but each token"
+                f" needs one. Correct the column {name!r}."
+            )
+    learnt = (
+        [all(bits) for bits in zip(*(row[name] for name in present), strict=True)] if present else [True] * len(ids)
+    )
+    return [token if bit else IGNORED for token, bit in zip(ids, learnt, strict=True)]
 
 
-def _sequences(row: Row) -> list[dict[str, list[int]]]:
-    whole, start, out = _with_labels(row), 0, []
+def _sequences(row: Row, whole: dict[str, Sequence[int]]) -> list[dict[str, Sequence[int]]]:
+    start: int = 0
+    out: list[dict[str, Sequence[int]]] = []
     for size in row.get("seq_lengths", [len(row["input_ids"])]):
         out.append({name: values[start : start + size] for name, values in whole.items()})
         start += size

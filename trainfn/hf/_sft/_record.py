@@ -20,11 +20,13 @@ class SFTRecord:
     Attributes:
         prepare: The function that turns a dataset into rows of tokens.
         separation: The way in which the model separates the sequences of a pack: ``"positions"`` or a ``"mask"``.
+        auxiliary: The coefficient of the load-balancing loss of a mixture of experts.
         evaluated: The loss's own metrics in the present evaluation; None outside of one.
     """
 
     prepare: Preparation
     separation: str | None = None
+    auxiliary: float = 0.0
     evaluated: dict[str, tfn.Mean] | None = None
 
 

@@ -105,10 +105,11 @@ class SFTTrainer(Trainer):
         args = _model.arguments(model, args, old)
         _check(args, data_collator, compute_loss_func)
         model = _model.model_of(model, args, quantization_config, peft_config)
-        _model.balance_experts(model, args)
+        auxiliary = _model.balance_experts(model, args)
         named = processing_class if processing_class is not None else tokenizer
         found = _model.tokenizer_of(model, args, named)
-        self._trainfn_sft = SFTRecord(Preparation(found, formatting_func))
+        _model.match_tokens(model, found, args)
+        self._trainfn_sft = SFTRecord(Preparation(found, formatting_func), auxiliary=auxiliary)
         prepare = self._trainfn_sft.prepare
         super().__init__(
             model,
@@ -134,8 +135,9 @@ class SFTTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._signature_columns is not None and "seq_lengths" not in self._signature_columns:
-            self._signature_columns.append("seq_lengths")
+        for name in ("seq_lengths", *self.args.masks):
+            if self._signature_columns is not None and name not in self._signature_columns:
+                self._signature_columns.append(name)
 
     # --- loss -----------------------------------------------------------------------------------------------------
 
@@ -225,4 +227,4 @@ def _collator(model: nn.Module, args: SFTConfig, tokenizer: PreTrainedTokenizerB
     """
     flash = "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
     pad = cast("int", tokenizer.pad_token_id)
-    return SFTCollator(pad, args.multiple_of, flatten=args.padding_free, flatten_packs=flash)
+    return SFTCollator(pad, args.multiple_of, flatten=args.padding_free, flatten_packs=flash, masks=args.masks)

@@ -1,0 +1,1 @@
+"""Packages that build on a Trainer, each on that of transformers and on ours."""
