@@ -1,6 +1,8 @@
-"""What a run does between steps and at its end: decide together, log, evaluate, save."""
+"""The actions of a run between its steps and at its end: the ranks decide together, then log, evaluate and save."""
 
 from __future__ import annotations
+
+import contextlib
 
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
@@ -83,8 +85,10 @@ def finished(trainer: TrainerLike, run: TrainingRun, rows: float, began: float) 
     trainer.log(metrics)
     run.saving.wait()
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-        trainer._load_best_model()
-        if overridden(trainer, "_load_best_model") and trainer._trainfn.world.plan is None:
-            _parts.adopt_weights(trainer)
+        with contextlib.ExitStack() as stack:
+            if overridden(trainer, "_load_best_model"):  # it knows full parameters only
+                stack.enter_context(_parameters.plain(trainer))
+            stack.enter_context(_parts.same_tensors(trainer.model))
+            trainer._load_best_model()
     _parameters.fill(trainer)
     return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)
