@@ -324,6 +324,8 @@ def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
 
 
 def test_rows_of_earlier_batches_come_first():
+    from types import SimpleNamespace
+
     from trainfn.deepspeed import _step
 
     run = SimpleNamespace(group=None, engine=SimpleNamespace(device="cpu"))
