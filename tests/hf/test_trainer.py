@@ -326,7 +326,7 @@ def test_a_loss_that_depends_on_the_split_is_reported(tmp_path):
     model = make()
     with torch.no_grad():
         model.classifier.weight.mul_(500)  # rows of unequal losses
-    with pytest.warns(SplitDependentLossWarning, match=r"together and .* one by one.*tfn\.Mean\.of\(values, weights"):
+    with pytest.warns(SplitDependentLossWarning, match=r"together is not the mean of .*tfn\.Mean\.of\(values, weights"):
         trained(tmp_path, model, data(), Weighted, **options)
     with pytest.warns(SplitDependentLossWarning, match="mixture of experts"):
         trained(tmp_path, mixtral(), tokens(), **options)

@@ -28,9 +28,9 @@ from trainfn.hf._run._data import Ended, Windows, arithmetic
 from trainfn.hf._run._record import TrainingRun, newest_state
 from trainfn.hf._run._setup import is_quantized, new_model, smoother
 from trainfn.hf._step import _manual
-from trainfn.hf._step._additive import check_additive
 from trainfn.hf._step._halving import Halving
-from trainfn.hf._step._loss import find_shift, may_shift, training_loss
+from trainfn.hf._step._look import Look
+from trainfn.hf._step._loss import training_loss
 from trainfn.hf._step._modes import eval_mode, same_modes
 from trainfn.hf._step._neftune import neftune
 from trainfn.hf._types import Batch, TrainerLike, Trial, Values
@@ -64,7 +64,7 @@ def train(
     losses = LossWindow(nan_inf_filter=trainer.args.logging_nan_inf_filter)
     requests = tfn.process.Requests(trainer._trainfn.world.ranks)
     run = TrainingRun(length, windows, losses, requests, ignore_keys_for_eval)
-    windows.ended = functools.partial(_end_epoch, trainer, run)
+    windows.ended, windows.begun = functools.partial(_end_epoch, trainer, run), Look(trainer)
     trainer.is_in_train, trainer._trainfn.run = True, run
     trainer.callback_handler.train_dataloader = loader
     try:
@@ -243,24 +243,6 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
 
 def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
     """The step, which first applies the changes decided between steps, such as another learning rate."""
-    world, windows = trainer._trainfn.world, run.windows
-    looked = trainer.args.gradient_accumulation_steps == 1 and world.plan is None
-    known = False
-
-    def look() -> None:
-        """Try out on the first rows whether the loss shifts labels, and whether it adds up over rows."""
-        nonlocal looked, known
-        with _parameters.whole(trainer):
-            if not tfn.data.is_empty(windows.first):
-                find_shift(trainer, windows.first)
-                if not looked:
-                    check_additive(trainer, windows.first)
-        looked = True
-        # A rank without rows can't try, and all ranks must compile the same step: so they share what they found.
-        # It costs one or two gathers of a flag, until one rank knows or none ever can.
-        found = [shifts for shifts in world.ranks.gathered(trainer._trainfn.shifts) if shifts is not None]
-        trainer._trainfn.shifts = found[0] if found else None
-        known = bool(found) or not any(world.ranks.gathered(may_shift(trainer, windows.first)))
 
     def step(state: tfn.TrainState, batch: Batch | list[Batch], /) -> tuple[tfn.TrainState, tfn.Metrics]:
         for change in run.changes:
@@ -270,11 +252,9 @@ def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
         if run.optimizer.stale():
             run.step = make_step(trainer, run)
         state = run.optimizer.pushed(state)
-        if not looked or not known:
-            look()
         return run.step(state, batch)
 
-    step.plan = world.plan  # type: ignore[attr-defined]
+    step.plan = trainer._trainfn.world.plan  # type: ignore[attr-defined]
     return step
 
 

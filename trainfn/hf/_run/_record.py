@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the files that define these import this one
     from trainfn.hf._optim._facade import RunOptimizer
     from trainfn.hf._reporting._logs import LossWindow
     from trainfn.hf._run._data import Length, Windows
+    from trainfn.hf._step._counting import Count
 
 
 class Search(NamedTuple):
@@ -91,9 +92,13 @@ class Record:
         search: The trial that is being trained, if there is one.
         latest: The step of the newest evaluation, and its metrics.
         shifts: Whether the model's loss shifts labels; None until it is known.
+        divisor: What the loss is divided by, if a trial has shown it to be another than that of the model's class.
+        examined: Whether the loss has been tried out.
+        trials: How often that was begun.
         parameter_count: The model's parameters without embeddings; None until they are counted.
         released: Whether the parameters are sharded over ranks, so that the model does not hold them.
         manual_mean: The loss of the newest `training_step`, undivided.
+        update: While an overridden `training_step` runs, the micro-batch with the counts of the whole update.
         watch: While an overridden `training_step` runs, a function that is called with the loss.
         loss_metrics: What is logged with the loss. It is part of the step, so nothing in it may wait for the device.
     """
@@ -108,9 +113,13 @@ class Record:
     search: Search | None = None
     latest: tuple[int, Metrics] = (-1, {})
     shifts: bool | None = None
+    divisor: Count | None = None
+    examined: bool = False
+    trials: int = 0
     parameter_count: int | None = None
     released: bool = False
     manual_mean: tfn.Mean | None = None
+    update: Batch | None = None
     watch: Callable[[object], None] | None = None
     loss_metrics: LossMetrics = no_metrics
 
