@@ -2,16 +2,19 @@
 
 import contextlib
 import warnings
+from pathlib import Path
 
 import datasets
 import pytest
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.clients.both import Seeded, assert_same_run, logged, package, weights
 from tests.helpers import assert_close
 from tests.hf.models import seeded
 from tests.hf.test_sft import TEMPLATE, TEXTS, model, no_bars, tokenizer
 from trainfn.hf import SFTConfig, SFTTrainer
+from trainfn.hf._sft._data import prepared
 
 trl = package("trl")
 pytestmark = pytest.mark.usefixtures("untouched_rng", no_bars.__name__)
@@ -107,6 +110,46 @@ def test_evaluation_and_resume_are_those_of_trl(tmp_path):
     assert_same_run(ours, theirs, keys, 1e-5)
     after = run("trainfn", tmp_path / "after", resume=str(tmp_path / "trl/checkpoint-2"), **options, **more)
     assert_close(weights(after.model), weights(theirs.model), 1e-6)
+
+
+def byte_tokenizer(template):
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
+               "<start_of_turn>", "<end_of_turn>", "<bos>", "<|end|>", "<|user|>", "<|assistant|>"]  # fmt: skip
+    made = Tokenizer(models.BPE({word: n for n, word in enumerate([*special, *words])}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(special)
+    ends = {"pad_token": "<pad>", "eos_token": "<|im_end|>", "bos_token": "<bos>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, **ends)
+
+
+TURNS = [
+    {"role": "user", "content": "one"}, {"role": "assistant", "content": "two "},
+    {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3", "gemma", "gemma3", "phi3"])
+@pytest.mark.parametrize("turns", [2, 4])
+def test_the_assistant_speaks_where_trl_says_so_in_templates_of_models(name, turns, tmp_path):
+    words = byte_tokenizer((Path(trl.__file__).parent / f"chat_templates/{name}.jinja").read_text())
+    rows = datasets.Dataset.from_list([{"messages": TURNS[:turns]}])
+    args = SFTConfig(str(tmp_path), **QUIET | {"max_length": 999}, assistant_only_loss=True)
+    row = prepared(rows, words, args, name="train", packing=False)[0]
+    theirs = trl.get_training_chat_template(words)
+    expected = words.apply_chat_template(
+        TURNS[:turns], chat_template=theirs, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert row["input_ids"] == expected["input_ids"]
+    assert [int(label != -100) for label in row["labels"]] == expected["assistant_masks"]
+
+
+def test_the_assistant_is_found_in_a_template_that_trl_does_not_know(tmp_path):
+    words = byte_tokenizer((Path(trl.__file__).parent / "chat_templates/llama3_1.jinja").read_text())
+    args = SFTConfig(str(tmp_path), **QUIET | {"max_length": 999}, assistant_only_loss=True)
+    row = prepared(datasets.Dataset.from_list([{"messages": TURNS}]), words, args, name="train", packing=False)[0]
+    said = words.decode([label for label in row["labels"] if label != -100])
+    assert said == "two<|eot_id|>four<|eot_id|>"
 
 
 # --- adapters and quantized models --------------------------------------------------------------------------------

@@ -271,7 +271,7 @@ def test_the_metrics_are_exact_over_all_tokens_of_the_window(tmp_path):
     assert log["num_tokens"] == sum(map(len, made.train_dataset["input_ids"]))
 
 
-def test_num_tokens_goes_on_and_resumes(tmp_path):
+def test_num_tokens_is_counted_on_after_a_resume(tmp_path):
     options = {"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
 
     class Stop(TrainerCallback):
@@ -449,8 +449,13 @@ def test_templates_that_are_missing_or_say_too_little(tmp_path):
     with pytest.raises(ValueError, match="need a chat template"):
         trainer(tmp_path, [{"messages": SAID}], words=tokenizer())
     plain = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    with pytest.raises(ValueError, match="does not mark the assistant's messages"):
-        trainer(tmp_path, [{"messages": SAID}], words=tokenizer(plain), assistant_only_loss=True)
+    talk = [{"messages": [*SAID, {"role": "assistant", "content": "b"}]}]
+    whole = trainer(tmp_path, talk, words=tokenizer(TEMPLATE), assistant_only_loss=True)
+    found = trainer(tmp_path, talk, words=tokenizer(plain), assistant_only_loss=True)
+    assert learnt(found) == learnt(whole)
+    forgets = plain.replace("m['content'] + ' </s> '", "(m['content'] if loop.last else '') + ' </s> '")
+    with pytest.raises(ValueError, match="writes messages in another way when others follow"):
+        trainer(tmp_path, [{"messages": 2 * talk[0]["messages"]}], words=tokenizer(forgets), assistant_only_loss=True)
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     made = trainer(tmp_path, [{"messages": SAID}], words=tokenizer(), chat_template_path=str(tmp_path / "t.jinja"))
     assert made.train_dataset[0]["input_ids"] == [3, A]

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import is_liger_kernel_available
 
 from trainfn.errors import nearest
-from trainfn.hf._step._loss import base_of
+from trainfn.hf._step._counting import base_of
 from trainfn.hf._types import Collator, Processor, TrainerLike, Trial
 
 if TYPE_CHECKING:

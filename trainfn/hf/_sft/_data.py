@@ -12,6 +12,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from trainfn.errors import nearest
+from trainfn.hf._sft._assistant import common, is_marked, marked, spoken
 from trainfn.hf._sft._config import SFTConfig
 from trainfn.hf._sft._packing import IGNORED, masked, pack_dataset
 from trainfn.hf._types import Row, Values
@@ -225,7 +226,7 @@ class Encode:
             start, _ = self._templated(prompt, row, add_generation_prompt=True, masks=False)
             ids, learnt = self._templated(prompt + completion, row)
         if self.completion_only:
-            begins = _common(start, ids)
+            begins = common(start, ids)
             if begins < len(start) - 1:  # the prompt's last token may merge with the beginning of the completion
                 warnings.warn(
                     f"SFTTrainer: a prompt's tokens differ from the beginning of prompt and completion at {begins} of"
@@ -253,22 +254,35 @@ class Encode:
                 "SFTTrainer: rows of messages need a chat template, and the tokenizer has none. Set"
                 " `tokenizer.chat_template`, or write `SFTConfig(chat_template_path='template.jinja')`."
             )
-        if masks and "{% generation" not in str(self.tokenizer.chat_template).replace("{%-", "{%"):
-            raise ValueError(
-                "`SFTConfig(assistant_only_loss=True)` can't work: the chat template does not mark the assistant's"
-                " messages. Write `{% generation %}` and `{% endgeneration %}` around them in the template."
-            )
         apply = cast("Callable[..., dict[str, list[int]]]", self.tokenizer.apply_chat_template)
-        encoded = apply(
-            messages,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=True,
-            return_assistant_tokens_mask=masks,
-            **(row.get("chat_template_kwargs") or {}),
+        template = self._template()
+        tells = is_marked(template)
+
+        def rendered(some: Sequence[Values], **how: bool) -> dict[str, list[int]]:
+            return apply(
+                list(some),
+                tools=json.loads(tools) if isinstance(tools, str) else tools,
+                return_dict=True,
+                **({"chat_template": template} if self.args.assistant_only_loss else {}),
+                **how,
+                **(row.get("chat_template_kwargs") or {}),
+            )
+
+        encoded = rendered(
+            messages, add_generation_prompt=add_generation_prompt, return_assistant_tokens_mask=masks and tells
         )
         ids = list(encoded["input_ids"])
-        return ids, list(encoded["assistant_masks"]) if masks else [True] * len(ids)
+        if not masks:
+            return ids, [True] * len(ids)
+        if tells:
+            return ids, list(encoded["assistant_masks"])
+        return ids, spoken(messages, ids, lambda some, **how: list(rendered(some, **how)["input_ids"]))
+
+    def _template(self) -> str:
+        """Return the chat template, in which the assistant's messages are marked if we know how."""
+        held: object = self.tokenizer.chat_template
+        text = str(held["default"]) if isinstance(held, dict) else str(held)
+        return marked(text) if self.args.assistant_only_loss else text
 
 
 def _kind(row: Row, args: SFTConfig, name: str, formatting: Callable[[Row], str] | None) -> str:
@@ -315,14 +329,6 @@ def _chat(messages: Sequence[Row]) -> list[Values]:
     names = {"from": "role", "value": "content"}
     # All messages of a dataset have the same keys: a key that a message lacked holds None.
     return [{names.get(k, k): v for k, v in message.items() if v is not None} for message in messages]
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the common beginning of two sequences."""
-    for n, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return n
-    return min(len(one), len(other))
 
 
 def _labels(ids: Sequence[int], learnt: Sequence[int]) -> list[int]:
