@@ -55,9 +55,9 @@ def trained_module(trainer: TrainerLike, optimizer: torch.optim.Optimizer) -> nn
     owners = list(_owners(trainer, missing))
     for parameter in missing.values():
         raise ValueError(
-            f"`{type(optimizer).__name__}(...)` can't work in a Trainer: its groups have a tensor of shape"
-            f" {list(parameter.shape)} that is not a parameter of the model, nor of another module. No step would"
-            " change it. Build the optimizer from `model.parameters()`, after the last change of the model; or keep"
+            f"`{type(optimizer).__name__}(...)` can't work in a Trainer: a tensor of shape {list(parameter.shape)} in"
+            " its groups is not a parameter of the model or of another module. Build the optimizer from"
+            " `model.parameters()`, after the last change of the model. Or keep"
             " the parameter in a module, such as `self.head = nn.Linear(8, 2)`."
         )
     root = copy.copy(trainer.model)
