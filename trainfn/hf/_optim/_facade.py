@@ -7,7 +7,7 @@ step. Its `state` is read from the run's state. It holds references only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -245,7 +245,7 @@ class RunOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         return f"RunOptimizer of {self.optimizer!r}"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         raise TypeError(
             "`copy.deepcopy(trainer.optimizer)` and `pickle` can't work: it belongs to its Trainer. Write"
             " `copy.deepcopy(trainer.optimizer.state_dict())`."

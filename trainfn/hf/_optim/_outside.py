@@ -11,7 +11,7 @@ import copy
 import gc
 import itertools
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -22,20 +22,20 @@ _PREFIX = "outside_of_the_model"
 _Owner = tuple[str, nn.Module]
 
 
-class _Attribute(dict[str, Any]):
+class _Attribute(dict[str, object]):
     """An attribute of an object as a dict of one item, through which a step replaces it."""
 
     def __init__(self, holder: object, name: str) -> None:
         super().__init__({name: None})
         self._held = vars(holder)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> object:
         return self._held[name]
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         self._held[name] = value
 
-    def items(self) -> Any:
+    def items(self) -> list[tuple[str, object]]:  # type: ignore[override]  # the present one, not a copy
         """The attribute with its present value."""
         return [(name, self._held[name]) for name in self]
 
