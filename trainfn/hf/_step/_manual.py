@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 import trainfn as tfn
+from trainfn.hf._names import overridden
 from trainfn.hf._parallel._parameters import whole
 from trainfn.hf._step._loss import counted, exact_loss, head_loss
 from trainfn.hf._types import Batch, Outputs, TrainerLike
@@ -31,7 +32,9 @@ def training_step(
 
     An override that adds a backward pass or changes ``.grad`` then works in the same units.
     """
-    mean, _ = exact_loss(trainer, model, trainer._prepare_inputs(inputs))
+    # An override prepares a batch once: it may generate from the model, or count its calls.
+    inputs = inputs if overridden(trainer, "_prepare_inputs") else trainer._prepare_inputs(inputs)
+    mean, _ = exact_loss(trainer, model, inputs)
     weight = mean.weight.detach()
     (mean.total / torch.where(weight > 0, weight, 1.0)).backward()
     mean = trainer._trainfn.manual_mean = tfn.Mean(mean.total.detach(), weight)
