@@ -22,20 +22,36 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.processes import LAUNCHERS
+from tests.ranks.server import Server
 from trainfn.testing import register_profiles
 
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = False  # thousands of empty lines in the report of a failure
 
 # What the tests' own launcher has said, as `mixed_precision`, is not passed on to the processes that they start.
-PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MIXED_PRECISION", "NPROC")
-for said in [name for name in os.environ if name in LAUNCHED or name.startswith(PREFIXES)]:
+for said in [name for name in os.environ if name in LAUNCHED or name.startswith(LAUNCHERS)]:
     if said != "ACCELERATE_USE_CPU":
         del os.environ[said]
 
 register_profiles()
 settings.load_profile("trainfn-ci" if os.environ.get("CI") else "trainfn-dev")
+
+
+# The files that take longest, which begin first: so that no process works alone at the end. The quick look at style and
+# types, which is the whole of `tests/test_lint.py`, is before them.
+FIRST = (
+    *("test_lint.py", "compile/test_step_file.py", "compile/test_capture.py", "ranks/test_plan.py", "test_guides.py"),
+    *("checkpoint/test_sharded.py", "hf/test_ranks.py", "compile/test_transformers_models.py", "test_device.py"),
+    *("launch/test_launch.py", "hf/test_launched.py", "optim/test_optim.py", "hf/test_trainer.py"),
+    *("compile/test_warm.py", "compile/test_jit.py", "test_examples.py", "test_device_trainer.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {Path(__file__).parent / name: n for n, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(FIRST)))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -71,6 +87,14 @@ def accelerate_as_it_was():
     for kind, held in zip(kinds, before, strict=True):
         kind._shared_state.clear()
         kind._shared_state.update(held)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """`tests/ranks/server.py`, for all files that this process runs."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
     TRAINFN_DEVICE=cuda python -m pytest tests/test_device.py tests/test_device_trainer.py -n 8 --dist=load
 
-On a CPU steps are captured but not handed to the code generator, so that the tests run in seconds there.
+On a CPU steps are captured but not handed to the code generator. The tests beside these have each claim there, so that
+these run there one way only, which keeps them in order; with TRAINFN_LONG=1, both ways.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import pytest
 import torch
 
 import trainfn as tfn
+from tests.helpers import long
 
 DEVICE = torch.device(os.environ.get("TRAINFN_DEVICE", "cpu"))
 ACCELERATOR = DEVICE.type != "cpu"
 BACKEND = "inductor" if ACCELERATOR else "eager"
 
+# What an accelerator shows, and what a CPU shows elsewhere.
+both_ways = (lambda x: x) if ACCELERATOR else long
 on_an_accelerator = pytest.mark.skipif(not ACCELERATOR, reason="takes an accelerator: TRAINFN_DEVICE=cuda")
 on_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="takes a GPU of CUDA: TRAINFN_DEVICE=cuda")
 

@@ -4,13 +4,14 @@ import ast
 import importlib
 import inspect
 import re
-import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import trainfn
+from tests.processes import succeeded
 
 ROOT = Path(trainfn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -50,6 +51,11 @@ NOT_PUBLIC = {"testing": set(), "launch": {"Rule", "explain", "launched"}, "deep
 EACH_FILE = pytest.mark.parametrize("file", [pytest.param(f, id=str(f.relative_to(ROOT))) for f in FILES])
 
 
+@cache
+def parsed(file):
+    return ast.parse(file.read_text())
+
+
 FILES_OF_HF = [file for file in FILES if file.is_relative_to(ROOT / "hf")]
 
 
@@ -69,9 +75,13 @@ def layer_of(module):
     return LAYERS[part]
 
 
+@cache
 def imports(file, *, lazy=True):
     """Every module a file imports; those that only a type checker sees don't count."""
-    tree = ast.parse(file.read_text())
+    return list(_imports(parsed(file), file, lazy))
+
+
+def _imports(tree, file, lazy):
     checked_only = {
         inner
         for node in ast.walk(tree)
@@ -107,7 +117,7 @@ def test_imports_point_down(file):
 def private_names(file):
     """What a file takes from private modules of other parts of the package, as ``(line, module, name)``."""
     own = f"trainfn.{part_of(module_of(file))}"
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
             taken = [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -180,7 +190,7 @@ def body_lines(node):
 
 @EACH_FILE
 def test_functions_are_short(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert body_lines(node) <= BODY_LINES, f"{file}:{node.lineno} {node.name}"
 
@@ -198,7 +208,7 @@ def test_pure_layers_are_pure(file):
     for module in imports(file):
         assert module.split(".")[0] in ALLOWED | {"trainfn"}, f"{file} imports {module}"
         assert module not in ("time", "os", "pathlib", "io", "logging", "random"), f"{file} imports {module}"
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(parsed(file)):
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
@@ -250,7 +260,7 @@ def test_every_name_the_package_exports_is_listed_explicitly():
     for file in FILES:
         if file.name != "__init__.py":
             continue
-        for node in ast.parse(file.read_text()).body:
+        for node in parsed(file).body:
             if isinstance(node, ast.ImportFrom):
                 assert all(alias.name != "*" for alias in node.names), file
                 assert all(alias.asname == alias.name for alias in node.names), f"{file}:{node.lineno}"
@@ -284,10 +294,9 @@ print((end - middle), (middle - start), *heavy)
 
 
 def imported():
-    command = [sys.executable, "-W", "error::DeprecationWarning:trainfn", "-c", PROGRAM.format(heavy=HEAVY)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stderr == ""
-    seconds, torch_seconds, *heavy = done.stdout.split()
+    done = succeeded("-W", "error::DeprecationWarning:trainfn", "-c", PROGRAM.format(heavy=HEAVY))
+    assert done.err == ""
+    seconds, torch_seconds, *heavy = done.out.split()
     return float(seconds), float(torch_seconds), heavy
 
 
@@ -302,8 +311,7 @@ def test_importing_is_fast_and_quiet_and_brings_no_framework():
 def test_importing_works_without_the_frameworks():
     """None of them is needed to import, so a broken one does no harm."""
     block = f"import sys; sys.modules.update(dict.fromkeys({HEAVY[:5]!r})); import trainfn; print(trainfn.__version__)"
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, trainfn.__version__), done.stderr
+    assert succeeded("-c", block).out.strip() == trainfn.__version__
 
 
 def test_the_type_marker_is_shipped():

@@ -146,7 +146,7 @@ def test_a_window_adds_up_in_float64():
     assert found[0].total.dtype == torch.float64
 
 
-def test_a_window_goes_on_from_its_state_to_the_bit():
+def test_a_window_resumes_from_its_state_bit_for_bit():
     first, found = [], []
     unbroken = callbacks.window(4, lambda info: first.append(info))
     for n in range(1, 5):
@@ -209,7 +209,7 @@ def test_early_stopping_needs_a_gain_of_min_delta():
     assert [answer is not None for answer in answers] == [False, False, False, False, True]
 
 
-def test_early_stopping_goes_on_counting_after_a_resume():
+def test_early_stopping_counts_on_after_a_resume():
     stop = callbacks.early_stopping("loss", patience=2)
     assert [stop(info(n, loss=value)) for n, value in enumerate([1.0, 2.0])] == [None, None]
     resumed = callbacks.early_stopping("loss", patience=2)

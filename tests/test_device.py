@@ -8,13 +8,23 @@ from torch import nn
 
 import trainfn as tfn
 from tests.compile import test_transformers_models as models
-from tests.device import ACCELERATOR, DEVICE, exact_products, jit, no_waiting, on_an_accelerator, on_cuda, put
+from tests.device import (
+    ACCELERATOR,
+    DEVICE,
+    both_ways,
+    exact_products,
+    jit,
+    no_waiting,
+    on_an_accelerator,
+    on_cuda,
+    put,
+)
 from tests.helpers import EACH_NET, MLP_NET, NETS, adamw, assert_close, assert_identical, seeded
 from tests.optim.table import OPTIMIZERS, Net
 from trainfn import testing, tree
 
 ROWS = 16
-EACH_WAY = pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+EACH_WAY = pytest.mark.parametrize("compile", [both_ways(False), True], ids=["eager", "compiled"])
 EACH_DONATION = pytest.mark.parametrize("donate", [False, True], ids=["kept", "donated"])
 TIMES = pytest.mark.parametrize("accumulate", [1, 4], ids=["whole", "accumulated"])
 
@@ -160,7 +170,7 @@ def test_the_laws_hold(net):
 
 
 @EACH_WAY
-def test_a_nan_is_told(compile):
+def test_a_nan_is_reported(compile):
     bad = batches(6)
     bad[3]["x"] = bad[3]["x"] * float("nan")
     with pytest.raises(tfn.errors.NonFiniteError, match="step 4"):
@@ -316,7 +326,7 @@ def test_recurrent_nets(kind):
     assert_close(results[1], results[0], 1e-5)
 
 
-@pytest.mark.parametrize("make", [models.bert, models.gpt2, models.llama, models.t5])
+@pytest.mark.parametrize("make", [both_ways(models.bert), models.gpt2, both_ways(models.llama), both_ways(models.t5)])
 def test_models_of_transformers(make):
     """Dropout is on."""
     optimizer, given, results = tfn.optim.sgd(0.1, momentum=0.9), [put(models.batch(6, n)) for n in range(3)], []
@@ -409,7 +419,7 @@ def test_optimizers_in_one_launch(name):
 
 
 @EACH_WAY
-def test_a_run_goes_on_bit_for_bit(tmp_path, compile):
+def test_a_run_resumes_bit_for_bit(tmp_path, compile):
     def go(folder, *stops):
         for until in stops:
             step = jit(tfn.train_step(MLP_NET.loss, adamw()), compile=compile, donate=True)

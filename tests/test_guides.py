@@ -4,7 +4,6 @@ import ast
 import doctest
 import importlib
 import math
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import succeeded
 from tests.test_architecture import PUBLIC
 
 ROOT = Path(__file__).parent.parent
@@ -114,22 +114,9 @@ def generator():
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "-q",
-        "-f",
-        str(GUIDES / "mkdocs.yml"),
-        "-d",
-        str(folder),
-    ]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stderr
+    command = ("-m", "mkdocs", "build", "--strict", "-q", "-f", GUIDES / "mkdocs.yml", "-d", folder)
+    silent = {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
+    return folder, succeeded(*command, timeout=300, **silent).err
 
 
 def test_the_site_is_built_without_a_warning(site):

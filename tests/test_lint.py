@@ -1,12 +1,13 @@
 """The linter, the formatter and the type checker have nothing to say; what the tests install is pinned."""
 
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.processes import succeeded
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,8 +22,7 @@ ROOT = Path(__file__).parents[1]
     ids=["check", "format", "types"],
 )
 def test_clean(command):
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeeded("-m", *command, cwd=ROOT, timeout=300)
 
 
 def test_a_release_of_a_dependency_changes_nothing_here():

@@ -40,6 +40,12 @@ def texts(name):
     return list(counts.texts(FILES[name]))
 
 
+@cache
+def sentences(name):
+    """Each text of a file with each of its sentences."""
+    return [(text, sentence) for text in texts(name) for sentence in counts.sentences(text.text)]
+
+
 def found(texts, pattern):
     return [f"line {text.line}: {match[0]}" for text in texts for match in pattern.finditer(text.text)]
 
@@ -69,20 +75,21 @@ def test_docstrings_begin_with_a_subject_or_a_verb(name):
 
 @READ
 def test_sentences_are_no_fragments(name):
-    said = [(text.line, s) for text in texts(name) if text.kind != "string" for s in counts.sentences(text.text)]
-    assert not [(line, sentence) for line, sentence in said if FRAGMENT.match(sentence)]
+    assert not [(t.line, s) for t, s in sentences(name) if t.kind != "string" and FRAGMENT.match(s)]
+
+
+def too_long(name, kind):
+    return [(t.line, s) for t, s in sentences(name) if t.kind == kind and counts.words(s) > counts.LONGEST]
 
 
 @READ
 def test_sentences_of_docstrings_are_short(name):
-    said = [(text.line, s) for text in texts(name) if text.kind == "docstring" for s in counts.sentences(text.text)]
-    assert not [(line, sentence) for line, sentence in said if counts.words(sentence) > counts.LONGEST]
+    assert not too_long(name, "docstring")
 
 
 @READ
 def test_sentences_of_messages_are_short(name):
-    said = [(text.line, s) for text in texts(name) if text.kind == "string" for s in counts.sentences(text.text)]
-    assert not [(line, sentence) for line, sentence in said if counts.words(sentence) > counts.LONGEST]
+    assert not too_long(name, "string")
 
 
 def test_the_counts_of_the_whole_package_are_printed():

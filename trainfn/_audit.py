@@ -80,16 +80,20 @@ class _Search:
         self.found: list[Alias] = []
 
     def module(self, part: nn.Module, path: str) -> None:
-        """Look at the attributes of a module, except for its parameters, buffers and submodules."""
+        """Look at the attributes of a module, except for its parameters, buffers and submodules.
+
+        Each call of the module makes some of them anew, by a hook that has the attribute's name: `spectral_norm` does.
+        """
         held = part.__dict__
         if held.get("sparse") is True and isinstance(part, nn.Embedding | nn.EmbeddingBag):
             raise ValueError(
                 f"init(model, ...): {path!r} is an embedding with `sparse=True`: its gradients are sparse, and updates"
                 " are dense. Set `sparse=False`, which gives the same numbers with every rule that updates all rows."
             )
+        made = {getattr(hook, "name", None) for hook in part._forward_pre_hooks.values()}
         for key in held.keys() - _OWN:
             value = held[key]
-            if type(value) not in _PLAIN and key != _SELF_MADE:
+            if type(value) not in _PLAIN and key != _SELF_MADE and key not in made:
                 self._place(held, key, value, f"{path}.{key}", 0)
         if any(map(held.get, _HOOKS)):
             for key in _HOOKS:

@@ -118,7 +118,7 @@ def split_like(x: Tensor, like: Any) -> Any:
     if not any(placement.is_partial() for placement in like.placements):
         return spread.redistribute(placements=like.placements)
     part = spread.redistribute(placements=[p if p.is_shard() else Replicate() for p in like.placements]).to_local()
-    at = like.device_mesh.get_coordinate()
+    at: Any = like.device_mesh.get_coordinate()
     others = any(here for here, p in zip(at, like.placements, strict=True) if p.is_partial())
     return spread_like(torch.zeros_like(part) if others else part, like)
 

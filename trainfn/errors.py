@@ -14,6 +14,7 @@
     └── LawViolation          a loss, step, transform or schedule breaks a law of `trainfn.testing`
     InexactLossWarning        a loss returned a bare scalar; see `trainfn.Mean`
     UnreachedWarning          a loss does not reach some parameters, which stand still
+    SplitWarning              a step seems to depend on how its batch is split
     NonFiniteWarning          a step with a NaN or infinite loss was skipped, or let through as asked
 
 A wrong argument is a plain ``ValueError`` or ``TypeError``. Every message says what was called, with what,
@@ -72,6 +73,10 @@ class InexactLossWarning(UserWarning):
 
 class UnreachedWarning(UserWarning):
     """A loss does not reach some parameters, so they stand still."""
+
+
+class SplitWarning(UserWarning):
+    """A step seems to depend on how its batch is split into micro-batches or over ranks."""
 
 
 class NonFiniteWarning(UserWarning):

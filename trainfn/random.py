@@ -10,8 +10,10 @@ Source: Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OO
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +49,38 @@ def _mix_gamma(x: Tensor) -> Tensor:
 
 def _derive(seed: Tensor) -> Tensor:
     return torch.stack([_mix(seed + _GOLDEN), _mix_gamma(seed + _GOLDEN + _GOLDEN)], dim=-1)
+
+
+ROWS_AT: contextvars.ContextVar[int | None] = contextvars.ContextVar("rows_at", default=0)
+"""The dimension of a draw inside a step that the batch's rows are in; see `rows_at`."""
+
+
+@contextlib.contextmanager
+def rows_at(dim: int | None) -> Generator[None]:
+    """Say where the rows of a batch are in what torch's random functions draw in this block of a loss.
+
+    A step draws for each row by its number, so that the update does not depend on how a batch is split. By default the
+    rows are in dimension 0. In time-major tensors, ``[time, rows, ...]``, they are in dimension 1.
+
+    Args:
+        dim: The dimension, from 0 on. None: the draw has no rows, as a mask of weights, and every micro-batch of every
+            rank draws the same.
+
+    Raises:
+        ValueError: If ``dim`` is negative.
+
+    >>> import trainfn as tfn
+    >>> def forward(dropout, x):  # x: [time, rows, width]
+    ...     with tfn.random.rows_at(1):
+    ...         return dropout(x)
+    """
+    if dim is not None and dim < 0:
+        raise ValueError(f"rows_at({dim}): count the dimension from the front: 0, 1, ...; or None for no rows.")
+    token = ROWS_AT.set(dim)
+    try:
+        yield
+    finally:
+        ROWS_AT.reset(token)
 
 
 def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:

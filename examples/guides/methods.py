@@ -10,9 +10,8 @@ HEAD = """# Every method
 This page is generated from the code that checks subclasses, and a test compares it with the installed transformers.
 
 An override of a method is called where transformers calls it, with the same arguments. The others are never called
-here: a class that overrides one gets a warning with the line to write instead, and so does reading one that is not
-there, as an `AttributeError`. An attribute that a Trainer does not have at all is an `AttributeError` with the nearest
-name.
+here. A class that overrides one of them gets a warning with the line to write instead. To read one that is not there is
+an `AttributeError` with the same line. Any other missing attribute is an `AttributeError` with the nearest name.
 
 `trainer.accelerator` is an `accelerate.Accelerator`, made as transformers makes it, for the code of subclasses. The
 Trainer's own step does not use it. `is_fsdp_enabled` and `is_deepspeed_enabled` are False, because no engine of

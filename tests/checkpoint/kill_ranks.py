@@ -109,6 +109,12 @@ def campaign(kills, seed=0):
     return counts
 
 
+def call(case):
+    """A campaign of so many kills with a seed; how many of them hit."""
+    counts = campaign(*case)
+    return sum(count for name, count in counts.items() if name.endswith("killed"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40, help="about how many; default 40")

@@ -201,6 +201,11 @@ def campaign(kills: int, seed: int = 0) -> Counter[str]:
     return counts
 
 
+def call(case: tuple[int, int]) -> int:
+    """A campaign of so many kills with a seed; how many of them hit."""
+    return campaign(*case).total()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="about how many; default 200")

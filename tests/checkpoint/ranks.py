@@ -1,14 +1,11 @@
-"""Cases of checkpoints of states on several ranks, run by `test_sharded.py`; results go into a JSON file."""
+"""Cases of checkpoints of states on several ranks, run by `test_sharded.py`. Each case forks its ranks."""
 
 import contextlib
 import errno
 import io
-import json
 import os
 import shutil
 import signal
-import sys
-import traceback
 import warnings
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import trainfn as tfn
-from tests.ranks.forked import Ended, on
+from tests.ranks.forked import on
 from trainfn._checkpoint import Checkpoints, _disk
 from trainfn.errors import CheckpointError
 
@@ -405,19 +402,7 @@ def case_values(folder):
 CASES = {name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")}
 
 
-def main():
-    out, base = Path(sys.argv[1]), Path(sys.argv[2])
-    results = {}
-    for name, case in CASES.items():
-        if len(sys.argv) > 3 and name not in sys.argv[3:]:
-            continue
-        (base / name).mkdir()
-        try:
-            results[name] = {"found": case(str(base / name))}
-        except (Exception, Ended):
-            results[name] = {"error": traceback.format_exc()}
-        out.write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+def call(case):
+    """On one process, which forks the ranks, a case by its name in a folder."""
+    name, folder = case
+    return CASES[name](folder)

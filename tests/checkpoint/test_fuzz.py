@@ -94,7 +94,7 @@ def test_harm_is_refused(first, target):
     assert (target.outside / "secret").read_text() == "x"
 
 
-def test_the_run_goes_on_from_the_one_before(tmp_path):
+def test_the_run_resumes_from_the_checkpoint_before(tmp_path):
     original, like = small(2, **STATE), small(0, **STATE)
     with Checkpoints(tmp_path / "run", asynchronous=False) as checkpoints:
         checkpoints.save(small(1, **STATE))

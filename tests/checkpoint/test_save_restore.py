@@ -31,7 +31,7 @@ def test_restore_is_the_inverse_of_save(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_restored_run_goes_on_bit_for_bit(name, tmp_path):
+def test_a_restored_run_resumes_bit_for_bit(name, tmp_path):
     model = Odd()
     state, step = trained(name, model)
     tfn.save(tmp_path / "c", state)
@@ -231,9 +231,9 @@ def test_views_of_one_memory_are_saved_apart(tmp_path):
     ("change", "error", "match"),
     [
         ({"extra": {"count": 3}}, TypeError, r"state.extra/count is 3, not a tensor"),
-        ({"params": {"w": torch.ones(2, device="meta")}}, TypeError, r"state.params\['w'\] has no values"),
-        ({"buffers": {"z": torch.ones(2).to_sparse()}}, TypeError, r"state.buffers\['z'\] is sparse"),
-        ({"extra": {"c": torch.ones(1, dtype=torch.complex128)}}, TypeError, r"'extra/c' is of torch.complex128"),
+        ({"params": {"w": torch.ones(2, device="meta")}}, TypeError, r"has no values .* Load the model's weights"),
+        ({"buffers": {"z": torch.ones(2).to_sparse()}}, TypeError, r"\['z'\] is sparse, .* `x.to_dense\(\)`"),
+        ({"extra": {"c": torch.ones(1).cdouble()}}, TypeError, r"'extra/c' is of torch.complex128.*view_as_real"),
         ({"extra": {"a/b": torch.ones(1), "a": {"b": torch.ones(1)}}}, ValueError, r"two leaves .* have the same name"),
         ({"buffers": {"w": torch.ones(1)}}, ValueError, r"two leaves of the state have the same name"),
         ({"params": {"__metadata__": torch.ones(1)}}, ValueError, r"two tensors are called '__metadata__'"),
@@ -355,13 +355,13 @@ def test_leaves_can_be_renamed_wherever_they_stand(rename, tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"only": "nothing"}, r"only= matches none of the \d leaves: model/"),
+        ({"only": "nothing"}, r"only= matches none of the \d leaves: model/.* as in `only="),
         (
             {"only": ["model/w", "model/bb"]},
-            r"only= has 'model/bb', which is neither in .*\. Near it: model/b",
+            r"only= has 'model/bb', which is neither in .*\. Near it: model/b.* Leave it out",
         ),
         ({"rename": {"nothing": "x"}}, r"rename= changes no name"),
-        ({"rename": {"w": "b"}}, r"rename= gives '.*' and '.*' one name, 'model/b'"),
+        ({"rename": {"w": "b"}}, r"rename= gives '.*' and '.*' one name, 'model/b'\. .* Rename one of them"),
     ],
 )
 def test_choices_that_make_no_sense(options, match, tmp_path):

@@ -1,18 +1,11 @@
-"""Checkpoints of states on several ranks: gloo processes on this machine, many cases to a launch."""
+"""Checkpoints of states on several ranks: gloo processes on this machine."""
 
-import json
-from pathlib import Path
+import re
 
 import pytest
 
-from tests.helpers import takes_long
-from tests.processes import printed
+from tests.checkpoint.ranks import CASES
 
-HERE = Path(__file__).parent
-CASES = (
-    *("every_layout", "a_run_goes_on", "signals", "rotation", "a_full_disk", "mistakes", "damage", "another_run"),
-    "values",
-)
 # What each mistake is answered with.
 MISTAKES = {
     "folders": r"Checkpoints\('.*/0'\): the ranks of one job save together, and they have different folders: '.*/0',"
@@ -26,32 +19,19 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case != "mistakes"])
+def test_on_ranks(case, ranks, tmp_path):
+    ranks("tests.checkpoint.ranks", 1, [case, str(tmp_path)], seconds=600)
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    printed("-m", "tests.checkpoint.ranks", folder / "results.json", folder, timeout=600)
-    found = json.loads((folder / "results.json").read_text())
-    assert set(found) == set(CASES)
+def mistakes(ranks, tmp_path_factory):
+    (found,) = ranks("tests.checkpoint.ranks", 1, ["mistakes", str(tmp_path_factory.mktemp("mistakes"))])
+    assert found.keys() == MISTAKES.keys()
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_on_ranks(case, results):
-    assert "error" not in results[case], results[case]["error"]
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told(mistake, results):
-    with pytest.raises(Exception, match=f"(?s){MISTAKES[mistake]}"):
-        raise Exception(results["mistakes"]["found"][mistake])
-
-
-def test_a_rank_that_is_killed_takes_nothing_with_it():
-    out = printed("-m", "tests.checkpoint.kill_ranks", "--kills", 6, timeout=300)
-    assert "every run ended with the bits of the run in one go" in out
-
-
-@pytest.mark.slow
-@takes_long
-def test_a_rank_killed_anywhere_takes_nothing_with_it():
-    printed("-m", "tests.checkpoint.kill_ranks", "--kills", 180, "--seed", 1, timeout=1800)
+def test_a_mistake_is_reported_on_all_ranks(mistake, mistakes):
+    assert re.search(f"(?s){MISTAKES[mistake]}", mistakes[mistake]), mistakes[mistake]

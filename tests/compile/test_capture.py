@@ -529,7 +529,7 @@ def test_a_size_that_the_graph_does_not_hold_for_is_captured_again():
 
 @pytest.mark.slow
 def test_the_compiler_takes_symbolic_sizes():
-    module = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 1)))
+    module = seeded(lambda: nn.Sequential(nn.Dropout(0.2), nn.Linear(3, 1)))
     step = tfn.jit(tfn.train_step(padded, SGD), dynamic=True)
     state = tfn.init(module, SGD)
     for rows, length in ((4, 6), (3, 11), (6, 24)):
@@ -541,7 +541,10 @@ def test_dynamic_dimensions_are_checked():
     with pytest.raises(TypeError, match=r"dynamic='x'\): say which dimensions of the batch vary"):
         tfn.jit(lambda s, b: (s, {}), dynamic="x")
     step, state = fresh(seeded(lambda: nn.Linear(3, 1)), padded, dynamic={"z": (0,)})
-    with pytest.raises(ValueError, match=r"dynamic=\.\.\.\) names \['z'\], and the batch has \['mask', 'x', 'y'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"dynamic=\.\.\.\) names \['z'\], and the batch has \['mask', 'x', 'y'\]\. .*`dynamic=True` for all",
+    ):
         step(state, ragged(4, 4))
 
 

@@ -2,10 +2,7 @@
 
 import functools
 import logging
-import os
 import re
-import subprocess
-import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -15,7 +12,8 @@ import torch
 from torch import nn
 
 import trainfn as tfn
-from tests.helpers import CONV_NET, EACH_NET, MLP_NET, adamw, assert_close, assert_identical, quick, seeded
+from tests.helpers import CONV_NET, EACH_NET, MLP_NET, adamw, assert_close, assert_identical, quick, seeded, takes_long
+from tests.processes import succeeded
 from trainfn.errors import CaptureError, DonatedStateError, RecompileError
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
@@ -270,14 +268,19 @@ def test_donation_refuses_another_structure(compile):
         return new._replace(extra={"new": new.step}), metrics
 
     step, state = linear(compile=False)
-    with pytest.raises(ValueError, match="donate=True returned a state of another structure, shape or dtype"):
+    with pytest.raises(
+        ValueError,
+        match=r"donate=True\): the step returned a state of another .*, shape or dtype .* `jit\(step, donate=False\)`",
+    ):
         quick(tfn.transforms.after(grow)(step.step), donate=True, compile=compile)(state, rows(4))
 
 
 @pytest.mark.parametrize("compile", [True, False])
 def test_donation_needs_a_step(compile):
     _, state = linear()
-    with pytest.raises(TypeError, match=r"donate=True\) needs a step that returns \(state, metrics\)"):
+    with pytest.raises(
+        TypeError, match=r"donate=True\) needs a step that returns \(state, metrics\), and this one returned"
+    ):
         quick(lambda s, b: s.params, donate=True, compile=compile)(state, rows(4))
 
 
@@ -369,15 +372,20 @@ def test_buckets_are_so_many_graphs_and_change_no_loss():
         expected, wanted = plain(state, padded_rows(length))
         assert step.explain().graphs == graphs
         assert_close((new, metrics), (expected, wanted))  # sums in another order, over zeros
-    with pytest.raises(ValueError, match=r"size 9 in dimension 1 fits no bucket of \[4, 8\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"Buckets\(sizes=\[4, 8\]\): .*size 9 in dimension 1 fits no bucket\. Write `Buckets\(\(4, 8, 9\)",
+    ):
         step(state, padded_rows(9))
-    with pytest.raises(ValueError, match=r"names \['mask', 'y'\], and the batch has \['x'\]"):
+    with pytest.raises(
+        ValueError, match=r"names \['mask', 'y'\], and the batch has \['x'\]: .* Leave the other names out of `pad`"
+    ):
         step(state, {"x": torch.ones(2, 3)})
 
 
 @pytest.mark.parametrize("sizes", [(), (8, 4), (4, 4)])
 def test_bucket_sizes_ascend(sizes):
-    with pytest.raises(ValueError, match="give one or more sizes, ascending"):
+    with pytest.raises(ValueError, match=r"sizes ascend, and there is at least one\. Write `Buckets\(\(64, 128\)"):
         tfn.Buckets(sizes, pad={"x": 0})
 
 
@@ -503,11 +511,14 @@ def test_prints_logs_and_warnings_of_a_module_happen_once_while_it_is_captured(c
 
 def test_arguments_are_checked():
     step, _ = linear()
-    with pytest.raises(TypeError, match=r"this step is compiled already; `step\.step` is the one inside"):
+    with pytest.raises(TypeError, match=r"this step is compiled already\. .* `jit\(step\.step, \.\.\.\)`"):
         tfn.jit(step)
-    with pytest.raises(TypeError, match=r"takes a function \(state, batch\) -> \(state, metrics\), not int"):
+    with pytest.raises(
+        TypeError,
+        match=r"takes a function \(state, batch\) -> \(state, metrics\), not int\. Write `jit\(tfn\.train_step",
+    ):
         tfn.jit(3)
-    with pytest.raises(ValueError, match=r"max_graphs=0\): at least one graph"):
+    with pytest.raises(ValueError, match=r"max_graphs=0\): .* at least one graph\. Write `max_graphs=1`"):
         tfn.jit(step.step, max_graphs=0)
 
 
@@ -544,14 +555,12 @@ PROGRAM = """
 """
 
 
+@takes_long
 @pytest.mark.slow
 def test_compile_caches_are_shared_between_processes(tmp_path):
     def run():
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        return [int(n) for n in done.stdout.split()]
+        done = succeeded("-c", textwrap.dedent(PROGRAM), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+        return [int(n) for n in done.out.split()]
 
     assert run() == [1, 0, 1]
     graphs, hits, misses = run()

@@ -139,7 +139,7 @@ def test_shards_of_the_source():
     assert parts[0].seed != parts[1].seed
 
 
-def test_set_epoch_is_told():
+def test_set_epoch_is_reported():
     class Told(Skipping):
         def set_epoch(self, epoch):
             told.append(epoch)

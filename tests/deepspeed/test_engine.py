@@ -6,9 +6,7 @@ Most of it needs `pip install "trainfn[deepspeed]"`. All engines run in one job 
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -18,12 +16,12 @@ import torch
 
 import trainfn as tfn
 from tests.deepspeed.worker import AUTO, BF16, CLIP, OPTIMIZERS, STEPS, VALUES, batch, config, loss, net
+from tests.processes import succeeded, torchrun
 from trainfn.deepspeed import _engine
 
 INSTALLED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not INSTALLED, reason='needs DeepSpeed: pip install "trainfn[deepspeed]"')
 HERE = Path(__file__).parent
-LAUNCHERS = Path(sys.executable).parent
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 EXACT = [  # in float32
@@ -68,21 +66,14 @@ def ran(launcher, job, folder):
     """Run a job under a launcher to its clean end; the folder has what came out."""
     folder.mkdir()
     torch.save(job, folder / "job")
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")},
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [*launcher, HERE / "worker.py", folder / "job", folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-5000:]
+    succeeded(*launcher, HERE / "worker.py", folder / "job", folder, timeout=400)
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     job = [*EXACT, *HALF, *KEYED, *RESUMED, *OTHERS]
-    launcher = [LAUNCHERS / "torchrun", "--nproc_per_node", "2", "--master_port", "29617"]
-    folder = ran(launcher, job, tmp_path_factory.mktemp("deepspeed") / "job")
+    folder = ran(torchrun(2), job, tmp_path_factory.mktemp("deepspeed") / "job")
     return lambda case: torch.load(folder / f"{case['name']}.pt")
 
 
@@ -159,7 +150,7 @@ def test_dropout_and_schedules_are_those_of_one_process(results, case):
 
 @needs_deepspeed
 @each(RESUMED)
-def test_a_restored_run_goes_on_bit_for_bit(results, case):
+def test_a_restored_run_resumes_bit_for_bit(results, case):
     out = results(case)
     assert out["restored"] == 2
     for name, value in out["want"].items():
@@ -214,7 +205,7 @@ PLUGIN = f"""\
 
 def launched(folder, plan, port, case):
     folder.joinpath("launch.yaml").write_text(YAML.format(plan=plan.rstrip(), port=port))
-    launcher = [LAUNCHERS / "accelerate", "launch", "--config_file", folder / "launch.yaml"]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", folder / "launch.yaml"]
     return torch.load(ran(launcher, [{"name": "launched", "config": None, **case}], folder / "out") / "launched.pt")
 
 
@@ -240,7 +231,7 @@ def test_accelerate_launch_with_the_json_its_yaml_names(tmp_path):
 @needs_deepspeed
 def test_plain_python_is_a_world_of_one(tmp_path):
     case = {"name": "alone", "config": config(3, 3)}
-    out = torch.load(ran([sys.executable], [case], tmp_path / "out") / "alone.pt")
+    out = torch.load(ran([], [case], tmp_path / "out") / "alone.pt")
     model, _ = by_hand()
     assert out["world"] == 1
     assert gap(out["weights"], model) < 5e-7

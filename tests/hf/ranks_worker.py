@@ -1,16 +1,15 @@
-"""The cases of test_ranks.py, which runs them in one process; run by torchrun, the same on ranks, into a file."""
+"""The cases of test_ranks.py, which runs each in one process and on two ranks of `tests/ranks/server.py`."""
 
+import contextlib
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from transformers import BertForSequenceClassification, TrainerCallback
 
-import trainfn as tfn
 from tests.hf.models import bert, classes, gpt2, llama, t5, tokens
 from trainfn import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
@@ -25,8 +24,12 @@ PLANS = {
     "deepspeed 2": {"deepspeed": {**AUTO, "zero_optimization": {"stage": 2}}},
     "deepspeed 3": {"deepspeed": {**AUTO, "zero_optimization": {"stage": 3}}},
 }
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 ROWS = 4  # of a micro-batch, on all ranks together
+
+
+def world():
+    """How many processes train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def pad(rows):
@@ -55,7 +58,7 @@ MODELS = {
 
 def arguments(folder, **options):
     quiet = {"use_cpu": True, "disable_tqdm": True, "log_level": "error", "logging_steps": 1, "save_strategy": "no"}
-    sizes = {"per_device_train_batch_size": ROWS // WORLD, "per_device_eval_batch_size": ROWS // WORLD}
+    sizes = {"per_device_train_batch_size": ROWS // world(), "per_device_eval_batch_size": ROWS // world()}
     given = {"learning_rate": 1e-2, "num_train_epochs": 2, "lr_scheduler_type": "constant", "optim": "sgd"}
     return Seq2SeqTrainingArguments(str(folder), **{**quiet, **sizes, **given, **options})
 
@@ -105,7 +108,7 @@ def planned(folder, plan):
     trainer = Trainer(make(), arguments(folder, **plan, **options), pad, rows())
     lines = trainer.summary()
     trainer.train()
-    if WORLD > 1:
+    if world() > 1:
         stage = plan["deepspeed"]["zero_optimization"]["stage"]
         assert trainer._trainfn.world.plan.stage == stage
         assert {2: "sharded: optimizer state and gradients", 3: "sharded: parameters, too"}[stage] in lines
@@ -126,7 +129,7 @@ LAUNCHER = {  # what `accelerate launch` exports of the documentation's yaml
 
 def configured(folder, plan):
     """By a launcher's DeepSpeed configuration, which has another clipping than the Trainer."""
-    if WORLD == 1:
+    if world() == 1:
         return updates(folder, plan, "gpt2", max_grad_norm=0.05)
     with patch.dict(os.environ, LAUNCHER):
         args = arguments(folder, **plan)
@@ -188,10 +191,10 @@ class Divided(Trainer):
 
     def get_train_dataloader(self):
         rows, size = self.train_dataset, self.args.per_device_train_batch_size
-        if WORLD == 1:  # what two samplers deal out
+        if world() == 1:  # what two samplers deal out
             rows = [rows[i + j] for i in range(0, 12, 4) for j in (0, 2, 1, 3)]
             return torch.utils.data.DataLoader(rows, size, collate_fn=pad)
-        sampler = torch.utils.data.DistributedSampler(rows, WORLD, self.args.process_index, shuffle=False)
+        sampler = torch.utils.data.DistributedSampler(rows, world(), self.args.process_index, shuffle=False)
         return torch.utils.data.DataLoader(rows, size, sampler=sampler, collate_fn=pad)
 
 
@@ -285,7 +288,7 @@ class Until(TrainerCallback):
         self.step, self.rank = step, rank
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.process_index == self.rank % WORLD and state.global_step == self.step:
+        if args.process_index == self.rank % world() and state.global_step == self.step:
             control.should_training_stop = True
 
 
@@ -299,7 +302,7 @@ class Terminated(TrainerCallback):
     """A cluster tells one machine that it is about to go."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.process_index == WORLD - 1 and state.global_step == 2:
+        if args.process_index == world() - 1 and state.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -316,7 +319,7 @@ class Pressed(Trainer):
     where = "step"
 
     def press(self, where, step):
-        if where == self.where and step == 2 and self.args.process_index == WORLD - 1:
+        if where == self.where and step == 2 and self.args.process_index == world() - 1:
             os.kill(os.getpid(), signal.SIGINT)
 
     def compute_loss(self, model, inputs, *args, **options):
@@ -479,7 +482,7 @@ def tensors(folder, plan):
     """Layers that two ranks compute together, on the same rows."""
     from accelerate import ParallelismConfig
 
-    split = {"parallelism_config": ParallelismConfig(tp_size=2)} if WORLD == 2 else {}
+    split = {"parallelism_config": ParallelismConfig(tp_size=2)} if world() == 2 else {}
     args = arguments(folder, per_device_train_batch_size=ROWS, per_device_eval_batch_size=ROWS, **split)
     trainer = Trainer(llama(), args, pad, tokens(11), tokens(5))
     trainer.train()
@@ -537,22 +540,36 @@ def cases():
     yield CARRIED, PLANS["fsdp"], carried_on, {}
 
 
-def main():
-    torch.set_num_threads(1)
-    out, folder, results = sys.argv[1], Path(sys.argv[2]), {}
-    tfn.launch.join()
-    rank = int(os.environ["RANK"])
-    for name, plan, case, options in cases():
-        if len(sys.argv) > 3 and sys.argv[3] not in name:  # by hand
-            continue
+def call(given):
+    """On a rank, a case by its name in a folder; the result and what was printed go into files there."""
+    name, folder = given[0], Path(given[1])
+    rank, found = torch.distributed.get_rank(), {name: rest for name, *rest in cases()}
+    plan, case, options = found[name]
+    runs, train = [], Trainer.train
+
+    def counted(self, *args, **kwargs):
+        out = train(self, *args, **kwargs)
+        runs.append(out)  # a run that came to its end
+        return out
+
+    with printing_to(folder / f"printed {name}.{rank}"), patch.object(Trainer, "train", counted):
+        torch.save(case(folder / name, plan, **options), folder / f"found {name}.{rank}")
+    return len(runs)
+
+
+@contextlib.contextmanager
+def printing_to(path):
+    """What this process prints goes into a file."""
+    sys.stdout.flush()
+    before = [os.dup(number) for number in (1, 2)]
+    with open(path, "w") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
         try:
-            results[name] = case(folder / name, plan, **options)
-        except Exception:
-            results[name] = traceback.format_exc()
-            print(f"rank {rank}: {name}: {results[name]}", file=sys.stderr, flush=True)
-            break
-    torch.save(results, f"{out}.{rank}")
-
-
-if __name__ == "__main__":
-    main()
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            for number, old in zip((1, 2), before, strict=True):
+                os.dup2(old, number)
+                os.close(old)

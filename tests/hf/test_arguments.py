@@ -99,7 +99,7 @@ def test_the_signature_is_that_of_init():
     assert list(inspect.signature(TrainingArguments).parameters)[:2] == ["output_dir", "per_device_train_batch_size"]
 
 
-def test_unknown_names_are_told_the_nearest():
+def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(TypeError, match=r"`TrainingArguments\(learning_rat=1\)`.*Did you mean `learning_rate`\?"):
         arguments(learning_rat=1)
     with pytest.raises(TypeError, match=r"no such argument. Leave it out"):
@@ -417,7 +417,7 @@ def mentions(file):
 
 
 @pytest.mark.parametrize("field", [field for field, reader in USED.items() if ".py" in reader])
-def test_the_file_that_is_said_to_read_a_field_does(field):
+def test_the_file_that_the_map_names_reads_the_field(field):
     file, _, alias = USED[field].partition(" as ")
     assert (alias or field) in mentions(file)
 

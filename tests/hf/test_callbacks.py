@@ -461,7 +461,7 @@ def test_add_pop_and_remove():
     [("on_step_ends", "on_step_end"), ("on_stepend", "on_step_end"), ("on_evalute", "on_evaluate"),
      ("on_logs", "on_log"), ("on_epoch_ended", "on_epoch_end"), ("on_optimiser_step", "on_optimizer_step")],
 )  # fmt: skip
-def test_a_misspelt_event_is_told_once(name, right):
+def test_a_misspelt_event_is_reported_once(name, right):
     kind = type("Mine", (TrainerCallback,), {name: lambda self, *args, **kwargs: None})
     with pytest.warns(UserWarning, match=rf"`Mine\.{name}` is never called.*Write `def {right}\(self, args") as told:
         Trainer([kind]).train()
@@ -507,7 +507,7 @@ def test_states_are_what_trainer_state_json_of_transformers_holds(tmp_path):
     assert TrainerState.load_from_json(str(tmp_path / "trainer_state.json")).stateful_callbacks == states
 
 
-def test_a_callback_goes_on_where_it_was_as_the_object_that_it_is():
+def test_a_callback_resumes_as_the_object_that_it_is():
     first, second = Counting(every=1), Counting(every=5)
     trainer = Trainer([first], steps=7)
     trainer.train()
@@ -531,7 +531,7 @@ def test_a_callback_that_makes_itself_from_its_state_may():
     assert (trainer.callback_handler.callbacks[1].count, trainer.callback_handler.callbacks[1].every) == (-4, 100)
 
 
-def test_states_without_a_callback_are_told(caplog):
+def test_states_without_a_callback_are_reported(caplog):
     class EarlyStoppingCallback(TrainerCallback):
         """Of the user's own, and without a state."""
 

@@ -176,7 +176,7 @@ def test_one_error_for_all_that_differs():
         (3, r"deepspeed=3\)` can't work: that is a int. Write the path of a DeepSpeed JSON, such as 'ds.json'"),
     ],
 )
-def test_a_configuration_that_is_none(given, match):
+def test_a_configuration_that_is_not_valid(given, match):
     with pytest.raises(ValueError, match=match):
         configuration(arguments(deepspeed=given))
 
@@ -195,7 +195,7 @@ def test_what_no_plan_can_do_is_refused_by_the_core():
 # --- one process, and what is told --------------------------------------------------------------------------------
 
 
-def test_one_process_trains_the_same_and_is_told_once(tmp_path, capsys):
+def test_one_process_trains_the_same_and_is_reported_once(tmp_path, capsys):
     plain = trained(tmp_path, warmup_steps=1, weight_decay=0.1)
     capsys.readouterr()
     trainer = trained(tmp_path, warmup_steps=1, weight_decay=0.1, deepspeed=AUTO)
@@ -211,7 +211,7 @@ def test_one_process_trains_the_same_and_is_told_once(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_clipping_of_the_trainer_is_told_and_fields_of_the_engine_are_a_warning(capsys):
+def test_the_clipping_of_the_trainer_is_reported_and_fields_of_the_engine_are_a_warning(capsys):
     with pytest.warns(UserWarning, match="not honoured: steps_per_print=2000"):
         Trainer(gpt2(), arguments(deepspeed={"zero_optimization": {"stage": 1}, "steps_per_print": 2000}))
     assert "gradients are clipped at max_grad_norm=1.0: there is no gradient_clipping" in capsys.readouterr().out

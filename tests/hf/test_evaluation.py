@@ -359,7 +359,7 @@ def test_a_plain_module_with_a_loss_of_its_own(tmp_path, monkeypatch):
 # ---- numbers that are none ----
 
 
-def test_losses_that_are_not_finite_are_told(tmp_path):
+def test_losses_that_are_not_finite_are_reported(tmp_path):
     model = SINGLE.model()
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight[5] = math.nan
@@ -440,7 +440,7 @@ def test_what_is_no_tensor_is_left_out_under_any_name(wrap, config, tmp_path):
     )
 
 
-def test_what_is_left_out_is_told_once(tmp_path, caplog):
+def test_what_is_left_out_is_reported_once(tmp_path, caplog):
     trainer = ours(SINGLE, tmp_path, model=Caching(named("strange_cache")), label_names=["labels"])
     with caplog.at_level("WARNING", "trainfn.hf"):
         trainer.predict(SINGLE.rows(3))

@@ -258,7 +258,7 @@ def test_layer_by_layer_takes_the_same_steps(tmp_path):
 
 @pytest.mark.parametrize("optim", ["galore_adamw", "galore_adafactor_layerwise", "adalomo"])
 @pytest.mark.parametrize("stop", [1, 2])
-def test_a_run_goes_on_across_a_refresh(optim, stop, tmp_path):
+def test_a_run_resumes_across_a_refresh(optim, stop, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
     whole = trained(tmp_path, optim, **options)
     again = trained(tmp_path, optim, resume=str(tmp_path / f"checkpoint-{stop}"), **options)

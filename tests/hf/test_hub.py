@@ -293,7 +293,7 @@ def test_every_checkpoint_gets_there_even_those_that_were_skipped(trainer, hub):
     assert not any(made.push_in_progress.uses(folder) for folder in folders)
 
 
-def test_hub_always_push_skips_none(trainer, hub):
+def test_hub_always_push_skips_no_push(trainer, hub):
     made = trainer(hub_always_push=True)
     hub.gate.clear()
     for n in (1, 2, 3):
@@ -307,7 +307,7 @@ def test_hub_always_push_skips_none(trainer, hub):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
-def test_a_failed_push_is_told_and_tried_again_and_never_raised(trainer, hub, caplog, strategy):
+def test_a_failed_push_is_reported_and_tried_again_and_never_raised(trainer, hub, caplog, strategy):
     made = trainer(hub_strategy=strategy)
     hub.broken = True
     with caplog.at_level(logging.WARNING, "trainfn"):
@@ -352,7 +352,7 @@ def test_a_checkpoint_that_is_gone_is_not_tried_again(trainer, hub, caplog):
     assert f"{folder} does not exist any more, so it is not pushed" in caplog.text
 
 
-def test_a_push_that_can_not_be_started_is_told_too(trainer, hub, monkeypatch, caplog):
+def test_a_push_that_can_not_be_started_is_reported_too(trainer, hub, monkeypatch, caplog):
     made = trainer()
     monkeypatch.setattr("shutil.copy", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
     with caplog.at_level(logging.WARNING, "trainfn"):

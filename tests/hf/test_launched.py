@@ -23,14 +23,12 @@ from tests.helpers import takes_long
 from tests.hf.models import bert, gpt2, tokens
 from tests.hf.script_folders import write_all
 from tests.launch.test_launch import adapted
-from tests.processes import printed
+from tests.processes import printed, torchrun
 from trainfn import Trainer, TrainingArguments
 from trainfn.data import NoRows, is_empty, no_rows
 from trainfn.hf._parallel import _layout, _parameters, _world
 from trainfn.hf._parallel._sharding import Dealt, Own, dealt
-from trainfn.hf._run import _loop
 from trainfn.hf._run._data import Windows
-from trainfn.hf._run._record import TrainingRun
 from trainfn.hf._step._manual import _check_axes
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +104,7 @@ def test_one_process_asks_no_launcher(monkeypatch):
     assert _layout.world_of(arguments(), None) is _world.ALONE
 
 
-def test_a_plan_for_one_process_is_none(tmp_path):
+def test_a_plan_for_one_process_is_left_out(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, fsdp="full_shard", max_steps=1, report_to="none")
     trainer = Trainer(gpt2(), args, train_dataset=tokens(4))
     assert trainer._trainfn.world.plan is None and trainer.train().global_step == 1
@@ -280,7 +278,7 @@ class Counts(TrainerCallback):
     def on_save(self, args, state, control, model, **kwargs): ...
 
 
-def test_callbacks_that_take_a_model_without_values_are_told(caplog):
+def test_callbacks_that_take_a_model_without_values_are_reported(caplog):
     trainer = of_ranks(Trainer(gpt2(), arguments(), callbacks=[Counts(), EarlyStoppingCallback()]))
     _parameters.warn_of_callbacks(trainer)
     assert not caplog.records
@@ -312,11 +310,9 @@ def test_ctrl_c_is_held_by_the_outermost_block():
 
 
 def test_ctrl_c_after_the_last_step_ends_all_ranks():
-    run = TrainingRun(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
-    with pytest.raises(KeyboardInterrupt), _loop._holding_ctrl_c(run, TWO):
+    with pytest.raises(KeyboardInterrupt), tfn.process.Requests(TWO.ranks):
         os.kill(os.getpid(), signal.SIGINT)
-    assert not run.held.arrived
-    with _loop._holding_ctrl_c(run, TWO):
+    with tfn.process.Requests(TWO.ranks):
         pass
 
 
@@ -367,8 +363,7 @@ def test_the_functional_script_by_torchrun(tmp_path):
         " --max_train_steps 4 --checkpointing_steps 2")]  # fmt: skip
     run(*command, "--per_device_train_batch_size", "4", "--output_dir", "one", cwd=tmp_path)
     shutil.copytree(tmp_path / "one/checkpoint-2", tmp_path / "two/checkpoint-2")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    printed = run(*launcher, *command, "--per_device_train_batch_size", "2", "--output_dir", "two", cwd=tmp_path)
+    printed = run(*torchrun(2), *command, "--per_device_train_batch_size", "2", "--output_dir", "two", cwd=tmp_path)
     assert printed.count("resuming from two/checkpoint-2") == printed.count('"eval_rouge1"') == 1
     one, two = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two"))
     # The losses differ by one unit in the last place, 2e-7. An error of 2e-7 in all parameters before every step moves
@@ -398,6 +393,7 @@ notebook_launcher(train, num_processes=2)
 """
 
 
+@takes_long
 @pytest.mark.slow
 def test_a_notebook(tmp_path):
     (tmp_path / "cells.py").write_text(NOTEBOOK)

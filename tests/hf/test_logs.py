@@ -76,7 +76,7 @@ def test_outside_of_a_training_there_is_no_epoch(tmp_path):
     assert trainer.state.log_history == [{"eval_loss": 0.5, "step": 7}]
 
 
-def test_tokens_are_told_where_they_are_counted(tmp_path):
+def test_tokens_are_reported_where_they_are_counted(tmp_path):
     trainer = Trainer(tmp_path, include_num_input_tokens_seen="all")
     trainer.state.num_input_tokens_seen = 1000
     trainer._trainfn = Record(run=SimpleNamespace(tokens_before=500))
@@ -135,7 +135,7 @@ def test_metrics_are_printed_and_saved_as_transformers_does(tmp_path, capsys):
     assert json.loads((tmp_path / "ours" / "all_results.json").read_text())["epoch"] == 3.0
 
 
-def test_only_the_main_process_tells(tmp_path, capsys):
+def test_only_the_main_process_reports(tmp_path, capsys):
     trainer = Trainer(tmp_path / "replica", process=1)
     _logs.log_metrics(trainer, "eval", METRICS)
     _logs.save_metrics(trainer, "eval", METRICS)
@@ -144,7 +144,7 @@ def test_only_the_main_process_tells(tmp_path, capsys):
     assert not (tmp_path / "replica").exists()
 
 
-def test_no_metrics_can_be_told_too(tmp_path, capsys):
+def test_no_metrics_can_be_reported_too(tmp_path, capsys):
     _logs.log_metrics(Trainer(tmp_path), "eval", {})
     assert capsys.readouterr().out == "***** eval metrics *****\n"
 
@@ -166,7 +166,7 @@ def test_the_loss_is_the_mean_over_all_rows(batches):
 
 
 @given(RANDOM_BATCHES, st.data())
-def test_a_window_that_is_saved_and_restored_goes_on_bit_for_bit(batches, data):
+def test_a_window_resumes_bit_for_bit(batches, data):
     whole, part = LossWindow(), LossWindow()
     cut, taken = (data.draw(st.integers(0, len(batches))) for _ in range(2))
     for n, metrics in enumerate(means(batches)):
@@ -182,7 +182,7 @@ def test_a_window_that_is_saved_and_restored_goes_on_bit_for_bit(batches, data):
     assert repr(whole.loss) == repr(part.loss)
 
 
-def test_a_window_starts_anew_and_the_run_goes_on():
+def test_a_window_starts_anew_and_the_run_continues():
     window = LossWindow()
     window.add(means([(1.0, 3)])[0])
     assert window.take() == {"loss": 1.0}
@@ -383,7 +383,7 @@ def test_only_the_main_process_sends(fake, tmp_path):
     assert fake.calls == []
 
 
-def test_a_resumed_training_goes_on_in_the_same_run(fake, tmp_path, monkeypatch):
+def test_a_resumed_training_logs_into_the_same_run(fake, tmp_path, monkeypatch):
     monkeypatch.setitem(_trackers._CONTINUE, "fake", ("id", "id", {"resume": "allow"}))
     first = Trainer(tmp_path, trackers=[TrackerCallback(["fake"], logging_dir="here")])
     training(first, {"loss": 0.5})

@@ -1,33 +1,56 @@
 """The Trainer on several processes: the same as in one, with the same rows in all."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.hf import ranks_worker as worker
-from tests.processes import printed, torchrun
 
-HERE = Path(__file__).parent
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+CASES = {name: rest for name, *rest in worker.cases()}
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Of each case: in one process, on rank 0, on rank 1. And what the ranks printed, and the folder."""
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    one = {}
-    for name, _, case, options in worker.cases():
-        again = next((n for n in one if n.rpartition(",")[0] == name.rpartition(",")[0]), None)
-        if name != worker.CARRIED:
-            one[name] = one[again] if again else case(folder / "one" / name, {}, **options)
-    one[worker.CARRIED] = one["saved, fsdp"]
-    shutil.copytree(folder / "one" / "saved, ddp" / "cut", folder / "two" / worker.CARRIED / "cut")
-    command = (*torchrun(2), HERE / "ranks_worker.py", folder / "out", folder / "two")
-    told = printed(*command, timeout=300)
-    two = [torch.load(f"{folder / 'out'}.{rank}") for rank in range(2)]
-    return one, two, told, folder
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """The result of a case in one process, which is the same for all plans."""
+    found = {}
+
+    def one(name):
+        kind = "saved" if name == worker.CARRIED else name.rpartition(",")[0]
+        if kind not in found:
+            _, case, options = next(rest for other, rest in CASES.items() if other.rpartition(",")[0] == kind)
+            found[kind] = case(folder / "one" / kind, {}, **options)
+        return found[kind]
+
+    return one
+
+
+@pytest.fixture(scope="module")
+def two(folder, ranks, one):
+    """On each of two ranks, the result of a case, what was printed, and how many runs came to their end."""
+    found = {}
+
+    def two(name):
+        if name == worker.CARRIED:
+            one(name)
+            shutil.copytree(folder / "one" / "saved" / "cut", folder / "two" / name / "cut", dirs_exist_ok=True)
+        if name not in found:
+            runs = ranks(worker.__name__, 2, [name, str(folder / "two")])
+            results = [torch.load(folder / "two" / f"found {name}.{rank}") for rank in range(2)]
+            told = [(folder / "two" / f"printed {name}.{rank}").read_text() for rank in range(2)]
+            found[name] = list(zip(results, told, runs, strict=True))
+        return found[name]
+
+    return two
 
 
 def differs(expected, found, name=""):
@@ -51,37 +74,28 @@ def differs(expected, found, name=""):
 TOLERANCE = {"half": 2e-2, "scaled": 2e-2}  # sums of 16-bit numbers in another order
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, *_ in worker.cases()])
-def test_ranks_are_one_process(name, results):
-    one, two, _, _ = results
-    for found in two:
-        assert name in found, "an earlier case failed"
-        assert not isinstance(found[name], str), found[name]
-    worst, where = differs(one[name] if name != worker.CARRIED else {"params": one[name]["params"]}, two[0][name])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_are_one_process(name, one, two):
+    (first, printed, runs), (second, silent, _) = two(name)
+    expected = one(name)
+    worst, where = differs(expected if name != worker.CARRIED else {"params": expected["params"]}, first)
     assert worst < TOLERANCE.get(name.split(",")[0], 1e-6), where
-    assert differs(two[0][name], two[1][name])[0] == 0.0
+    assert differs(first, second)[0] == 0.0
+    assert printed.count("'train_runtime'") == runs  # rank 0 prints the end of each run, and no other rank does
+    assert "'train_runtime'" not in silent
 
 
-@pytest.mark.slow
-def test_only_rank_0_tells(results):
-    _, _, printed, _ = results
-    finals = printed.count("'train_runtime'")
-    trained = sum(printed.count(f"'train_runtime': '{x}") for x in "0123456789")
-    assert 0 < finals == trained <= 60  # each run once
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("planned", "configured"))])
+def test_a_deepspeed_configuration_is_reported_once(name, two):
+    """By the arguments or by a launcher, and on rank 0 alone."""
+    (_, printed, _), (_, silent, _) = two(name)
+    assert printed.count("this run is native, with a plan of the same ZeRO stage") == 1
+    assert printed.count("Launch(rank 0 of 2") == 1
+    assert "this run is native" not in silent and "Launch(" not in silent
 
 
-@pytest.mark.slow
-def test_a_deepspeed_configuration_is_told_of_once(results):
-    _, _, printed, _ = results
-    # Two are of arguments, one is of a launcher.
-    assert printed.count("this run is native, with a plan of the same ZeRO stage") == 3
-    assert printed.count("Launch(rank 0 of 2") == 3 and "Launch(rank 1" not in printed
-
-
-@pytest.mark.slow
-def test_one_process_goes_on_from_the_checkpoint_of_two(results, tmp_path):
-    one, _, _, folder = results
+def test_one_process_resumes_from_the_checkpoint_of_two(one, two, folder, tmp_path):
+    two("saved, fsdp")
     shutil.copytree(folder / "two" / "saved, fsdp" / "cut", tmp_path / "cut")
     found = worker.carried_on(tmp_path, {})
-    assert differs({"params": one["saved, fsdp"]["params"]}, found)[0] < 1e-6
+    assert differs({"params": one("saved, fsdp")["params"]}, found)[0] < 1e-6

@@ -100,7 +100,7 @@ def test_summarization_trains_evaluates_and_predicts(run):
     assert "cnn_dailymail" in card and "google-t5/t5-small" in card and "Rouge1" in card
 
 
-def test_training_goes_on_from_the_last_checkpoint_or_a_named_one(run, caplog):
+def test_training_resumes_from_the_last_checkpoint_or_a_named_one(run, caplog):
     command = f"{MODEL} {NEWS} --do_train {SMALL} {SIZES} {QUIET} --save_steps 2 --output_dir /nowhere"
     command += " --lr_scheduler_type constant"
     run(SUMMARIZE, command, "--output_dir previous --max_steps 4")
@@ -288,7 +288,7 @@ def test_a_model_that_knows_the_classes_keeps_its_numbers(run, hub, work):
 # --- run_summarization_no_trainer -------------------------------------------------------------------------------------
 
 
-def test_the_functional_script_trains_and_goes_on(run, capsys):
+def test_the_functional_script_trains_and_resumes(run, capsys):
     command = f"{MODEL} {NEWS} --max_train_samples 13 --max_eval_samples 5 --val_max_target_length 6 {SIZES}"
     command += " --learning_rate 1e-2 --gradient_accumulation_steps 2 --checkpointing_steps"
     run(FUNCTIONAL, command, "epoch --output_dir whole --num_train_epochs 3")

@@ -169,7 +169,7 @@ def test_decoder_inputs_made_of_labels_are_not_shown(library, tmp_path):
 
 
 @pytest.mark.parametrize("library", [theirs, ours])
-def test_decoder_inputs_that_are_a_prompt_are_gone_on_from(library, tmp_path):
+def test_decoder_inputs_that_are_a_prompt_are_continued(library, tmp_path):
     def collate(rows):
         padded = transformers.DataCollatorWithPadding(tokenizer())(rows)
         return {**padded, "decoder_input_ids": torch.tensor([[0, 7, 9]] * len(rows))}

@@ -271,7 +271,7 @@ def test_the_metrics_are_exact_over_all_tokens_of_the_window(tmp_path):
     assert log["num_tokens"] == sum(map(len, made.train_dataset["input_ids"]))
 
 
-def test_num_tokens_goes_on_and_resumes(tmp_path):
+def test_num_tokens_is_counted_on_after_a_resume(tmp_path):
     options = {"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
 
     class Stop(TrainerCallback):

@@ -133,7 +133,7 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
-def test_a_run_that_stops_anywhere_goes_on_to_the_bit(strategy, tmp_path):
+def test_a_run_that_stops_anywhere_resumes_bit_for_bit(strategy, tmp_path):
     """With dropout, in the middle of epochs and at their ends, with windows of unequal size."""
     whole = run(tmp_path / "whole", train_sampling_strategy=strategy)
     assert whole.state.global_step == 9  # 5 micro-batches an epoch: windows of 2, 2 and 1
@@ -156,7 +156,7 @@ def test_resuming_a_finished_run_does_nothing(tmp_path):
     assert not (tmp_path / "checkpoint-10").exists()
 
 
-def test_an_older_checkpoint_can_be_gone_on_from_and_the_later_ones_are_kept_aside(tmp_path):
+def test_an_older_checkpoint_can_be_resumed_from_and_the_later_ones_are_kept_aside(tmp_path):
     whole = run(tmp_path)
     again = run(tmp_path, resume=str(tmp_path / "checkpoint-4"))
     assert_identical(again.train_state, whole.train_state)
@@ -174,7 +174,7 @@ def test_a_checkpoint_is_what_transformers_reads(tmp_path):
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
-def test_a_checkpoint_of_transformers_is_gone_on_from(optim, tmp_path):
+def test_a_checkpoint_of_transformers_is_resumed_from(optim, tmp_path):
     """Moments included: they are read as tensors, not unpickled."""
     options = {"per_device_train_batch_size": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
                "optim": optim, "train_sampling_strategy": "sequential", "weight_decay": 0.1, "learning_rate": 1e-2,
@@ -320,13 +320,13 @@ class Weighted(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def test_a_loss_that_depends_on_the_split_is_told(tmp_path):
+def test_a_loss_that_depends_on_the_split_is_reported(tmp_path):
     make, data = HEADS["bert classes"]
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, **SGD}
     model = make()
     with torch.no_grad():
         model.classifier.weight.mul_(500)  # rows of unequal losses
-    with pytest.warns(SplitDependentLossWarning, match=r"together and .* one by one.*tfn\.Mean\.of\(values, weights"):
+    with pytest.warns(SplitDependentLossWarning, match=r"together is not the mean of .*tfn\.Mean\.of\(values, weights"):
         trained(tmp_path, model, data(), Weighted, **options)
     with pytest.warns(SplitDependentLossWarning, match="mixture of experts"):
         trained(tmp_path, mixtral(), tokens(), **options)
@@ -806,7 +806,7 @@ def test_a_stream_knows_its_epoch(tmp_path):
     assert epochs == [0, 1]
 
 
-def test_a_stream_is_read_by_one_worker_which_is_said_once(tmp_path, caplog):
+def test_a_stream_is_read_by_one_worker_which_is_reported_once(tmp_path, caplog):
     class Rows(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(tokens(8))
@@ -848,7 +848,7 @@ def test_a_loss_that_one_row_does_not_have_is_no_business_of_the_check(tmp_path)
     trained(tmp_path, llama(), tokens(8), Pairs, per_device_train_batch_size=2, gradient_accumulation_steps=2, **SGD)
 
 
-def test_another_accumulation_goes_on_with_the_same_rows(tmp_path):
+def test_another_accumulation_continues_with_the_same_rows(tmp_path):
     options = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 2, "optim": "sgd"}
     with_evaluation(tmp_path, StopAt(2), **options).train()  # two of four micro-batches
     seen = []

@@ -1,12 +1,12 @@
 """The launcher of the documentation's TPU command, on processes of the CPU."""
 
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import succeeded
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -21,22 +21,16 @@ def _mp_fn(index):
 """
 
 
-def spawned(*arguments):
-    command = [sys.executable, str(ROOT / "examples" / "xla_spawn.py"), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
-
-
 def test_processes_of_the_cpu(tmp_path):
     script = tmp_path / "trained.py"
     script.write_text(SCRIPT)
-    run = spawned("--num_cores", 2, "--cpu", script, tmp_path / "out", "--do_train", "--lr", "1e-3")
-    assert run.returncode == 0, run.stderr
+    arguments = ("--num_cores", 2, "--cpu", script, tmp_path / "out", "--do_train", "--lr", "1e-3")
+    succeeded(ROOT / "examples" / "xla_spawn.py", *arguments)
     for index in range(2):
         assert (tmp_path / f"out-{index}").read_text() == "3 2 ['--do_train', '--lr', '1e-3']"
 
 
-def test_what_is_missing_is_told(tmp_path, monkeypatch):
+def test_what_is_missing_is_reported(tmp_path, monkeypatch):
     script = tmp_path / "trained_elsewhere.py"
     script.write_text("")
     monkeypatch.setattr(sys, "argv", ["xla_spawn.py", str(script)])

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,12 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfi
 
 import trainfn as tfn
 from tests.helpers import long
+from tests.processes import LAUNCHERS, ended, printed, torchrun
 from trainfn.__main__ import main
 from trainfn.launch._config import exported
 from trainfn.launch._settings import fields_of, read_environment
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"  # as the documentation of transformers has them
-PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
 BF16, FP16 = (tfn.Precision(compute=dtype) for dtype in (torch.bfloat16, torch.float16))
 FSDP = {"ACCELERATE_USE_FSDP": "true"}
 FSDP2 = {**FSDP, "FSDP_VERSION": "2"}
@@ -38,7 +37,7 @@ def env(monkeypatch):
     """Give this process the variables of a launcher, and no others; and an Accelerate that was not asked before."""
     monkeypatch.setattr(PartialState, "_shared_state", {})
     for name in os.environ:
-        if name.startswith(PREFIXES) or name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name.startswith(LAUNCHERS) or name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name)
 
     def give(**variables):
@@ -334,7 +333,7 @@ def test_a_dict_in_the_place_of_a_file(env, capsys):
         tfn.launch.settings(config=given, deepspeed="native")
 
 
-def test_what_a_launcher_was_told_of_deepspeed(env, tmp_path):
+def test_what_a_launcher_knows_of_deepspeed(env, tmp_path):
     assert tfn.launch.deepspeed_config() is None
     env(**DS, ACCELERATE_GRADIENT_CLIPPING="0.7", ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu")
     zero_2 = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
@@ -407,7 +406,7 @@ def test_a_file_is_read_as_the_launcher_reads_it(name, tmp_path, env):
         )
     args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     launched = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
-    by_launcher = read({name: value for name, value in launched.items() if name.startswith(PREFIXES)})
+    by_launcher = read({name: value for name, value in launched.items() if name.startswith(LAUNCHERS)})
     by_file = read(exported(path))
     assert by_launcher.plan == by_file.plan
     assert "refused" not in fates(by_launcher).values()
@@ -425,7 +424,7 @@ def test_a_file_for_torchrun(env, tmp_path):
         tfn.launch.settings(config=adapted("fsdp", tmp_path))
 
 
-def test_a_file_that_is_none(env, tmp_path):
+def test_a_file_that_is_not_valid(env, tmp_path):
     with pytest.raises(ValueError, match=r"there is no such file. `accelerate config` writes one"):
         tfn.launch.settings(config=tmp_path / "none.yaml")
     (tmp_path / "text.yaml").write_text("just text")
@@ -480,14 +479,7 @@ def test_accelerate_launch_that_started_one_of_several(env):
 
 # --- real launches: two processes on CPUs ------------------------------------------------------------------------
 
-
-def run(*command, **variables):
-    """The status and the output of a command; it must end."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | variables
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, env=env, check=False)
-    return done.returncode, done.stdout + done.stderr
+QUIET = {"PYTHONWARNINGS": "ignore"}
 
 
 def stand_in(tmp_path):
@@ -498,7 +490,7 @@ def stand_in(tmp_path):
     (tmp_path / "deepspeed/launcher/runner.py").write_text("DEEPSPEED_ENVIRONMENT_NAME = '.deepspeed_env'\n")
     (tmp_path / "deepspeed-0.0.dist-info").mkdir()
     (tmp_path / "deepspeed-0.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.0\n")
-    return {"PYTHONPATH": str(tmp_path)}
+    return {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}
 
 
 @pytest.mark.slow
@@ -508,16 +500,15 @@ def stand_in(tmp_path):
         long("ddp", "replicate=-1, shard=1, tensor=1, stage=0"),
         ("fsdp", "replicate=1, shard=-1, tensor=1, stage=3"),
         long("deepspeed_file", "replicate=1, shard=-1, tensor=1, stage=3"),
-        ("deepspeed", "replicate=1, shard=-1, tensor=1, stage=2"),
+        long("deepspeed", "replicate=1, shard=-1, tensor=1, stage=2"),
     ],
 )
 def test_the_files_of_the_documentation_train_as_one_process(name, plan, tmp_path):
     """`trainfn test` launches by `accelerate launch`, and compares two ranks with one."""
     variables = stand_in(tmp_path) if "deepspeed" in name else {}
-    status, printed = run("-m", "trainfn", "test", "--config_file", str(adapted(name, tmp_path)), **variables)
-    assert status == 0, printed
-    assert f"Launch(rank 0 of 2, cpu:0, Plan({plan}))" in printed
-    assert "trainfn test: success. 2 ranks on cpu: the numbers of one process, apart by at most fp32" in printed
+    text = printed("-m", "trainfn", "test", "--config_file", adapted(name, tmp_path), **QUIET, **variables)
+    assert f"Launch(rank 0 of 2, cpu:0, Plan({plan}))" in text
+    assert "trainfn test: success. 2 ranks on cpu: the numbers of one process, apart by at most fp32" in text
 
 
 SCRIPT = """
@@ -541,12 +532,12 @@ for info in tfn.steps(step, state, batches, until=4):
 @pytest.mark.slow
 def test_torchrun_needs_no_variables_and_a_rank_that_raises_ends_the_others(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    status, printed = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"{tmp_path}/script.py")
+    status, out, err = ended(*torchrun(2), tmp_path / "script.py", **QUIET)
     assert status == 1
-    assert "rank 0 has done step 2" in printed and "has done step 3" not in printed
-    assert "ValueError: these rows are bad" in printed and "trainfn: rank 1 of 2, before step 3, raised" in printed
+    assert "rank 0 has done step 2" in out and "has done step 3" not in out
+    assert "ValueError: these rows are bad" in err and "trainfn: rank 1 of 2, before step 3, raised" in err
     waited = "rank 0 of 2, before step 3, was waiting for another rank, which has ended: rank 1: ValueError: these rows"
-    assert waited in printed or "Signal 15 (SIGTERM)" in printed  # the launcher may be faster
+    assert waited in err or "Signal 15 (SIGTERM)" in err  # the launcher may be faster
 
 
 NOTEBOOK = """
@@ -596,9 +587,8 @@ for port, rank_1 in enumerate(["trains", "raises", "waits", "accelerate"], start
 @pytest.mark.slow
 def test_notebook_launcher_and_how_its_ranks_end(tmp_path):
     (tmp_path / "notebook.py").write_text(NOTEBOOK)
-    status, printed = run(f"{tmp_path}/notebook.py", str(free_port()))
-    assert status == 0, printed
-    before, others, trains, raises, waits, accelerate = printed.split("RUN ")
+    text = printed(tmp_path / "notebook.py", free_port(), **QUIET)
+    before, others, trains, raises, waits, accelerate = text.split("RUN ")
     assert "Launch(1 process, cpu" in before
     assert others.count("PRECISION None LOSSES 2") == 2  # of `debug_launcher`, and of a group made without a launcher
     assert "PRECISION torch.bfloat16 LOSSES 2" in trains and "FAILED" not in trains
@@ -623,7 +613,7 @@ def test_the_command_names_what_the_launcher_drops(tmp_path, monkeypatch, capfd)
     ]
 
 
-def test_the_command_names_a_file_that_is_none(tmp_path, capsys):
+def test_the_command_names_a_file_that_does_not_exist(tmp_path, capsys):
     assert main(["test", "--config_file", str(tmp_path / "none.yaml")]) == 2
     assert "there is no such file. `accelerate config` writes one" in capsys.readouterr().err
 

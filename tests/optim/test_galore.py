@@ -117,7 +117,7 @@ def test_accumulation_and_clipping_are_those_of_any_optimizer(optimizer):
 
 
 @pytest.mark.parametrize("stop", [1, GAP - 1, GAP, GAP + 1])
-def test_a_run_goes_on_to_the_bit_across_a_refresh(stop, tmp_path):
+def test_a_run_resumes_bit_for_bit_across_a_refresh(stop, tmp_path):
     optimizer, total = rule("full", align=True), 2 * GAP + 1
     tfn.save(tmp_path / "state", train(optimizer, stop))
     fresh = tfn.init(NET.module(0.0), optimizer, seed=5)

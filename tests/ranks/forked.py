@@ -11,8 +11,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+import torch._dynamo  # before the fork: the first sharded tensor of each rank would import it, in 0.6 s
 import torch.distributed as dist
-import torch.distributed.tensor  # before the fork
+import torch.distributed.tensor
 
 torch.set_num_threads(1)
 

@@ -103,7 +103,7 @@ def mlp():
 
 def late(plan, other):
     """Counts of missed updates that differ between ranks are one count; a state is restored in another layout."""
-    kind, differ = KINDS["heads by task"], max(plan.stage, other.stage) < 3
+    kind, differ = KINDS["heads by task"], max(plan.stage, other.stage) < 2
 
     def rows(n):
         # The first step misses "b". Later ones miss a head on each rank, or "a" where all ranks must call the same.
@@ -136,6 +136,14 @@ def late(plan, other):
     return deviation(tfn.gather(back).params, tfn.gather(state).params)
 
 
+def apart(plan):
+    """Ranks that call different submodules exchange gradients of different parameters."""
+    kind = KINDS["heads by task"]
+    state, step = tfn.shard(tfn.init(kind.make(), OPTIMIZER), plan), tfn.train_step(kind.loss, OPTIMIZER, plan=plan)
+    match = r"the rows of other ranks reach 'heads\..*Take `tfn.Plan.zero\(1\)`"
+    return raises(match, lambda: step(state, {"x": floats(0), "task": "ab"[plan.data_rank]}))
+
+
 def cases(plan, other):
     """What modules do on ranks: each name, and its case."""
     for how in ("mask", "after", "dropped", "module"):
@@ -152,4 +160,6 @@ def cases(plan, other):
     )
     yield "forces", partial(trains, Kind(mlp, forces, floats), plan)
     yield "gradient penalty", partial(trains, Kind(mlp, penalty, floats), plan)
+    if plan.stage >= 2:
+        yield "different submodules", partial(apart, plan)
     yield "missed updates", partial(late, plan, other)

@@ -1,6 +1,7 @@
-"""Ranks that stay for many cases: a process imports a module, forks the ranks, and gives them one case after the other.
+"""Ranks that stay for many cases: a process imports modules, forks ranks, and gives them one case after the other.
 
-The ranks are not forked from the tests' own process: it has threads, and may have used an accelerator.
+The ranks are not forked from the tests' own process: it has threads, and may have used an accelerator. One server is
+for all files of tests, the fixture `ranks`, so that torch is imported once.
 """
 
 import importlib
@@ -28,15 +29,15 @@ class Failed(Exception):
 
 
 class Server:
-    """Runs ``call(case)`` of a module, given by its name, on as many ranks as each case asks for."""
+    """Runs ``call(case)`` of a module, given by its name, on as many ranks as asked for."""
 
-    def __init__(self, module):
-        command = [sys.executable, "-m", "tests.ranks.server", module]
+    def __init__(self):
+        command = [sys.executable, "-m", "tests.ranks.server"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __call__(self, world, case):
+    def __call__(self, module, world, case, seconds=SECONDS):
         """What the case returns, as JSON has it, on each rank."""
-        self.process.stdin.write(json.dumps([world, case]) + "\n")
+        self.process.stdin.write(json.dumps([module, world, case, seconds]) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
@@ -63,17 +64,19 @@ class Group:
             process = os.fork()
             if process == 0:
                 if world > 1:
+                    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+                    os.environ |= {"WORLD_SIZE": f"{world}", "LOCAL_WORLD_SIZE": f"{world}"}
                     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
                 answer(call, open(asked), open(tell, "w"))
             os.close(asked)
             os.close(tell)
             self.ranks.append((process, open(ask, "w"), open(told)))
 
-    def __call__(self, case):
+    def __call__(self, case, seconds):
         """What the ranks return, and their errors as one text."""
         for _, ask, _ in self.ranks:
             print(json.dumps(case), file=ask, flush=True)
-        found, errors, end = [], [], time.monotonic() + SECONDS
+        found, errors, end = [], [], time.monotonic() + seconds
         for rank, (_, _, told) in enumerate(self.ranks):
             ready, _, _ = select.select([told], [], [], max(end - time.monotonic(), 0.0))
             result, error = json.loads((ready and told.readline()) or '[null, "no answer"]')
@@ -102,16 +105,22 @@ def answer(call, asked, tell):
     os._exit(0)
 
 
-def serve(module):
+def serve():
     """Answer each line of stdin by a line of stdout, to which nothing else is printed."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    call, groups = importlib.import_module(module).call, {}
+    for before_the_fork in ("torch.distributed.tensor", "torch._dynamo"):  # or each rank would import them, in a second
+        importlib.import_module(before_the_fork)
+    newest, groups = None, {}
     for line in sys.stdin:
-        world, case = json.loads(line)
+        module, world, case, seconds = json.loads(line)
+        if module != newest:
+            while groups:
+                groups.popitem()[1].end()
+            newest = module
         if world not in groups:
-            groups[world] = Group(world, call)
-        found, error = groups[world](case)
+            groups[world] = Group(world, importlib.import_module(module).call)
+        found, error = groups[world](case, seconds)
         if error:  # the next case has new ranks
             groups.pop(world).end()
         print(json.dumps([found, error]), file=answers, flush=True)
@@ -120,4 +129,4 @@ def serve(module):
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve()

@@ -51,7 +51,7 @@ def test_nothing_is_added_in_one_process_or_when_batches_end(two_ranks, monkeypa
     assert not hasattr(caught.value, "__notes__")
 
 
-def test_who_waited_in_vain_or_was_interrupted_leaves_word(two_ranks, monkeypatch):
+def test_a_rank_that_waited_in_vain_or_was_interrupted_reports_it(two_ranks, monkeypatch):
     words = []
     monkeypatch.setattr(_explain, "_report", words.append)
     error = RuntimeError("Timed out waiting 3000ms for recv operation to complete")
@@ -63,7 +63,7 @@ def test_who_waited_in_vain_or_was_interrupted_leaves_word(two_ranks, monkeypatc
     assert words[1].startswith("rank 0: KeyboardInterrupt")
 
 
-def test_what_ranks_tell_each_other_has_the_jobs_timeout():
+def test_what_ranks_exchange_has_the_timeout_of_the_job():
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77)
     )

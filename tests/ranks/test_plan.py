@@ -7,31 +7,23 @@ import trainfn as tfn
 from tests.helpers import assert_close, long
 from tests.optim.table import OPTIMIZERS
 from tests.ranks import cases
-from tests.ranks.server import Server
 
 # Most parameters are of order 1, and Adam's steps of 1e-2: what is left is the order of additions in float32, and what
 # the compiler makes of it.
 TOLERANCE, COMPILED_TOLERANCE = 1e-6, 5e-6
 
 
-@pytest.fixture(scope="module")
-def server():
-    server = Server("tests.ranks.cases")
-    yield server
-    server.close()
-
-
 @pytest.mark.parametrize("name", [name if case.quick else long(name) for name, case in cases.CASES.items()])
-def test_n_ranks_are_one(name, server):
+def test_n_ranks_are_one(name, ranks):
     most = COMPILED_TOLERANCE if name.startswith("compiled") else TOLERANCE
-    assert max(server(cases.CASES[name].world, name)) < most
+    assert max(ranks(cases.__name__, cases.CASES[name].world, name)) < most
 
 
 @pytest.mark.parametrize("plan", cases.PLANS)
-def test_callbacks_end_a_run_as_in_one_process(plan, server):
-    (step, best), *_ = server(1, plan)
+def test_callbacks_end_a_run_as_in_one_process(plan, ranks):
+    (step, best), *_ = ranks(cases.__name__, 1, plan)
     assert step < 20
-    for there, found in server(2, plan):
+    for there, found in ranks(cases.__name__, 2, plan):
         assert there == step
         assert_close(
             {name: torch.tensor(p) for name, p in found.items()}, {n: torch.tensor(p) for n, p in best.items()}

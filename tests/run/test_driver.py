@@ -3,8 +3,6 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 
@@ -15,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import trainfn as tfn
-from trainfn.process import termination, uninterrupted
+from tests.processes import succeeded
+from trainfn.process import Requests, termination, uninterrupted
 
 OPTIMIZER = tfn.optim.sgd(0.1, momentum=0.9)
 
@@ -101,7 +100,7 @@ def test_a_stream_of_micro_batches():
     torch.testing.assert_close(state.params, whole.params, rtol=1e-6, atol=0)
 
 
-def test_batches_that_end_early_are_told():
+def test_batches_that_end_early_are_reported():
     with pytest.warns(UserWarning, match=r"the batches ended at step 2, before until=5"):
         tfn.fit(STEP, fresh(), [batch(0), batch(1)], until=5)
 
@@ -135,7 +134,7 @@ def test_a_nonfinite_loss_raises_at_its_step():
     assert seen == [1, 2]
 
 
-def test_a_skipping_step_goes_on_as_if_the_batch_had_not_been():
+def test_a_skipping_step_continues_as_if_the_batch_had_not_been():
     skipping = tfn.transforms.skip_nonfinite()(STEP)
     with pytest.warns(tfn.errors.NonFiniteWarning, match=r"step 3 is NaN or infinite; the step was skipped"):
         state = tfn.fit(skipping, fresh(), poisoned, until=4)
@@ -202,7 +201,7 @@ def ignored():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_background_job_goes_on_ignoring_ctrl_c(ignored):
+def test_a_background_job_ignores_ctrl_c_as_before(ignored):
     def step(state, rows):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -226,6 +225,34 @@ def test_fit_runs_in_a_thread():
     thread.start()
     thread.join()
     assert bits(out[0]) == bits(tfn.fit(STEP, fresh(), batch, until=3))
+
+
+class Second(tfn.launch.Ranks):
+    """One of two ranks. ``theirs`` are the flags of the other."""
+
+    rank, size = 1, 2
+    theirs = ()
+
+    def any(self, flags):
+        return [mine or theirs for mine, theirs in zip(flags, self.theirs, strict=True)]
+
+
+def test_ctrl_c_on_one_rank_stops_all_after_the_same_step():
+    ranks = Second()
+    with pytest.raises(KeyboardInterrupt), Requests(ranks) as requests:
+        signal.raise_signal(signal.SIGINT)  # held back
+        ranks.theirs = (False, True, False)
+        assert requests.agree(True) == [True]
+        assert (requests.interrupted, requests.terminated) == (True, True)
+        raise KeyboardInterrupt
+    for theirs in (False, True):  # pressed after the last step, on this rank or on the other
+        with pytest.raises(KeyboardInterrupt), Requests(ranks):
+            ranks.theirs = (theirs,)
+            if not theirs:
+                signal.raise_signal(signal.SIGINT)
+    ranks.theirs = (False,)
+    with Requests(ranks):
+        pass
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -298,10 +325,10 @@ def test_the_loop_never_reads_a_tensor_between_logs():
             window(tfn.StepInfo(1, state, metrics, 0.1))
             assert Reads.count == 0, Reads.count
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    succeeded("-c", textwrap.dedent(code))
 
 
-def test_processes_that_would_each_train_alone_are_told(monkeypatch):
+def test_processes_that_would_each_train_alone_are_reported(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     step = tfn.train_step(lambda p, x: tfn.Mean.of(p["w"] * x), tfn.optim.sgd(0.1))
     state = tfn.init({"w": torch.ones(1)}, tfn.optim.sgd(0.1))

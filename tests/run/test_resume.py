@@ -5,8 +5,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 import textwrap
 from pathlib import Path
@@ -21,6 +19,7 @@ import trainfn as tfn
 import trainfn.testing as tt
 from tests.helpers import GPT_NET, MLP_NET, assert_identical, quick
 from tests.optim.table import OPTIMIZERS
+from tests.processes import ended
 
 ROWS = 12
 NET = MLP_NET
@@ -155,7 +154,7 @@ def test_batches_that_can_not_start_anywhere_are_refused(tmp_path):
         ({"collate": None}, {"collate": masking}, r"batches\.collate\S* was .*masking.*other rows"),
     ],
 )
-def test_what_changed_is_told_with_its_consequence(then, now, match, tmp_path, capsys):
+def test_what_changed_is_reported_with_its_consequence(then, now, match, tmp_path, capsys):
     go(tmp_path, 2, **then)
     go(tmp_path, 4, **now)
     err = capsys.readouterr().err
@@ -163,7 +162,7 @@ def test_what_changed_is_told_with_its_consequence(then, now, match, tmp_path, c
     assert "until was 2, is 4: the run ends at another step" in err
 
 
-def test_an_unchanged_run_has_nothing_to_tell(tmp_path, capsys):
+def test_an_unchanged_run_reports_nothing(tmp_path, capsys):
     with pytest.raises(RuntimeError):
         go(tmp_path, 4, callbacks=[fails_at(3)])
     capsys.readouterr()
@@ -211,10 +210,9 @@ SCRIPT = """
 
 
 def test_sigterm_saves_and_ends_the_process_between_steps(tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (143, ""), done.stderr
-    assert f"SIGTERM: saved {tmp_path}/checkpoint-3, and stopped" in done.stderr
+    done = ended("-c", textwrap.dedent(SCRIPT), tmp_path)
+    assert (done.status, done.out) == (143, ""), done.err
+    assert f"SIGTERM: saved {tmp_path}/checkpoint-3, and stopped" in done.err
     assert tfn.Checkpoints(tmp_path).steps() == [3]
 
 
@@ -257,7 +255,7 @@ def keep(lines):
     return lambda info: lines.append((info.n, info.metrics["loss"].total.item(), info.metrics["loss"].weight.item()))
 
 
-def test_new_and_missing_callbacks_are_told(tmp_path, capsys):
+def test_new_and_missing_callbacks_are_reported(tmp_path, capsys):
     go(tmp_path, 2, callbacks=[tfn.callbacks.window(4, print)])
     go(tmp_path, 4, callbacks=[tfn.callbacks.early_stopping("loss")])
     err = capsys.readouterr().err

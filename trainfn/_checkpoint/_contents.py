@@ -102,7 +102,10 @@ def _versions() -> dict[str, str]:
 
 def _code(leaf: Tensor, name: str, call: str) -> str:
     if leaf.dtype not in CODES:
-        raise TypeError(f"{call}: {name!r} is of {leaf.dtype}, which safetensors files can't hold.")
+        raise TypeError(
+            f"{call}: {name!r} is of {leaf.dtype}, which safetensors files can't hold. Keep it in another dtype, such"
+            f" as {'`torch.view_as_real(x)`' if leaf.is_complex() else '`x.float()`'}."
+        )
     return CODES[leaf.dtype]
 
 
@@ -202,7 +205,10 @@ def _json_text(extra: dict[str, Any], call: str) -> str:
         _check_plain(extra, "extra", call)
         return json.dumps(extra)
     except RecursionError:
-        raise ValueError(f"{call}: extra is nested too deep, or contains itself.") from None
+        raise ValueError(
+            f"{call}: extra is nested too deep, or contains itself, which JSON can't write. Give a few levels of dicts"
+            " and lists."
+        ) from None
 
 
 def _check_plain(value: Any, path: str, call: str) -> None:
@@ -227,4 +233,7 @@ def _number(value: Any, name: str, call: str) -> float:
     try:
         return float(value.value if isinstance(value, Mean) else value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{call}: metrics[{name!r}] is {value!r}, not a number.") from error
+        raise TypeError(
+            f"{call}: metrics[{name!r}] is {value!r}, not a number, and checkpoints are compared by numbers. Give one,"
+            " such as `float(x)`."
+        ) from error

@@ -101,11 +101,18 @@ class Folder:
                 _warn(damages, path, ranks)
                 return state, manifest.extra
         if damages:
-            raise CheckpointError(f"{str(self.path)!r}: no checkpoint can be read:\n  " + "\n  ".join(damages))
+            raise CheckpointError(
+                f"{str(self.path)!r}: no checkpoint can be read:\n  "
+                + "\n  ".join(damages)
+                + "\nBring back a copy; or remove these folders to begin anew."
+            )
         if step is not None:
             complete = ranks.first(lambda: sorted(self.complete()))
             steps = ", ".join(str(s) for s in complete) or "none"
-            raise CheckpointError(f"{str(self.path)!r}: there is no checkpoint of step {step}; complete are: {steps}.")
+            raise CheckpointError(
+                f"{str(self.path)!r}: there is no checkpoint of step {step}; complete are: {steps}. Give `restore` one"
+                " of these steps, or leave out `step` for the newest."
+            )
         return None
 
     def _attempt(self, step: int, read: Callable[[], T], damages: list[str]) -> T | None:
@@ -129,7 +136,10 @@ def _reader(path: Path, manifest: Manifest, like: TrainState, ranks: Ranks) -> C
 def _inspect(step: int, path: Path) -> Manifest:
     manifest = inspect(path)
     if manifest.step != step:
-        raise CheckpointError(f"{str(path)!r}: the checkpoint is damaged: its manifest is of step {manifest.step}.")
+        raise CheckpointError(
+            f"{str(path)!r}: the checkpoint is damaged: its manifest is of step {manifest.step}. If the folder was"
+            f" renamed, give it its name back: `checkpoint-{manifest.step}`."
+        )
     return manifest
 
 

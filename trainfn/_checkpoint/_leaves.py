@@ -42,8 +42,12 @@ def named(state: TrainState, call: str) -> dict[str, Tensor]:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{call}: {where} is {leaf!r}, not a tensor. Make it `torch.tensor(...)`.")
         if leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized:
-            kind = "has no values (meta device)" if leaf.is_meta else "is sparse or quantized"
-            raise TypeError(f"{call}: {where} {kind}; only dense tensors are saved. See `.to_dense()`.")
+            kind, remedy = "is sparse", "Make it dense: `x.to_dense()`"
+            if leaf.is_quantized:
+                kind, remedy = "is quantized", "Make it floating-point numbers: `x.dequantize()`"
+            if leaf.is_meta:
+                kind, remedy = "has no values (meta device)", "Load the model's weights before `tfn.init`"
+            raise TypeError(f"{call}: {where} {kind}, and only dense tensors with values are saved. {remedy}.")
         if is_distributed(leaf):
             _check_layout(leaf, f"{call}: {where}")
     return found
@@ -175,7 +179,10 @@ def _renamed(call: str, found: Iterable[str], rename: Rename) -> dict[str, str]:
     for name in found:
         new = change(name)
         if new in sources:
-            raise ValueError(f"{call}: rename= gives {sources[new]!r} and {name!r} one name, {new!r}.")
+            raise ValueError(
+                f"{call}: rename= gives {sources[new]!r} and {name!r} one name, {new!r}. A leaf can't be filled twice."
+                " Rename one of them to another name."
+            )
         sources[new] = name
         changed |= new != name
     if not changed:
@@ -210,10 +217,13 @@ def _chosen(call: str, only: Only, names: list[str]) -> list[str]:
             near = ", ".join(closest(unknown[0], names, 3, likeness=0.3))
             raise ValueError(
                 f"{call}: only= has {unknown[0]!r}, which is neither in the state nor in the checkpoint. Near it:"
-                f" {near}."
+                f" {near}. Leave it out, or write one of these."
             )
         choose = set(only).__contains__
     chosen = [name for name in names if choose(name)]
     if not chosen:
-        raise ValueError(f"{call}: only= matches none of the {len(names)} leaves: {shortened(names, 3, str)}.")
+        raise ValueError(
+            f"{call}: only= matches none of the {len(names)} leaves: {shortened(names, 3, str)}. Write a pattern of"
+            ' such a name, as in `only=r"^model/"`.'
+        )
     return chosen

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainfn._checkpoint import _disk, _leaves
-from trainfn._checkpoint._format import DTYPES, LIMIT, MANIFEST, Leaf, Manifest, Piece, header, parsed_manifest
+from trainfn._checkpoint._format import DTYPES, LIMIT, MANIFEST, MODEL, Leaf, Manifest, Piece, header, parsed_manifest
 from trainfn._checkpoint._pieces import box_of, bytes_of, local
 from trainfn._dtensor import spread_like
 from trainfn._ranks._group import ALONE, Ranks
@@ -74,8 +74,24 @@ def filled(
     """``like`` with the leaves named in ``sources`` read from the checkpoint, and copies of the others."""
     values: dict[str, Any] = read_leaves(folder, manifest, {old: expected[new] for new, old in sources.items()})
     found = {new: values[old] for new, old in sources.items()}
+    _check_quantized(folder, like, expected, found)
     kept = {name: leaf.detach().clone() for name, leaf in expected.items() if name not in found}
     return _leaves.refilled(like, {**kept, **found})
+
+
+def _check_quantized(folder: Path, like: TrainState, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Raise if quantized weights change: their scales are attributes of the Parameters, which no checkpoint has."""
+    for site in like.sites:
+        held, name = site.owner._parameters.get(site.attribute), MODEL + site.name
+        if held is None or type(held) is nn.Parameter or held.is_floating_point() or held.is_complex():
+            continue
+        if name in found and not torch.equal(found[name], expected[name]):
+            raise CheckpointError(
+                f"{str(folder)!r}: the checkpoint was made with another base model. {site.name!r} is a quantized weight"
+                f" ({type(held).__name__}) with scales of its own, which the checkpoint does not have, and its numbers"
+                " differ. Load the base model that was trained; or keep this one: `restore(path, like=state,"
+                " only=...)` with the names of the adapters."
+            )
 
 
 def read_leaves(folder: Path, manifest: Manifest, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

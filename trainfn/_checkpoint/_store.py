@@ -78,9 +78,15 @@ class Checkpoints:
         counts = {"every": every, "keep": keep, "keep_every": keep_every, "max_shard_size": max_shard_size}
         for name, count in counts.items():
             if count is not None and (type(count) is not int or count < 1):
-                raise ValueError(f"Checkpoints(folder, {name}={count!r}): give a whole number from 1 on, or None.")
+                raise ValueError(
+                    f"Checkpoints(folder, {name}={count!r}): this is a count. Give a whole number from 1 on, or"
+                    " leave it out."
+                )
         if mode not in ("min", "max"):
-            raise ValueError(f"Checkpoints(folder, mode={mode!r}): give 'min' or 'max'.")
+            raise ValueError(
+                f"Checkpoints(folder, mode={mode!r}): the best metric is the lowest or the highest. Write `mode='min'`"
+                " or `mode='max'`."
+            )
         self.folder, self.every, self.keep, self.keep_every = Path(folder), every, keep, keep_every
         self.best, self.asynchronous, self.max_shard_size, self.full = best, asynchronous, max_shard_size, full
         self.mode: Literal["min", "max"] = mode
@@ -152,7 +158,10 @@ class Checkpoints:
         contents = contents_of(state, call, ranks=ranks, **how, **given)
         if self.best is not None and metrics is not None and self.best not in metrics:
             near = nearest(self.best, metrics, likeness=0)
-            raise ValueError(f"{call}: best={self.best!r} is not among the metrics {sorted(metrics)}.{near}")
+            raise ValueError(
+                f"{call}: best={self.best!r} is not among the metrics {sorted(metrics)}.{near} Checkpoints can't be"
+                f" compared without it: give `save` such a metric, or `Checkpoints` another `best=`."
+            )
         if ranks.rank == 0:
             self._open(contents.nbytes)
             self._check_newest(contents.manifest.step)
@@ -229,7 +238,9 @@ class Checkpoints:
             try:
                 _disk.remove(path)
             except OSError as error:
-                warnings.warn(f"{str(path)!r} could not be removed, and is kept: {error}.", stacklevel=2)
+                warnings.warn(
+                    f"{str(path)!r} could not be removed, and is kept: {error}. Remove it by hand.", stacklevel=2
+                )
 
     def _open(self, nbytes: int) -> None:
         if self._lock is None or not self._lock.held:

@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import fx
@@ -33,7 +33,7 @@ class Helper:
 
     def __init__(self) -> None:
         with contextlib.ExitStack() as unless_it_starts:
-            self._errors: Any = unless_it_starts.enter_context(tempfile.TemporaryFile())
+            self._errors: IO[bytes] = unless_it_starts.enter_context(tempfile.TemporaryFile())
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(Path(__file__).with_name("_helper.py"))],
                 stdin=subprocess.PIPE,
@@ -81,7 +81,7 @@ class Helper:
             self._answers[key] = None
             warnings.warn(
                 f"jit(step, warm=...): the second process could not compile the step: {reason}\nThis process compiles"
-                " it now.",
+                " it now. If it happens in each run, leave out `warm=`.",
                 stacklevel=2,
             )
 
@@ -92,7 +92,7 @@ class Helper:
         return f"it ended with code {code}. {lines[-1] if lines else ''}".strip()
 
 
-def _end(process: subprocess.Popen[bytes], errors: Any, owner: int) -> None:
+def _end(process: subprocess.Popen[bytes], errors: IO[bytes], owner: int) -> None:
     if os.getpid() != owner:  # a fork of the process has no part in this
         return
     if process.poll() is None:

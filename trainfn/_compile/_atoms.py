@@ -52,7 +52,7 @@ class Atom:
 
 
 @functools.cache
-def _is_view(target: Any) -> bool:
+def _is_view(target: object) -> bool:
     if not isinstance(target, OpOverload):
         return False
     returns = target._schema.returns
@@ -61,7 +61,7 @@ def _is_view(target: Any) -> bool:
 
 
 @functools.cache
-def written_positions(target: Any) -> list[int]:
+def written_positions(target: object) -> list[int]:
     """The positions of the arguments that an operation writes to; it may return only the first of them, or nothing."""
     if not isinstance(target, OpOverload):
         return []

@@ -15,6 +15,7 @@ from trainfn._compile._capture import compiler_error
 from trainfn._compile._outside import environment
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import Dynamic, conditions
+from trainfn._compile._structure import Function
 from trainfn._compile._trace import Trace
 from trainfn.errors import CaptureError
 
@@ -41,7 +42,7 @@ class Settings:
     """How to compile; see `jit`."""
 
     compile: bool
-    backend: str | Callable[..., Any]
+    backend: str | Function
     mode: str | None
     dynamic: Dynamic
     options: dict[str, Any] | None

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from trainfn._compile._atoms import Atom, Uncuttable, atoms, check, in_order, inputs, is_same, looks_through, owner
 from trainfn._compile._leafwise import leafwise
 from trainfn._compile._repeats import repeats
+from trainfn._compile._structure import Function
 from trainfn._compile._twins import merge_twins
 
 Run = Callable[[list[Tensor]], Sequence[Any]]
@@ -288,7 +289,7 @@ class Source(NamedTuple):
     scope: dict[str, Any]
 
 
-def compile_pieces(graph: fx.GraphModule, compiler: Compiler) -> Callable[..., Any]:
+def compile_pieces(graph: fx.GraphModule, compiler: Compiler) -> Function:
     """The graph, cut and each of its distinct pieces compiled once.
 
     Args:

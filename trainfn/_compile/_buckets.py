@@ -38,20 +38,26 @@ class Buckets:
 
     def __post_init__(self) -> None:
         if not self.sizes or list(self.sizes) != sorted(set(self.sizes)):
-            raise ValueError(f"Buckets(sizes={self.sizes!r}): give one or more sizes, ascending, such as (64, 128).")
+            raise ValueError(
+                f"Buckets(sizes={self.sizes!r}): a batch is padded to the next size, so sizes ascend, and there is at"
+                " least one. Write `Buckets((64, 128), pad=...)`."
+            )
 
     def apply(self, batch: Batch) -> Batch:
         """Pad a batch to the smallest size that holds it."""
         named = tree.named_leaves(batch)
         missing = sorted(set(self.pad) - set(named))
         if missing:
-            raise ValueError(f"Buckets(pad=...) names {missing}, and the batch has {sorted(named)}.")
+            raise ValueError(
+                f"Buckets(pad=...) names {missing}, and the batch has {sorted(named)}: only a leaf of the batch can be"
+                " padded. Leave the other names out of `pad`."
+            )
         longest = max(named[name].shape[self.dim] for name in self.pad)
         size = next((size for size in self.sizes if size >= longest), None)
         if size is None:
             raise ValueError(
-                f"a batch of size {longest} in dimension {self.dim} fits no bucket of {list(self.sizes)}."
-                f" Add a bucket of at least {longest}, or cut the batch."
+                f"Buckets(sizes={list(self.sizes)}): a batch of size {longest} in dimension {self.dim} fits no bucket."
+                f" Write `Buckets({(*self.sizes, longest)}, ...)`, or cut the batch."
             )
         padded = {name: self._padded(named[name], size, value) for name, value in self.pad.items()}
         return tree.with_leaves(batch, {**named, **padded})

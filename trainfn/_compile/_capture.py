@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -12,7 +12,7 @@ from trainfn._compile._graph import drawing
 from trainfn._compile._leaks import seal, undo
 from trainfn._compile._lines import Lines, lines_of
 from trainfn._compile._outside import Change, Outside
-from trainfn._compile._structure import Structure
+from trainfn._compile._structure import Arguments, Function, Structure
 from trainfn._compile._trace import Trace, donation, trace
 from trainfn.errors import CaptureError, LeakedError, TrainfnError
 
@@ -59,8 +59,8 @@ class Call(NamedTuple):
         dynamic: For leaves of any size: which of their dimensions.
     """
 
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
+    fn: Function
+    args: Arguments
     leaves: Sequence[Any]
     form: Structure
     donated: list[bool]

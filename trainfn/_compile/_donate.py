@@ -7,7 +7,7 @@ counters) are small and come back fresh. `overwrite` is part of the captured gra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -32,7 +32,7 @@ class _Donated:
         raise DonatedStateError(f"`.{name}` of a donated tensor: {_MESSAGE}")
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_function__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> NoReturn:
         raise DonatedStateError(f"`{getattr(func, '__name__', func)}` of a donated tensor: {_MESSAGE}")
 
     def _refuse(self, *_: object) -> NoReturn:
@@ -63,6 +63,7 @@ def overwrite(donated: list[bool], old: list[Any], new: list[Any]) -> None:
         new: The leaves of the new state, in order, and more.
     """
     memory = {_storage(old[i]) for i, yes in enumerate(donated) if yes and isinstance(old[i], Tensor)}
+    # Two passes: all new values that lie in old memory are copied out before any old memory is written.
     for i, yes in enumerate(donated):
         kept = new[i] is old[i] if yes else not isinstance(new[i], Tensor)
         # A new leaf that shares memory with an old one is read before that one is overwritten.
@@ -81,24 +82,36 @@ def _storage(x: Any) -> int:
 def check_same(donated: list[bool], old: Sequence[Any], new: Sequence[Any]) -> None:
     """Raise if a new leaf can't take an old one's place."""
     pairs = zip(old, new, strict=False)
-    if len(new) < len(donated) or any(_kind(a) != _kind(b) for (a, b), _ in zip(pairs, donated, strict=False)):
+    odd = next(((a, b) for (a, b), _ in zip(pairs, donated, strict=False) if _kind(a) != _kind(b)), None)
+    if len(new) < len(donated) or odd is not None:
+        found = "" if odd is None else f": {_shown(odd[0])} became {_shown(odd[1])}"
         raise ValueError(
-            "a step with donate=True returned a state of another structure, shape or dtype than the one it got, so it"
-            " can't take its place. Let `init` make the final structure, or compile with `donate=False`."
+            "jit(step, donate=True): the step returned a state of another structure, shape or dtype than the one it"
+            f" got{found}. So it can't take its memory. Let `init` make the final structure, or write"
+            " `jit(step, donate=False)`."
         )
 
 
-def _kind(x: Any) -> Any:
+def _shown(x: object) -> str:
+    return f"{x.dtype} {list(x.shape)}".removeprefix("torch.") if isinstance(x, Tensor) else repr(x)
+
+
+def _kind(x: object) -> Hashable:
     if not isinstance(x, Tensor):
         return type(x)
     spec = spec_of(x)
     return x.shape, x.dtype, None if spec is None else spec.placements
 
 
-def check_result(out: Any) -> None:
+def _text(out: object) -> str:
+    kinds = [type(x).__name__ for x in out] if isinstance(out, tuple) else None  # type: ignore[misc]
+    return f"({', '.join(kinds)})" if kinds is not None else f"a value of type {type(out).__name__}"
+
+
+def check_result(out: object) -> None:
     """Raise if what a donating step returned is not a new state and metrics."""
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], TrainState)):
         raise TypeError(
-            "jit(step, donate=True) needs a step that returns (state, metrics): only then can the new state take the"
-            " old one's memory. For a function that returns something else, use `donate=False`."
+            f"jit(step, donate=True) needs a step that returns (state, metrics), and this one returned {_text(out)}."
+            " Only a new state can take the old one's memory. For another function, write `jit(step, donate=False)`."
         )

@@ -13,7 +13,7 @@ from trainfn._compile._ahead import Helper
 from trainfn._compile._backend import Built
 from trainfn._compile._outside import Outside
 from trainfn._compile._straight import emptier, maker, taker
-from trainfn._compile._structure import Row, Structure
+from trainfn._compile._structure import Arguments, Function, Leaves, Row, Structure
 from trainfn._compile._trace import Trace
 from trainfn._dtensor import held
 from trainfn._types import TrainState
@@ -36,19 +36,19 @@ class Known:
     __slots__ = ("_head", "_largest", "_tail", "signature", "size", "take")
 
     def __init__(
-        self, take: Callable[[Any], list[Any]], head: list[Any], largest: Any, tail: list[Any], signature: int
+        self, take: Callable[[Any], Leaves], head: Leaves, largest: Tensor, tail: Leaves, signature: int
     ) -> None:
         self.take, self.signature = take, signature
         self.size = len(head) + 1 + len(tail)
         self._head, self._tail = head, tail
 
-        def let_go(_: Any) -> None:
+        def let_go(_: object) -> None:
             head.clear()
             tail.clear()
 
         self._largest = weakref.ref(largest, let_go)
 
-    def matches(self, leaves: list[Any]) -> bool:
+    def matches(self, leaves: Leaves) -> bool:
         """Return whether these are the very leaves."""
         at = len(self._head)
         return (
@@ -86,7 +86,7 @@ class Entry:
         self.constants = found.constants
         self._looks = _looks(found.constants)
         self._retire = emptier(form.children[0]) if donating else None  # type: ignore[union-attr]
-        every = found.inputs == list(range(form.size))
+        every = found.inputs == list(range(form.size))  # then no list of inputs is made at each call
         self._inputs = None if every else found.inputs
         self._sharded = found.sharded
         self._layouts = [output.layout for output in found.outputs if output.kind == "graph"]
@@ -95,7 +95,7 @@ class Entry:
         self._form, self._finish = form, None
         self.take = taker(found.structure.children[0]) if self.state_size else None  # type: ignore[union-attr]
 
-    def _finisher(self, out: Sequence[Any], leaves: list[Any]) -> Callable[..., Any]:
+    def _finisher(self, out: Sequence[Any], leaves: Leaves) -> Function:
         """Make the function that puts the result together, and lists the leaves of the new state around the largest."""
         names = {"graph": "out", "input": "leaves"}
         found = self.trace.outputs
@@ -113,12 +113,13 @@ class Entry:
         """Return whether a tensor from outside has become another kind, as by `module.double()`."""
         return bool(self._looks) and _looks(self.constants) != self._looks
 
-    def fits(self, leaves: list[Any]) -> bool:
+    def fits(self, leaves: Leaves) -> bool:
         """Return whether the graph is right for these sizes."""
         return self.holds is None or self.holds([leaves[i] for i in self.trace.inputs])
 
-    def __call__(self, state: Any, leaves: list[Any]) -> tuple[Any, ...]:
+    def __call__(self, state: Any, leaves: Leaves) -> Arguments:
         """Run; return the result, and the leaves of the new state as `Known` takes them."""
+        # This runs at every step, with hundreds of leaves: it makes no list that it does not need.
         tensors = leaves if self._inputs is None else [leaves[i] for i in self._inputs]
         if self._sharded:
             tensors = [held(x) for x in tensors]
@@ -131,7 +132,7 @@ class Entry:
         return made
 
 
-def _looks(tensors: list[Tensor]) -> list[Any]:
+def _looks(tensors: list[Tensor]) -> Leaves:
     return [(x.dtype, x.device, x.shape) for x in tensors]
 
 

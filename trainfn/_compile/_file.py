@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from trainfn._compile._backend import Built, Settings
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._donate import check_alive
 from trainfn._compile._entry import Entry
+from trainfn._compile._file_format import Description
 from trainfn._compile._file_save import ARGUMENTS
 from trainfn._compile._outside import ENVIRONMENT, Change, Outside
 from trainfn._compile._program import Program
 from trainfn._compile._report import Report
-from trainfn._compile._structure import Structure, flatten
+from trainfn._compile._structure import Arguments, Function, Leaves, Structure, flatten
 from trainfn._compile._trace import Trace
 from trainfn._reached import Unsettled, is_settled, late_names
 from trainfn._step import TrainStep
@@ -77,7 +78,7 @@ class LoadedStep:
         seconds: What loading took.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], members: dict[str, bytes]) -> None:
+    def __init__(self, path: Path, header: Description, members: dict[str, bytes]) -> None:
         self.path, self.plan, self.seconds = path, None, 0.0
         self.accumulate, self._name = header["step"]["accumulate"], header["step"]["name"]
         self.buckets = None if header["buckets"] is None else Buckets(**header["buckets"])
@@ -91,7 +92,7 @@ class LoadedStep:
         constants = _constants(header["constants"], members)
         made = [_FromFile(part, header["environment"], libraries, constants, str(path)) for part in header["programs"]]
         self._programs = made
-        self._run: Callable[..., Any] = made[0]
+        self._run: Function = made[0]
         if len(made) == 2:
             self._run = TrainStep(gradients=made[0], update=made[1], accumulate=self.accumulate)
 
@@ -139,10 +140,10 @@ class _FromFile(Program):
         path: str,
     ) -> None:
         super().__init__(_no_function, _SETTINGS, donate=saved["donate"], name=saved["name"])
-        self.saved: list[dict[str, Any]] = saved["entries"]
+        self.saved: list[Description] = saved["entries"]
         self._environment, self._libraries, self._constants, self._path = environment, libraries, constants, path
 
-    def _made(self, args: tuple[Any, ...], leaves: list[Any], changes: list[str]) -> Entry:
+    def _made(self, args: Arguments, leaves: Leaves, changes: list[str]) -> Entry:
         """Find what the file has for arguments of a new kind."""
         self._check_environment()
         _, form = flatten(args)
@@ -182,7 +183,7 @@ class _FromFile(Program):
             reads_host=False,
         )
 
-    def _kinds(self, form: Structure, leaves: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    def _kinds(self, form: Structure, leaves: Sequence[Any]) -> dict[str, Description]:
         names = describe.named(form, ARGUMENTS.get(self.name, ("state", "batch")))
         return dict(zip(names, map(describe.described, leaves), strict=True))
 
@@ -195,7 +196,7 @@ class _FromFile(Program):
                     f" {now.get(name)}. Set it back, or save the step again: `tfn.jit(step).save(path, state, batch)`."
                 )
 
-    def _misfit(self, form: Structure, kinds: dict[str, dict[str, Any]]) -> ValueError:
+    def _misfit(self, form: Structure, kinds: dict[str, Description]) -> ValueError:
         nearest = max(self.saved, key=lambda s: sum(s["leaves"].get(name) == kind for name, kind in kinds.items()))
         known = nearest["leaves"]
         name = next((name for name in (*known, *kinds) if known.get(name) != kinds.get(name)), None)
@@ -210,7 +211,7 @@ class _FromFile(Program):
         )
 
 
-def _no_function(*_: Any) -> Any:
+def _no_function(*_: object) -> NoReturn:
     raise AssertionError("a step from a file has no Python function")
 
 
@@ -252,7 +253,7 @@ def _laid(x: Tensor, stride: Sequence[int]) -> Tensor:
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _differing(there: Any, here: Any) -> str:
+def _differing(there: object, here: object) -> str:
     """The first pair of containers that differ."""
     if isinstance(there, dict) and isinstance(here, dict) and there["kind"] == here["kind"]:
         pairs = zip(there["items"], here["items"], strict=False)

@@ -9,6 +9,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
+from trainfn._compile._file_format import Description
 from trainfn._compile._structure import Dict, Leaf, Other, Row, Structure, leaf_names
 from trainfn._compile._trace import Output
 from trainfn._dtensor import held, spec_of
@@ -98,7 +99,7 @@ def _imported(path: str) -> type:
 # --- leaves -------------------------------------------------------------------------------------------------------
 
 
-def described(leaf: Any) -> dict[str, Any]:
+def described(leaf: Any) -> Description:
     """Describe a leaf: what it must be for the step to hold."""
     if not isinstance(leaf, Tensor):
         return {"type": type(leaf).__name__, "value": leaf if isinstance(leaf, _PLAIN) else repr(leaf)}
@@ -142,7 +143,7 @@ def named(form: Structure, arguments: Sequence[str]) -> list[str]:
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def output_described(output: Output, call: str) -> dict[str, Any]:
+def output_described(output: Output, call: str) -> Description:
     """Describe where a leaf of the result comes from."""
     check_plain([output.value], call)
     return {"kind": output.kind, "place": output.place, "value": output.value}

@@ -21,6 +21,8 @@ import torch
 
 from trainfn.errors import CheckpointError
 
+Description = dict[str, Any]  # as JSON has it
+
 FORMAT = 1
 HEADER = "step.json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")  # no separator, no "..", nothing hidden
@@ -28,7 +30,7 @@ _DATE = (1980, 1, 1, 0, 0, 0)  # the same step makes the same bytes
 _AGAIN = "Save it again here: `tfn.jit(step).save(path, state, batch)`."
 
 
-def write_file(path: Path, header: dict[str, Any], members: Mapping[str, bytes]) -> None:
+def write_file(path: Path, header: Description, members: Mapping[str, bytes]) -> None:
     """Write a file whole or not at all: beside its place, flushed, then renamed."""
     files = {name: {"size": len(data), "sha256": _digest(data)} for name, data in members.items()}
     text = json.dumps({**header, "files": files}, indent=1).encode()
@@ -49,7 +51,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+def read_file(path: Path) -> tuple[Description, dict[str, bytes]]:
     """Return the description and the members of a file.
 
     Raises:
@@ -83,17 +85,17 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 # --- what a file needs --------------------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, Any]:
+def versions() -> Description:
     """Return the versions that a file is made by."""
     return {"format": FORMAT, "trainfn": sys.modules["trainfn"].__version__, "torch": torch.__version__}
 
 
-def machine(kinds: Iterable[str]) -> dict[str, Any]:
+def machine(kinds: Iterable[str]) -> Description:
     """Return what compiled code depends on: the processor, and the GPU if one of the device types is ``"cuda"``.
 
     Code for a CPU is cut for a number of threads.
     """
-    found: dict[str, Any] = {
+    found: Description = {
         "system": platform.system(),
         "machine": platform.machine(),
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
@@ -112,11 +114,11 @@ def machine(kinds: Iterable[str]) -> dict[str, Any]:
 
 def features() -> list[str]:
     """Return the names of this processor's instruction sets."""
-    known = getattr(torch.cpu, "get_capabilities", dict[str, Any])()
+    known = getattr(torch.cpu, "get_capabilities", Description)()
     return sorted(name for name, value in known.items() if value is True)
 
 
-def check_fits(path: Path, header: dict[str, Any]) -> None:
+def check_fits(path: Path, header: Description) -> None:
     """Raise if a file was made by other versions, or for another machine."""
     call, kinds = f"tfn.load_step({str(path)!r})", header.get("devices", ())
     here = {**versions(), **machine(kinds)}
@@ -129,5 +131,5 @@ def check_fits(path: Path, header: dict[str, Any]) -> None:
         raise ValueError(f"{call}: CPU features: the file may use {lacking}, which this machine lacks. {_AGAIN}")
 
 
-def _remedy(field: str, value: Any) -> str:
+def _remedy(field: str, value: object) -> str:
     return f"Write `torch.set_num_threads({value})` before, or save it again here." if field == "threads" else _AGAIN

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ from trainfn._compile._backend import Settings
 from trainfn._compile._buckets import Buckets
 from trainfn._compile._capture import Call, compiler_error
 from trainfn._compile._donate import check_alive
+from trainfn._compile._file_format import Description
 from trainfn._compile._outside import ENVIRONMENT
 from trainfn._compile._program import Program
-from trainfn._compile._structure import Structure, flatten
+from trainfn._compile._structure import Arguments, Function, Leaves, Structure, flatten
 from trainfn._compile._trace import Trace
 from trainfn._marks import Again
 from trainfn._step import TrainStep
@@ -46,7 +47,7 @@ def save_step(
     check_alive(state)
     contents = _Contents(call)
     recorders = [_Recorder(program, contents) for program in programs]
-    run: Callable[..., Any] = recorders[0]
+    run: Function = recorders[0]
     if len(recorders) == 2:  # the gradients of a micro-batch, and the update
         run = dataclasses.replace(step, gradients=recorders[0], update=recorders[1])
     with torch.no_grad():
@@ -103,11 +104,12 @@ def _check_settings(settings: Settings, plan: Any, call: str) -> None:
         # waits for that lock, so that a run in ten hangs: seen with torch 2.13.
         raise ValueError(
             f"{call}: a file holds the step of one process, and this step's plan has {plan.world} ranks."
-            " They would wait for each other for ever now and then. Call `tfn.jit(step)` on each rank: its"
+            " A run from a file would sometimes hang in a collective. Call `tfn.jit(step)` on each rank: its"
             " caches are on the disk."
         )
     if not settings.compile:
-        raise ValueError(f"{call}: a file holds compiled code, and this step has compile=False. Leave that out.")
+        raise ValueError(f"{call}: a file holds compiled code, and this step has compile=False. Write"
+                         " `tfn.jit(step)`.")  # fmt: skip
     if settings.backend != "inductor":
         raise ValueError(
             f'{call}: torch\'s "inductor" makes the file, and this step has backend={settings.backend!r}. Leave that'
@@ -120,7 +122,7 @@ def _check_settings(settings: Settings, plan: Any, call: str) -> None:
         )
 
 
-def _buckets_described(buckets: Buckets) -> dict[str, Any]:
+def _buckets_described(buckets: Buckets) -> Description:
     return {"sizes": list(buckets.sizes), "pad": dict(buckets.pad), "dim": buckets.dim}
 
 
@@ -129,7 +131,7 @@ class _Contents:
 
     def __init__(self, call: str) -> None:
         self.call = call
-        self.libraries: list[dict[str, Any]] = []
+        self.libraries: list[Description] = []
         self.devices: set[str] = set()
         self._files: dict[str, bytes] = {}
         self._known: dict[Any, int] = {}
@@ -140,7 +142,10 @@ class _Contents:
         if found.key not in self._known:
             kinds = {x.device.type for x in inputs}
             if odd := kinds - set(_DEVICES):
-                raise ValueError(f"{self.call}: torch makes such files for CPUs and CUDA, and the state is on {odd}.")
+                raise ValueError(
+                    f"{self.call}: torch makes such files for CPUs and CUDA, and the state is on"
+                    f" {', '.join(sorted(odd))}. Call `tfn.jit(step)` in each process."
+                )
             self.devices |= kinds
             number = self._known[found.key] = len(self.libraries)
             device = next((str(x.device) for x in inputs if x.device.type == "cuda"), "cpu")
@@ -157,7 +162,7 @@ class _Contents:
             self._constants.append(value)
         return number
 
-    def constants_described(self) -> list[dict[str, Any]]:
+    def constants_described(self) -> list[Description]:
         """Describe the constants, in order."""
         return [{"device": str(x.device), "stride": list(x.stride())} for x in self._constants]
 
@@ -180,7 +185,7 @@ def _renamed(file: Path, number: int) -> str:
 class _Captured(NamedTuple):
     """A program for one kind of arguments: its description, and what its graph returns, without values."""
 
-    entry: dict[str, Any]
+    entry: Description
     found: Trace
     fakes: list[Tensor]
 
@@ -207,7 +212,7 @@ class _Recorder:
             self._known[key] = captured._replace(entry={"arguments": arguments, "leaves": kinds, **captured.entry})
         return _result(self._known[key], leaves)
 
-    def _captured(self, args: tuple[Any, ...], leaves: list[Any], form: Structure) -> _Captured:
+    def _captured(self, args: Arguments, leaves: Leaves, form: Structure) -> _Captured:
         call, contents = self.contents.call, self.contents
         donated = form.children[0].places(False) if self.program.donate else []  # type: ignore[union-attr]
         module = getattr(args[0], "module", None)
@@ -226,7 +231,7 @@ class _Recorder:
         library = contents.library(found, inputs, self.program.settings)
         return _Captured({**entry, "library": library}, found, fakes)
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> Description:
         """Describe the program, once it was called."""
         entries = [captured.entry for captured in self._known.values()]
         return {"name": self.program.name, "donate": self.program.donate, "entries": entries}
@@ -234,7 +239,7 @@ class _Recorder:
 
 def _result(captured: _Captured, leaves: Sequence[Any]) -> Any:
     """Return the function's result, with empty tensors for those that it computes."""
-    new: list[Any] = []
+    new: Leaves = []
     for output in captured.found.outputs:
         if output.kind == "graph":
             fake = captured.fakes[output.place]

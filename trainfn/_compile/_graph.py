@@ -93,14 +93,14 @@ def canonical(graph: fx.GraphModule) -> Hashable:
     return tuple(rows)
 
 
-def _kind(value: Any) -> tuple[Hashable, ...]:
+def _kind(value: object) -> tuple[Hashable, ...]:
     if not isinstance(value, Tensor):
         return (str(value),)
     sizes = (tuple(str(n) for n in value.shape), tuple(str(n) for n in value.stride()), str(value.storage_offset()))
     return (*sizes, value.dtype, value.device, value.requires_grad, value.layout)
 
 
-def _plain(value: Any, numbers: dict[fx.Node, int]) -> Hashable:
+def _plain(value: object, numbers: dict[fx.Node, int]) -> Hashable:
     if isinstance(value, fx.Node):
         return ("node", numbers[value])
     if isinstance(value, list | tuple):

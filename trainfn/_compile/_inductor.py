@@ -17,13 +17,15 @@ from trainfn._compile._atoms import inputs, owner
 from trainfn._compile._blocks import assemble, pieces
 from trainfn._compile._leafwise import leafwise
 from trainfn._compile._onefile import few_files
+from trainfn._compile._structure import Function
 from trainfn._compile._twins import merge_twins
 
 _COPY: Any = torch.ops.aten.copy_.default
-_ONE = threading.Lock()  # `few_files` holds for the whole process
+# `few_files` replaces functions of inductor for the whole process, so one thread compiles at a time. The others wait.
+_ONE = threading.Lock()
 
 
-def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
+def compile_graph(graph: fx.GraphModule) -> Function:
     """Compile a flat graph (see `cut`) with inductor, equal parts once and all C++ in a few files.
 
     Some versions of inductor have faults in the kernels that combine the leaves of a list. A graph that fails is
@@ -31,7 +33,7 @@ def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
     """
     examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     key = _recipes.key_of(graph, examples)
-    ways: list[Callable[[], Callable[..., Any]]] = [
+    ways: list[Callable[[], Function]] = [
         lambda: _recipes.follow(key),
         lambda: _in_pieces(graph, key),
         lambda: _in_pieces(_without_lists(graph), key),
@@ -85,6 +87,7 @@ def _by_the_front_door(module: fx.GraphModule, examples: list[Tensor]) -> _recip
     from torch._inductor.compile_fx import compile_fx
 
     module, count = _seeds_kept(module)
+    # `view` raises where strides do not allow it, and `reshape` copies there.
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default  # a decomposition may give other strides
     module.recompile()
@@ -157,6 +160,8 @@ def _writes_last(module: fx.GraphModule) -> bool:
 
 
 def _past_autograd(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Any]]:
+    # AOTAutograd would trace the graph twice more, for a backward pass and for writes. The backward pass is in the
+    # graph already, and writes are at its end.
     from torch._dispatch.python import enable_python_dispatcher
     from torch._guards import detect_fake_mode
     from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
@@ -169,6 +174,7 @@ def _past_autograd(module: fx.GraphModule, examples: list[Tensor]) -> Callable[[
         device = next((t.device for t in examples if t.device.type != "cpu"), torch.device("cpu"))
         graph = _recursive_joint_graph_passes(graph, input_device=device)
         out = next(iter(reversed(graph.graph.nodes)))
+        # Inductor may choose other strides for what nobody sees. The next state must have those of this one.
         out.meta["user_visible_output_idxs"] = [n for n, x in enumerate(out.args[0]) if isinstance(x, fx.Node)]
         compiled: Any = compile_fx_inner(graph, examples, is_inference=True)
     return compiled
@@ -194,6 +200,7 @@ def _decomposed(module: fx.GraphModule, examples: list[Tensor]) -> fx.GraphModul
         graph = make_fx(functional, table, _allow_non_fake_inputs=True)(*examples)
     merge_twins(graph.graph)
     out = next(iter(reversed(graph.graph.nodes)))
+    # The writes into the old state go to the end: inductor may then put any read of it where it likes.
     for node in list(graph.graph.nodes):
         if node.target is _COPY and node.args[0].op == "placeholder":
             out.prepend(node)

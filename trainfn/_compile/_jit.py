@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,6 +20,7 @@ from trainfn._compile._launch import Launches
 from trainfn._compile._program import Program
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import Dynamic, check_dynamic
+from trainfn._compile._structure import Function
 from trainfn._compile._warm import Warm, check_warm
 from trainfn._module import check_whole
 from trainfn._reached import without_late
@@ -32,7 +33,7 @@ class Compiled:
 
     def __init__(
         self,
-        step: Callable[..., Any],
+        step: Function,
         settings: Settings,
         *,
         donate: bool,
@@ -113,7 +114,7 @@ class Compiled:
         return f"Compiled({self.step!r}, {self.explain()})"
 
 
-def _programs(step: Callable[..., Any], settings: Settings, donate: bool) -> list[Program]:
+def _programs(step: Function, settings: Settings, donate: bool) -> list[Program]:
     """Return the programs of a step: its two parts under accumulation, or all of it."""
     if isinstance(step, TrainStep) and step.accumulate != 1:
         exact = dataclasses.replace(settings, dynamic=None)
@@ -126,7 +127,7 @@ def _programs(step: Callable[..., Any], settings: Settings, donate: bool) -> lis
     return [Program(step, settings, donate=donate, name=getattr(step, "__name__", "step").strip("<>"))]
 
 
-def _joined(step: Callable[..., Any], parts: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+def _joined(step: Function, parts: Sequence[Function]) -> Function:
     """Return the step that is made of these parts."""
     if len(parts) == 1:
         return parts[0]
@@ -135,11 +136,11 @@ def _joined(step: Callable[..., Any], parts: Sequence[Callable[..., Any]]) -> Ca
 
 
 def jit(
-    step: Callable[..., Any],
+    step: Function,
     *,
     compile: bool = True,
     donate: bool = False,
-    backend: str | Callable[..., Any] = "inductor",
+    backend: str | Function = "inductor",
     mode: str | None = None,
     dynamic: Dynamic = None,
     options: dict[str, Any] | None = None,
@@ -192,11 +193,20 @@ def jit(
     0
     """
     if isinstance(step, Compiled):
-        raise TypeError("jit(step): this step is compiled already; `step.step` is the one inside.")
+        raise TypeError(
+            "jit(step): this step is compiled already. Call it as it is; or compile the one inside with other options,"
+            " `jit(step.step, ...)`."
+        )
     if not callable(step):
-        raise TypeError(f"jit(step) takes a function (state, batch) -> (state, metrics), not {type(step).__name__}.")
+        raise TypeError(
+            f"jit(step) takes a function (state, batch) -> (state, metrics), not {type(step).__name__}. Write"
+            " `jit(tfn.train_step(loss, optimizer))`."
+        )
     if max_graphs < 1:
-        raise ValueError(f"jit(step, max_graphs={max_graphs}): at least one graph is needed.")
+        raise ValueError(
+            f"jit(step, max_graphs={max_graphs}): a step can't run without at least one graph. Write `max_graphs=1` for"
+            " one shape of batches, or leave it out."
+        )
     check_dynamic(dynamic)
     check_warm(warm, backend, dynamic)
     settings = Settings(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainfn._compile._outside import environment
-from trainfn._compile._structure import Structure, flatten
+from trainfn._compile._structure import Function, Leaves, Structure, flatten
 
 _WARM = 2  # calls before the recording: the first compiles, the second lets libraries allocate what they need
 _MOST = 2  # recordings; each keeps its state's memory alive
@@ -63,7 +63,7 @@ class Launches:
 
     def __init__(
         self,
-        run: Callable[..., Any],
+        run: Function,
         programs: Sequence[Any],
         *,
         donate: bool,
@@ -117,7 +117,7 @@ def _twin(x: Tensor) -> Tensor:
 class Recording:
     """The kernels of one step on one state's memory."""
 
-    def __init__(self, launches: Launches, form: Structure, leaves: list[Any], donated: list[bool]) -> None:
+    def __init__(self, launches: Launches, form: Structure, leaves: Leaves, donated: list[bool]) -> None:
         self.form = form
         every = [*donated, *[False] * (len(leaves) - len(donated))]
         self.fixed = [x for x, yes in zip(leaves, every, strict=True) if yes]
@@ -130,7 +130,7 @@ class Recording:
         self._entries = [entry for program in launches.programs for entry in program.entries()]
         self._out, self._flat = self._recorder.record(lambda: self._recorded(launches.run, given))
 
-    def _recorded(self, run: Callable[..., Any], given: list[Any]) -> tuple[Any, dict[Any, Tensor]]:
+    def _recorded(self, run: Function, given: Leaves) -> tuple[Any, dict[Any, Tensor]]:
         """Run, and put the small outputs of each dtype side by side."""
         new, self._result = flatten(run(*self.form.build(iter(given))))
         places = {id(x): i for i, x in enumerate(self.fixed)}
@@ -142,12 +142,12 @@ class Recording:
         self._small = small
         return new, {dtype: torch.cat([new[i].reshape(-1) for i in at]) for dtype, at in small.items()}
 
-    def valid(self, fixed: list[Any]) -> bool:
+    def valid(self, fixed: Leaves) -> bool:
         """Return whether this is the recorded memory, and nothing that was fixed by the capture has changed."""
         same = len(fixed) == len(self.fixed) and all(map(is_, fixed, self.fixed))
         return same and all(entry.outside.unchanged() or not entry.outside.changes() for entry in self._entries)
 
-    def launch(self, state: Any, leaves: list[Any]) -> Any:
+    def launch(self, state: Any, leaves: Leaves) -> Any:
         """Copy in, launch, copy out."""
         torch._foreach_copy_(self._inputs, [leaves[i] for i in self._moving])
         self._recorder.launch()

@@ -88,7 +88,7 @@ def _of_one_leaf(node: fx.Node, everywhere: bool) -> OpOverload | None:
     return getattr(single, overload, None) if single is not None and overload is not None else None
 
 
-def _on_cpu(tensors: Any) -> bool:
+def _on_cpu(tensors: object) -> bool:
     """Whether a list is of the processor's tensors. For a GPU inductor makes one kernel of a list: it stays whole."""
     return isinstance(tensors, list | tuple) and all(t.meta["val"].device.type == "cpu" for t in tensors)
 

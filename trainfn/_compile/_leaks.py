@@ -6,7 +6,7 @@ whatever uses it later gets an error that names the place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -38,10 +38,12 @@ class Leaked:
         raise LeakedError(self._message())
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_function__(
+        cls, func: object, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> NoReturn:
         """Refuse."""
         found = next((a for a in _all((*args, *(kwargs or {}).values())) if isinstance(a, Leaked)), None)
-        raise LeakedError(found._message() if found is not None else "a tensor of an earlier trace was used.")
+        raise LeakedError((found or Leaked("A tensor that is used here"))._message())
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
     __matmul__ = __rmatmul__ = __pow__ = __getitem__ = __len__ = __float__ = __int__ = __bool__ = __iter__ = _refuse
@@ -50,14 +52,14 @@ class Leaked:
         return "<a tensor of a captured step>"
 
 
-def _all(values: Iterable[Any]) -> Iterable[Any]:
+def _all(values: Iterable[object]) -> Iterable[object]:
     for value in values:
         yield value
         if isinstance(value, list | tuple):
             yield from _all(value)
 
 
-def seal(changes: Iterable[Change], mode: Any) -> list[str]:
+def seal(changes: Iterable[Change], mode: object) -> list[str]:
     """Put `Leaked` in the place of each tensor that a trace left behind; return what these places are called."""
     found: list[str] = []
     for change in changes:
@@ -80,7 +82,7 @@ def seal(changes: Iterable[Change], mode: Any) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _sealed(value: Any, name: str, mode: Any) -> Any:
+def _sealed(value: Any, name: str, mode: object) -> Any:
     if _is_fake(value, mode):
         return Leaked(name)
     if type(value) in (list, tuple):
@@ -101,10 +103,10 @@ def undo(changes: Iterable[Change]) -> None:
                 holder[key] = change.old
 
 
-def _is_fake(value: Any, mode: Any) -> bool:
+def _is_fake(value: object, mode: object) -> bool:
     return isinstance(value, Tensor) and getattr(value, "fake_mode", None) is mode
 
 
-def _contains_fake(value: Any, mode: Any) -> bool:
+def _contains_fake(value: object, mode: object) -> bool:
     items = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else ()
     return _is_fake(value, mode) or any(_contains_fake(item, mode) for item in items)

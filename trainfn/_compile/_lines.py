@@ -114,12 +114,12 @@ class Lines(TorchFunctionMode):
         named = {} if modules is None else dict(modules.named_modules())
         names = {id(module): name for name, module in named.items()}
 
-        def enter(module: nn.Module, *_: Any) -> None:
+        def enter(module: nn.Module, *_: object) -> None:
             if id(module) in names:
                 self._stack.append((names[id(module)], type(module)))
                 self._tell()
 
-        def leave(module: nn.Module, *_: Any) -> None:
+        def leave(module: nn.Module, *_: object) -> None:
             if id(module) in names and self._stack:
                 self._stack.pop()
                 self._tell()

@@ -86,7 +86,7 @@ class _Files:
 
     def __init__(self) -> None:
         self._pending: dict[tuple[tuple[str, ...], str], _Kernel] = {}
-        self._libraries: list[tuple[list[_Kernel], Callable[[], Any]]] = []
+        self._libraries: list[tuple[list[_Kernel], Callable[[], object]]] = []
         self._pool = ThreadPoolExecutor(2)
 
     def add(self, argtypes: list[str], source: str) -> _Kernel:
@@ -164,7 +164,7 @@ def few_files() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Generator[None]:
+def _patched(owner: object, name: str, value: object) -> Generator[None]:
     old = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -6,7 +6,7 @@ close over, the hooks, autocast. `Outside` remembers these by identity, and look
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
 from itertools import chain
 from operator import attrgetter, call, is_, itemgetter
@@ -32,7 +32,8 @@ _READ = tuple(ENVIRONMENT.values())
 _TRAINS = attrgetter("requires_grad")
 
 
-def environment() -> tuple[Any, ...]:
+# Read at every call of a step, so there are few. A setting of torch that is not here is not noticed when it changes.
+def environment() -> tuple[Hashable, ...]:
     """Return what torch's own settings are now: a step is captured again for other ones."""
     return tuple(map(call, _READ))
 
@@ -50,8 +51,8 @@ class Change(NamedTuple):
 
     name: str
     place: tuple[int, Any]
-    old: Any
-    new: Any
+    old: object
+    new: object
     holder: Any = None
 
     def __str__(self) -> str:
@@ -199,15 +200,15 @@ def _values(held: dict[Any, Any]) -> Iterable[Any]:
     return held.values()
 
 
-def _same(now: tuple[Any, ...], then: tuple[Any, ...]) -> bool:
+def _same(now: tuple[object, ...], then: tuple[object, ...]) -> bool:
     return len(now) == len(then) and all(map(_equal, now, then))
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: object, b: object) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}"
     plain = isinstance(value, (*PLAIN, _Absent, tuple))

@@ -21,7 +21,7 @@ from trainfn._compile._outside import Outside, environment
 from trainfn._compile._report import Report
 from trainfn._compile._sizes import Seen, dimensions
 from trainfn._compile._straight import taker
-from trainfn._compile._structure import Misfit, Row, Structure, flatten, structure
+from trainfn._compile._structure import Arguments, Function, Leaves, Misfit, Row, Structure, flatten, structure
 from trainfn._compile._trace import Trace, donation
 from trainfn._dtensor import held, spec_of
 from trainfn._marks import Again
@@ -41,7 +41,7 @@ class Program:
     captured again.
     """
 
-    def __init__(self, fn: Callable[..., Any], settings: Settings, *, donate: bool, name: str) -> None:
+    def __init__(self, fn: Function, settings: Settings, *, donate: bool, name: str) -> None:
         self.fn, self.settings, self.donate, self.name = fn, settings, donate, name
         self.report = Report()
         self._entries: dict[_Signature, list[Entry]] = {}
@@ -51,7 +51,7 @@ class Program:
         self._early: dict[_Signature, Early] = {}
         self.helper: Helper | None = None
         self._signatures: dict[Hashable, int] = {}
-        self._takers: dict[int, Callable[[Any], list[Any]]] = {}
+        self._takers: dict[int, Callable[[Any], Leaves]] = {}
         self._known: Known | None = None
         self._rest: Structure | None = None
         self._rest_number = -1
@@ -60,6 +60,7 @@ class Program:
 
     def __call__(self, state: Any, *rest: Any) -> Any:
         run = self._compiled if self.settings.compile else self._eager
+        # A step computes its gradients itself. Torch's recording would build a graph that nobody uses, at each call.
         if not torch.is_grad_enabled():
             return self._started(run, state, rest)
         torch._C._set_grad_enabled(False)  # as `torch.no_grad` does, in a tenth of its time
@@ -68,7 +69,7 @@ class Program:
         finally:
             torch._C._set_grad_enabled(True)
 
-    def _started(self, run: Callable[[Any, tuple[Any, ...]], Any], state: Any, rest: tuple[Any, ...]) -> Any:
+    def _started(self, run: Callable[[Any, Arguments], Any], state: Any, rest: Arguments) -> Any:
         """Run; once more, if the step asks for another state to start from."""
         try:
             return run(state, rest)
@@ -79,7 +80,7 @@ class Program:
             flatten(state)[1].retire(state)
         return out
 
-    def _eager(self, state: Any, rest: tuple[Any, ...]) -> Any:
+    def _eager(self, state: Any, rest: Arguments) -> Any:
         if not self.donate:
             return self.fn(state, *rest)
         old, form = flatten((state, *rest))
@@ -104,7 +105,7 @@ class Program:
         with torch.no_grad():
             return self._started(self._ahead, state, rest)
 
-    def _ahead(self, state: Any, rest: tuple[Any, ...]) -> Any:
+    def _ahead(self, state: Any, rest: Arguments) -> Any:
         if self.helper is not None:
             leaves, signature = self._signature(state, rest)
             early = self._early.get(signature)
@@ -112,7 +113,7 @@ class Program:
                 self._give(self.helper, (state, *rest), leaves, signature)
         return self._eager(state, rest)
 
-    def _compiled(self, state: Any, rest: tuple[Any, ...]) -> Any:
+    def _compiled(self, state: Any, rest: Arguments) -> Any:
         leaves, signature = self._signature(state, rest)
         entry = self._entry(signature, leaves)
         if entry is None and self._seen is not None:
@@ -130,8 +131,10 @@ class Program:
 
     # --- what kind of arguments these are -----------------------------------------------------------------------------
 
-    def _signature(self, state: Any, rest: tuple[Any, ...]) -> tuple[list[Any], _Signature]:
+    def _signature(self, state: Any, rest: Arguments) -> tuple[Leaves, _Signature]:
         known, leaves = self._known, []
+        # The state is nearly always the one that the last call returned. To see that takes a comparison of identities;
+        # to look at shapes, dtypes and strides takes much longer.
         if known is not None:
             try:
                 leaves = known.take(state)
@@ -145,7 +148,7 @@ class Program:
             number = known.signature
         if self.settings.dynamic and self._seen is None:
             return self._dynamic_signature(leaves, number, rest)
-        others: list[Any] = []
+        others: Leaves = []
         try:
             if self._rest is None:
                 raise Misfit
@@ -154,12 +157,12 @@ class Program:
             others, self._rest = flatten(rest)
             self._rest_number = self._number(self._rest)
         kinds: Hashable = tuple(map(_kind, others))
-        if len(others) > 32:
+        if len(others) > 32:  # a tuple is hashed at every call; the number of a long one is quicker
             kinds = self._number((self._rest_number, kinds))
         leaves += others
         return leaves, (number, self._rest_number, kinds, environment())
 
-    def _look_at(self, state: Any) -> tuple[list[Any], int]:
+    def _look_at(self, state: Any) -> tuple[Leaves, int]:
         """Return the leaves of a state that no program returned, and the number of their kinds."""
         leaves, form = flatten(state)
         if self.donate:
@@ -173,17 +176,15 @@ class Program:
             self._known = Known(take, leaves[:at], leaves[at], leaves[at + 1 :], number)
         return leaves, number
 
-    def _entry(self, signature: _Signature, leaves: list[Any]) -> Entry | None:
+    def _entry(self, signature: _Signature, leaves: Leaves) -> Entry | None:
         return next((e for e in self._entries.get(signature, ()) if e.holds is None or e.fits(leaves)), None)
 
-    def _dimensions(self, form: Structure, leaves: list[Any]) -> dict[int, tuple[int, ...]]:
+    def _dimensions(self, form: Structure, leaves: Leaves) -> dict[int, tuple[int, ...]]:
         if self._seen is not None:
             return self._seen.dimensions(form, leaves)
         return dimensions(self.settings.dynamic, form, leaves)
 
-    def _dynamic_signature(
-        self, leaves: list[Any], state: Hashable, rest: tuple[Any, ...]
-    ) -> tuple[list[Any], _Signature]:
+    def _dynamic_signature(self, leaves: Leaves, state: Hashable, rest: Arguments) -> tuple[Leaves, _Signature]:
         others, form = flatten(rest)
         dims = self._dimensions(_batch_first(form), others)
         kinds = [_kind(x) if i not in dims else _dynamic_kind(x, dims[i]) for i, x in enumerate(others)]
@@ -192,7 +193,7 @@ class Program:
     def _number(self, kinds: Hashable) -> int:
         return self._signatures.setdefault(kinds, len(self._signatures))
 
-    def _remember(self, entry: Entry, head: list[Any], middle: list[Any], tail: list[Any]) -> None:
+    def _remember(self, entry: Entry, head: Leaves, middle: Leaves, tail: Leaves) -> None:
         assert entry.take is not None
         if entry.signature is None:
             form = entry.trace.structure.children[0]  # type: ignore[union-attr]
@@ -214,7 +215,7 @@ class Program:
 
     # --- a new kind ---------------------------------------------------------------------------------------------------
 
-    def _give(self, helper: Helper, args: tuple[Any, ...], leaves: list[Any], signature: _Signature) -> None:
+    def _give(self, helper: Helper, args: Arguments, leaves: Leaves, signature: _Signature) -> None:
         with self.report.timing():
             found, outside = self._traced(args, leaves, [])
             self._shapes.setdefault(_key(found), _shapes(args[1:]))
@@ -222,7 +223,7 @@ class Program:
             if not is_built(found, self.settings):
                 helper.give(_key(found), lambda: order(found, self.settings))
 
-    def _enter(self, entry: Entry | None, args: tuple[Any, ...], leaves: list[Any], signature: _Signature) -> Entry:
+    def _enter(self, entry: Entry | None, args: Arguments, leaves: Leaves, signature: _Signature) -> Entry:
         changes = [] if entry is None else entry.outside.changes()
         if entry is not None and not changes and not entry.stale():
             return entry  # the same values in other objects
@@ -230,6 +231,7 @@ class Program:
             made = self._made_early(args, leaves, signature)
             if made is None:
                 made = self._made(args, leaves, [str(change) for change in changes])
+        # What was compiled for the old value of something outside can't be used again, and holds the old module alive.
         self._prune(entry, changed=bool(changes))
         self._entries.setdefault(signature, []).append(made)
         while len(self._entries) > _MOST_KINDS:
@@ -241,17 +243,17 @@ class Program:
         for entries in self._entries.values():
             entries[:] = [e for e in entries if e is not entry and not (changed and e.outside.changes())]
 
-    def _made_early(self, args: tuple[Any, ...], leaves: list[Any], signature: _Signature) -> Entry | None:
+    def _made_early(self, args: Arguments, leaves: Leaves, signature: _Signature) -> Entry | None:
         early = self._early.pop(signature, None)
         if early is None or not early.holds():
             return None
         early.helper.wait(_key(early.found))
         return self._built(early.found, early.outside, args, leaves)
 
-    def _made(self, args: tuple[Any, ...], leaves: list[Any], changes: list[str]) -> Entry:
+    def _made(self, args: Arguments, leaves: Leaves, changes: list[str]) -> Entry:
         return self._built(*self._traced(args, leaves, changes), args, leaves)
 
-    def _traced(self, args: tuple[Any, ...], leaves: list[Any], changes: list[str]) -> tuple[Trace, Outside]:
+    def _traced(self, args: Arguments, leaves: Leaves, changes: list[str]) -> tuple[Trace, Outside]:
         """Capture, within the budget."""
         found, outside = self._captured(args, leaves, structure(args))
         self.report.traces += 1
@@ -259,7 +261,7 @@ class Program:
             raise self._over_budget(_shapes(args[1:]), changes)
         return found, outside
 
-    def _built(self, found: Trace, outside: Outside, args: tuple[Any, ...], leaves: list[Any]) -> Entry:
+    def _built(self, found: Trace, outside: Outside, args: Arguments, leaves: Leaves) -> Entry:
         key = _key(found)
         if key not in self._programs:
             inputs = [held(leaves[i]) for i in found.inputs] + found.constants
@@ -269,7 +271,7 @@ class Program:
             self.report.shapes.append(f"{self.name}({shown})")
         return Entry(found, self._programs[key], outside, structure(args), donating=self.donate)
 
-    def _captured(self, args: tuple[Any, ...], leaves: list[Any], form: Structure) -> tuple[Trace, Outside]:
+    def _captured(self, args: Arguments, leaves: Leaves, form: Structure) -> tuple[Trace, Outside]:
         donated = self._donated(form) if self.donate else []
         module = getattr(args[0], "module", None)
         dynamic = self._dimensions(form, leaves)
@@ -313,7 +315,7 @@ def _set(variable: ContextVar[Any], value: Any) -> Generator[None]:
         variable.reset(token)
 
 
-def _separate(donated: list[bool], leaves: list[Any]) -> None:
+def _separate(donated: list[bool], leaves: Leaves) -> None:
     """Let no two donated leaves share memory: each is overwritten with its own new value."""
     seen: set[int] = set()
     for i, yes in enumerate(donated):
@@ -333,7 +335,7 @@ def _dynamic_kind(x: Tensor, dims: tuple[int, ...]) -> Hashable:
     return (tuple(None if d in vary else n for d, n in enumerate(x.shape)), x.dtype, x.device, x.requires_grad)
 
 
-def _kind(x: Any) -> Hashable:
+def _kind(x: object) -> Hashable:
     """All that Python can see of a leaf."""
     if isinstance(x, Tensor):
         kind = (x.shape, x.dtype, x.device, x.stride(), x.requires_grad)
@@ -350,7 +352,7 @@ def _kind(x: Any) -> Hashable:
     return (type(x), repr(x) if isinstance(x, float | complex) else x)
 
 
-def _shapes(args: tuple[Any, ...]) -> dict[str, str]:
+def _shapes(args: Arguments) -> dict[str, str]:
     batch = args[0] if args else None
     return {
         f"batch[{name!r}]" if name else "batch": f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"

@@ -51,7 +51,7 @@ class Reach:
         self.hooks: list[tuple[dict[Any, Any], str]] = []
         self._called: set[str] = set()  # names in our own code: methods that it may call
         self._objects: dict[int, tuple[Any, str]] = {}
-        self._seen: dict[int, Any] = {}  # keeps them alive, or an id could become another object's
+        self._seen: dict[int, object] = {}  # keeps them alive, or an id could become another object's
         if module is not None:
             self._module(module, type(module).__name__)
         for root in roots:
@@ -187,7 +187,7 @@ def _names_of(kind: type) -> frozenset[str]:
     return frozenset(found)
 
 
-def _function_of(value: Any) -> types.FunctionType | None:
+def _function_of(value: object) -> types.FunctionType | None:
     """The function behind a method, a static one, a property."""
     value = value.fget if isinstance(value, property) else getattr(value, "func", value)
     value = getattr(value, "__wrapped__", getattr(value, "__func__", value))

@@ -14,7 +14,7 @@ from trainfn._compile._structure import Structure, leaf_names
 Dynamic = bool | Sequence[int] | Mapping[str, Sequence[int]] | Literal["auto"] | None
 
 
-def check_dynamic(dynamic: Any) -> None:
+def check_dynamic(dynamic: object) -> None:
     """Raise if ``dynamic`` declares no dimensions."""
     ints = isinstance(dynamic, Sequence) and not isinstance(dynamic, str) and all(isinstance(d, int) for d in dynamic)
     if dynamic in (None, "auto") or isinstance(dynamic, bool | Mapping) or ints:
@@ -39,7 +39,10 @@ def dimensions(dynamic: Dynamic, form: Structure, leaves: Sequence[Any]) -> dict
     if isinstance(dynamic, Mapping):
         unknown = sorted(set(dynamic) - set(batch))
         if unknown:
-            raise ValueError(f"jit(step, dynamic=...) names {unknown}, and the batch has {sorted(batch)}.")
+            raise ValueError(
+                f"jit(step, dynamic=...) names {unknown}, and the batch has {sorted(batch)}. Only a dimension of these"
+                " can vary. Write their names, or `dynamic=True` for all of them."
+            )
         wanted = {batch[name]: tuple(dims) for name, dims in dynamic.items()}
     else:
         wanted = {i: tuple(range(8)) if dynamic is True else tuple(dynamic) for i in batch.values()}

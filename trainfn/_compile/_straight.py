@@ -8,10 +8,10 @@ from typing import Any
 import optree
 
 from trainfn._compile._donate import DONATED
-from trainfn._compile._structure import Dict, Leaf, Misfit, Other, Row, Structure
+from trainfn._compile._structure import Dict, Leaf, Leaves, Misfit, Other, Row, Structure
 
 
-def taker(form: Structure) -> Callable[[Any], list[Any]]:
+def taker(form: Structure) -> Callable[[Any], Leaves]:
     """Return a function that lists the leaves of a tree. Whether they are leaves, it does not look.
 
     It raises `Misfit` for a tree of other containers.
@@ -65,6 +65,7 @@ class _Code:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
+        # `tuple.__new__` makes a NamedTuple without its own `__new__`, which is a function in Python.
         self._scope: dict[str, Any] = {"Misfit": Misfit, "optree": optree, "DONATED": DONATED, "new": tuple.__new__}
 
     def function(self, arguments: str, result: str) -> Any:

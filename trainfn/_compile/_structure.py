@@ -6,7 +6,7 @@ it sorts the names of every dict. A structure that is known already needs 20.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,12 +15,16 @@ from torch import Tensor
 
 from trainfn._compile._donate import DONATED
 
+Leaves = list[Any]  # of a tree, in order: tensors, numbers, strings
+Arguments = tuple[Any, ...]  # of a call: a state, a batch, and more
+Function = Callable[..., Any]  # the user's step, or what stands for it
+
 
 class Misfit(Exception):
     """A tree does not have the structure that it was taken apart by."""
 
 
-def check_leaf(value: Any) -> None:
+def check_leaf(value: object) -> None:
     """Raise if a container, or None, stands where a leaf was."""
     if not isinstance(value, Tensor) and not isinstance(structure(value), Leaf):
         raise Misfit
@@ -31,7 +35,7 @@ class Leaf(NamedTuple):
 
     size = 1
 
-    def flatten(self, tree: Any, out: list[Any]) -> None:
+    def flatten(self, tree: Any, out: Leaves) -> None:
         """Add the leaf to the list."""
         check_leaf(tree)
         out.append(tree)
@@ -52,15 +56,17 @@ class Dict(NamedTuple):
     """A dict; ``children`` is empty where every value is a leaf."""
 
     names: tuple[Any, ...]
-    children: tuple[Any, ...]
+    children: tuple[Structure, ...]
     size: int
 
-    def flatten(self, tree: Any, out: list[Any]) -> None:
+    def flatten(self, tree: Any, out: Leaves) -> None:
         """Add the leaves to the list; another order of the names is another structure."""
+        # Not a subclass: it may order or make its values in another way.
         if type(tree) is not dict or tuple(tree) != self.names:
             raise Misfit
         values = list(tree.values())
         if not self.children:
+            # The kinds are few and the values are many, so the kinds are looked at.
             if not all(issubclass(kind, Tensor) for kind in set(map(type, values))):
                 for value in values:
                     check_leaf(value)
@@ -94,11 +100,11 @@ class Dict(NamedTuple):
 class Row(NamedTuple):
     """A list, a tuple or a NamedTuple."""
 
-    kind: type
-    children: tuple[Any, ...]
+    kind: type[Any]
+    children: tuple[Structure, ...]
     size: int
 
-    def flatten(self, tree: Any, out: list[Any]) -> None:
+    def flatten(self, tree: Any, out: Leaves) -> None:
         """Add the leaves to the list."""
         if type(tree) is not self.kind or len(tree) != len(self.children):
             raise Misfit
@@ -127,10 +133,10 @@ class Row(NamedTuple):
 class Other(NamedTuple):
     """A container that optree knows and we do not."""
 
-    spec: Any
+    spec: optree.PyTreeSpec
     size: int
 
-    def flatten(self, tree: Any, out: list[Any]) -> None:
+    def flatten(self, tree: Any, out: Leaves) -> None:
         """Add the leaves to the list."""
         leaves, spec = optree.tree_flatten(tree)
         if spec != self.spec:
@@ -170,10 +176,10 @@ def structure(tree: Any) -> Structure:
     return Leaf() if spec.is_leaf() else Other(spec, spec.num_leaves)
 
 
-def flatten(tree: Any) -> tuple[list[Any], Structure]:
+def flatten(tree: Any) -> tuple[Leaves, Structure]:
     """Return the leaves of a tree and its structure."""
     found = structure(tree)
-    leaves: list[Any] = []
+    leaves: Leaves = []
     found.flatten(tree, leaves)
     return leaves, found
 

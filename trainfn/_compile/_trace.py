@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from trainfn._compile._donate import check_result, check_same, overwrite
 from trainfn._compile._graph import canonical, lift_constants, name_inputs
 from trainfn._compile._lines import Lines
-from trainfn._compile._structure import Structure, flatten, leaf_names, structure
+from trainfn._compile._structure import Function, Leaves, Structure, flatten, leaf_names, structure
 from trainfn._dtensor import Spec, held, spec_of
 
 
@@ -72,7 +72,7 @@ class Trace:
 class _Run:
     """The function as `make_fx` sees it: flat tensors in, flat tensors out."""
 
-    def __init__(self, fn: Callable[..., Any], leaves: Sequence[Any], form: Structure, donated: list[bool]) -> None:
+    def __init__(self, fn: Function, leaves: Sequence[Any], form: Structure, donated: list[bool]) -> None:
         self.fn, self.leaves, self.structure, self.donated = fn, leaves, form, donated
         self.inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.layouts = {i: spec_of(leaves[i]) for i in self.inputs}
@@ -91,7 +91,9 @@ class _Run:
             overwrite(self.donated, leaves, new)
         return self._flat(leaves, new)
 
-    def _flat(self, old: list[Any], new: list[Any]) -> list[Tensor]:
+    def _flat(self, old: Leaves, new: Leaves) -> list[Tensor]:
+        # The first place of a tensor counts. An output that is an input is passed through by the caller.
+        # It is not an output of the graph, where inductor would copy it.
         places = {id(leaf): i for i, leaf in reversed(list(enumerate(old))) if isinstance(leaf, Tensor)}
         self.outputs, tensors = [], list[Tensor]()
         for leaf in new:
@@ -106,7 +108,7 @@ class _Run:
         return tensors
 
 
-def donation(donated: list[bool], given: Structure, old: Sequence[Any], out: Any) -> list[Any]:
+def donation(donated: list[bool], given: Structure, old: Sequence[Any], out: Any) -> Leaves:
     """Return the leaves of a donating step's result.
 
     Raises:
@@ -119,7 +121,7 @@ def donation(donated: list[bool], given: Structure, old: Sequence[Any], out: Any
 
 
 def trace(
-    fn: Callable[..., Any],
+    fn: Function,
     leaves: Sequence[Any],
     form: Structure,
     *,
@@ -144,6 +146,7 @@ def trace(
     lines = lines or Lines()
     try:
         with _conditions(mode), lines.recorded(modules):
+            # Tensors that the function reads from outside its arguments are real. They become inputs below.
             graph = make_fx(run, _allow_non_fake_inputs=True)(*fakes)
     finally:
         torch.clear_autocast_cache()  # autocast may have cached low-precision copies of fake parameters

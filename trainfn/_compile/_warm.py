@@ -19,7 +19,7 @@ from trainfn._types import TrainState
 EAGER_STEPS = 100  # of ``warm="eager"``
 
 
-def check_warm(warm: Any, backend: Any, dynamic: Any) -> None:
+def check_warm(warm: object, backend: object, dynamic: object) -> None:
     """Raise if ``warm`` does not say how many steps are eager, or if a second process can't compile for this one."""
     if warm is None:
         return
@@ -96,7 +96,7 @@ class Warm:
         except (OSError, TypeError) as error:  # `sys.executable` may be None
             warnings.warn(
                 f"jit(step, warm={self.until}): a second process could not be started: {error}. This one compiles the"
-                " step, after the eager ones.",
+                " step, after the eager ones. If it happens in each run, leave out `warm=`.",
                 stacklevel=4,
             )
             return

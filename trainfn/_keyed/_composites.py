@@ -36,10 +36,20 @@ def _composite(function: Any) -> Callable[..., Any]:
     return run
 
 
+def _attention(function: Any) -> Callable[..., Any]:
+    """Attention of tensors in any order: its weights have the rows in dimension 0."""
+    inner = _composite(function)
+
+    def run(d: Any, *args: Any, **kwargs: Any) -> Any:
+        by_rows = getattr(d, "by_rows", None)
+        return inner(d, *args, **kwargs) if by_rows is None else by_rows(lambda: inner(d, *args, **kwargs))
+
+    return run
+
+
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     function: _composite(function)
     for function in (
-        F.multi_head_attention_forward,
         F.triplet_margin_with_distance_loss,
         torch.svd_lowrank,
         torch.pca_lowrank,
@@ -49,4 +59,4 @@ COMPOSITES: dict[Any, Callable[..., Any]] = {
         torch.autograd.backward,
         Tensor.backward,
     )
-}
+} | {F.multi_head_attention_forward: _attention(F.multi_head_attention_forward)}

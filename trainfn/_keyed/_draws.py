@@ -13,13 +13,14 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from trainfn import random
 from trainfn._keyed._composites import COMPOSITES
 from trainfn._keyed._functions import HANDLERS
 from trainfn._keyed._generators import check_unused, restored
+from trainfn._keyed._rows import Doubts, rows_first
 from trainfn._keyed._vmap import batch_levels, batched
 
 _REROUTED = {**HANDLERS, **COMPOSITES}
@@ -68,8 +69,17 @@ class Draws(TorchFunctionMode):
         drew: Whether there were any.
     """
 
-    def __init__(self, key: Tensor, rows: int, first_row: Tensor | int) -> None:
+    def __init__(
+        self,
+        key: Tensor,
+        rows: int,
+        first_row: Tensor | int,
+        doubts: Doubts | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
         super().__init__()
+        # Only a part of a batch has the number of its first row as a tensor: a batch that is not split needs no rows.
+        self._doubts, self._module = doubts if isinstance(first_row, Tensor) else None, module
         self.key, self.rows, self.first_row = key, rows, first_row
         self.drew = False
         self._keys = random.fold_in(key, torch.arange(1, _KEYS + 1, dtype=torch.int64, device=key.device))
@@ -95,14 +105,34 @@ class Draws(TorchFunctionMode):
     def draw(self, sample: Callable[..., Tensor], shape: Sequence[int], **kwargs: Any) -> Tensor:
         """The next draw: ``sample(key, shape, first=, ...)``, a function of `trainfn.random`."""
         levels = batch_levels(self._keys, self.first_row)
-        return batched(lambda sizes: self._plain(sample, (*sizes, *shape), kwargs), levels)
+        return batched(lambda sizes: self._plain(sample, (*sizes, *shape), len(sizes), kwargs), levels)
 
-    def _plain(self, sample: Callable[..., Tensor], shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _plain(
+        self, sample: Callable[..., Tensor], shape: tuple[int, ...], ahead: int, kwargs: dict[str, Any]
+    ) -> Tensor:
         number = self.count()
         key = self._keys[number - 1] if number <= _KEYS else random.fold_in(self.key, number)
-        if self.rows > 0 and shape and shape[0] % self.rows == 0:
-            return sample(key, shape, first=self.first_row * (math.prod(shape) // self.rows), **kwargs)
+        at = random.ROWS_AT.get()
+        if at is None:
+            return sample(random.fold_in(key, 0), shape, **kwargs)
+        at += ahead if at else 0
+        if self._doubts is not None and at == 0 and self.rows > 0:
+            self._doubts.see(self._module, shape, self.rows)
+        if self.rows > 0 and len(shape) > at and shape[at] % self.rows == 0:
+            first = self.first_row * (math.prod(shape) // self.rows)
+            if at == 0:
+                return sample(key, shape, first=first, **kwargs)
+            return sample(key, rows_first(shape, at), first=first, **kwargs).movedim(0, at)
         return sample(random.fold_in(key, self.first_row), shape, **kwargs)
+
+    def by_rows(self, draw: Callable[[], Tensor]) -> Tensor:
+        """A draw that has its rows in dimension 0 for certain."""
+        doubts, self._doubts, token = self._doubts, None, random.ROWS_AT.set(0)
+        try:
+            return draw()
+        finally:
+            self._doubts = doubts
+            random.ROWS_AT.reset(token)
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype | None, device: Any, **bounds: float) -> Tensor:
         """Uniform numbers."""

@@ -72,7 +72,7 @@ def attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     weights = torch.softmax(scores, dim=-1)
-    return plain_dropout(d, weights, dropout_p) @ value
+    return d.by_rows(lambda: plain_dropout(d, weights, dropout_p)) @ value
 
 
 plain_dropout = dropout_of(lambda x: tuple(x.shape))

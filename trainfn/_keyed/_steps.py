@@ -17,6 +17,7 @@ from torch import Tensor
 from trainfn import random
 from trainfn._keyed import _elsewhere, _generators
 from trainfn._keyed._draws import Draws, rerouted
+from trainfn._keyed._rows import Doubts
 from trainfn._keyed._vmap import functorch
 from trainfn._types import TrainState
 
@@ -39,6 +40,7 @@ class Randomness:
     def __init__(self) -> None:
         # How often it ran since it drew last, by the type of the state, which stands for the module.
         self._quiet: weakref.WeakKeyDictionary[type, int] = weakref.WeakKeyDictionary()
+        self._doubts: weakref.WeakKeyDictionary[type, Doubts] = weakref.WeakKeyDictionary()
         self._elsewhere: weakref.WeakSet[type] = weakref.WeakSet()  # those with draws of NumPy or Python
 
     def __call__(self, state: TrainState, body: Callable[[], T], *, rows: int = 0, first_row: Tensor | int = 0) -> T:
@@ -84,7 +86,10 @@ class Randomness:
                 self._quiet[type(state)] = runs + 1
                 return out
             del out
-        draws = Draws(random.fold_in(state.key, state.step), rows, first_row)
+        doubts = self._doubts.get(type(state))
+        if doubts is None:
+            doubts = self._doubts[type(state)] = Doubts()
+        draws = Draws(random.fold_in(state.key, state.step), rows, first_row, doubts, state.module)
         with rerouted(draws):
             out = body()
         self._quiet[type(state)] = 0 if draws.drew else runs + 1

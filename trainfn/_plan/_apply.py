@@ -88,9 +88,22 @@ def _over_ranks(plan: Layout, state: TrainState, sums: Gradients) -> Gradients:
         flags[i] = 0.0
     reduced = reduce_means(plan, state, {"loss": sums.loss, **sums.metrics, _REACHED: Mean(flags, flags[:1])})
     found = reduced.pop(_REACHED).total > 0
+    if plan.stage >= 2 and missed and not tree.is_traced(state.step):
+        _check_alike(plan, [name for name, i in missed.items() if found[i]])
     grads = {name: _zeros(plan, state.params[name]) if name in missed else g for name, g in sums.grads.items()}
     reached = {name: found[i] for name, i in missed.items()}
     return sums._replace(loss=reduced.pop("loss"), metrics=reduced, buffers={}, grads=grads, reached=reached)
+
+
+def _check_alike(plan: Layout, others: list[str]) -> None:
+    """Raise if other ranks' rows reach parameters that this rank's rows do not: messages have been mixed up."""
+    if others:
+        raise ValueError(
+            f"step(state, batch): the rows of other ranks reach {others[0]!r}, and those of this rank do not"
+            f" ({len(others)} such parameters). With stage={plan.stage} the ranks exchange each gradient as it is"
+            " computed, so all of them must call the same submodules. Take `tfn.Plan.zero(1)` or"
+            " `tfn.Plan.replicated()`; or add 0 times what the other submodules return to the loss."
+        )
 
 
 def update_on(plan: Layout, update: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,7 +34,7 @@ _QUESTIONS = {
         Tensor.register_hook,
         Tensor.register_post_accumulate_grad_hook,
     ),
-    *(Tensor.grad.__set__, Tensor.grad.__delete__),  # pyright: ignore[reportAttributeAccessIssue]
+    *(getattr(Tensor.grad, change) for change in ("__set__", "__delete__")),
     *(Tensor.requires_grad_, Tensor.__len__, Tensor.is_contiguous, Tensor.element_size, torch.is_floating_point),
 }
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]

@@ -15,11 +15,10 @@ from trainfn._ranks._errors import explained
 from trainfn._run._batches import Batches, placed, source
 from trainfn._run._feed import feed_of
 from trainfn._run._nonfinite import Policy, Watch
-from trainfn._run._requests import Requests
 from trainfn._run._session import Session
 from trainfn._types import Callback, Step, StepInfo, Stop, TrainState
 from trainfn.callbacks._plain import callback_of
-from trainfn.process import uninterrupted
+from trainfn.process import Requests, uninterrupted
 
 
 def steps(

@@ -11,10 +11,9 @@ from typing import Any, Self
 from trainfn import tree
 from trainfn._checkpoint import Checkpoints
 from trainfn._run._batches import Batches, start_anywhere
-from trainfn._run._requests import Requests
 from trainfn._types import Callback, StepInfo, TrainState
 from trainfn.callbacks._evaluation import SavedBest
-from trainfn.process import termination
+from trainfn.process import Requests
 
 _OTHER_ROWS = "from here on the steps see other rows than the saved run would have seen"
 # The consequence of a changed entry of the run's description, by the beginning of its name.
@@ -64,7 +63,7 @@ class Session:
         """Lock the folder, and take note of SIGTERM, which a run with checkpoints answers by a save."""
         if self.checkpoints is not None:
             self._stack.enter_context(self.checkpoints)  # first, so that it is left last: it waits for the last save
-            self.requests.sigterm = self._stack.enter_context(termination())
+            self._stack.enter_context(self.requests.termination())
         return self
 
     def __exit__(

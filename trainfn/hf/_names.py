@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from typing import NoReturn, TypeVar
 
 from trainfn.errors import nearest
 
 T = TypeVar("T")
+_CHECKED: weakref.WeakSet[type] = weakref.WeakSet()  # the classes of which `check_overrides` has warned
 _RANKS = "Pass `TrainingArguments(fsdp=...)` or `parallelism_config=...`: the step sums the gradients of all ranks"
 _LOOP = "Override `train`, or write a callback with `on_step_begin`, `on_step_end` or `on_epoch_end`"
 _GRADIENTS = (
@@ -89,8 +91,9 @@ def check_overrides(cls: type, base: type) -> None:
     """Warn of methods of a new subclass that are never called: names of `NOT_CALLED`, and misspelt ones."""
     known = [name for name in dir(base) if not name.startswith("__")]
     for kind in cls.__mro__:
-        if issubclass(base, kind) or "_trainfn_checked" in vars(kind) or kind.__module__.startswith("trainfn.hf."):
+        if issubclass(base, kind) or kind in _CHECKED or kind.__module__.startswith("trainfn.hf."):
             continue
+        _CHECKED.add(kind)
         for name, value in vars(kind).items():
             if name in NOT_CALLED and not isinstance(value, Missing):
                 warnings.warn(f"`{kind.__name__}.{name}` is never called here. {NOT_CALLED[name]}.", stacklevel=3)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence, Sized
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from typing import Any, ClassVar, cast
 
 import torch
@@ -28,7 +29,7 @@ from trainfn.hf._reporting._trackers import tracker_callbacks
 from trainfn.hf._run import _data, _loop, _setup, _summary
 from trainfn.hf._run._methods import Running
 from trainfn.hf._run._record import Record
-from trainfn.hf._step import _loss, _manual
+from trainfn.hf._step import _counting, _loss, _manual
 from trainfn.hf._types import (
     Batch,
     Callback,
@@ -204,6 +205,18 @@ class Trainer(Running, Optimizing, Checkpointing, Reporting):
         """A collator's batch as a dict of tensors on the device."""
         return _data.prepared_inputs(self, inputs)
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches of the next update, and the number of labels that they count."""
+        samples = list(itertools.islice(epoch_iterator, num_batches))
+        return samples, self._get_num_items_in_batch(samples, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """The number that means over these micro-batches divide by; it is asked for each one alone."""
+        counts = [_counting.rule(self).of(self, batch).to(device) for batch in batch_samples]
+        return torch.stack(counts).sum() if counts else None
+
     # --- loss and step --------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -306,4 +319,8 @@ class Trainer(Running, Optimizing, Checkpointing, Reporting):
             yield self.model
 
 
-Trainer.training_step.not_overridden = True  # type: ignore[attr-defined]  # so that an override is recognized
+for _method in (
+    *(Trainer.training_step, Trainer.compute_loss, Trainer.prediction_step),
+    *(Trainer._get_num_items_in_batch, Trainer.get_batch_samples),
+):
+    _method.not_overridden = True  # type: ignore[attr-defined]  # so that overrides are recognized

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
@@ -120,6 +120,7 @@ class TrainerLike(Protocol):
     train_state: tfn.TrainState | None
     is_in_train: bool
     is_model_parallel: bool
+    is_distributed_loading_by_transformers: bool
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
     place_model_on_device: bool
@@ -178,6 +179,12 @@ class TrainerLike(Protocol):
     def floating_point_ops(self, inputs: Batch) -> int: ...
 
     def _prepare_inputs(self, inputs: Batch) -> Batch: ...
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]: ...
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None: ...
 
     def _set_signature_columns_if_needed(self) -> None: ...
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -10,7 +12,6 @@ from torch import nn
 
 import trainfn as tfn
 from trainfn.hf._checkpoints import _adapters, _transformers
-from trainfn.hf._names import overridden
 from trainfn.hf._optim._resolve import restore as restore_optimizer
 from trainfn.hf._parallel._parameters import see
 from trainfn.hf._run._record import Restored, TrainingRun, current_run, newest_state
@@ -35,9 +36,8 @@ def resume(trainer: TrainerLike, run: TrainingRun, folder: str, *, foreign: bool
         run.losses.load_state_dict(extra["losses"])
     run.restored = restored
     try:
-        trainer._load_from_checkpoint(folder)
-        if overridden(trainer, "_load_from_checkpoint"):
-            adopt_weights(trainer)
+        with same_tensors(trainer.model):
+            trainer._load_from_checkpoint(folder)
         trainer._load_optimizer_and_scheduler(folder)
         trainer._load_rng_state(folder)
     finally:
@@ -101,14 +101,18 @@ def copy(into: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None
             into[name].copy_(tensor)
 
 
-def adopt_weights(trainer: TrainerLike) -> None:
-    """Take what an override loaded into the model, also if it gave the model other tensors."""
-    model, mine = trainer.model, newest_state(trainer)
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {**mine.params, **mine.buffers}
-    copy(state, {name: held[name].detach() for name in state})
-    for name, leaf in state.items():
-        held[name].data = leaf.detach()
+@contextlib.contextmanager
+def same_tensors(model: nn.Module) -> Generator[None]:
+    """Keep the model's own tensors, which the state shares, where a block puts others in their place; values stay."""
+    kept = [(tensors, dict(tensors)) for m in model.modules() for tensors in (m._parameters, m._buffers)]
+    yield
+    for tensors, mine in kept:
+        for name, tensor in mine.items():
+            new = tensors.get(name)
+            if tensor is not None and new is not None and new is not tensor:
+                with torch.no_grad():
+                    tensor.copy_(new)
+                tensors[name] = tensor  # type: ignore[assignment]
 
 
 def save_for_tune(trainer: TrainerLike, folder: str) -> None:

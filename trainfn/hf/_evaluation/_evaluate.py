@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar, cast
 
@@ -28,10 +27,13 @@ from transformers.trainer_utils import (
 import trainfn as tfn
 from trainfn.hf._evaluation._concatenate import PADDING, check_tensors, merged
 from trainfn.hf._evaluation._gather import all_batches, one_batch
-from trainfn.hf._evaluation._prediction import mean_of
+from trainfn.hf._evaluation._prediction import gives_loss, mean_of
+from trainfn.hf._evaluation._totals import Totals
 from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._parallel._world import World
-from trainfn.hf._run._data import together
+from trainfn.hf._run._data import prepared_inputs, together
+from trainfn.hf._step._additive import examine, share_findings
+from trainfn.hf._step._counting import find_shift, overridden, rule
 from trainfn.hf._step._modes import as_found, eval_mode
 from trainfn.hf._types import Batch, Dataset, Datasets, Loader, Metrics, Nested, TrainerLike
 
@@ -141,15 +143,17 @@ def evaluation_loop(
     world = trainer._trainfn.world
     dataloader = dealt(world, dataloader)
     trainer.callback_handler.eval_dataloader = dataloader
-    kept, totals, metrics = _Kept.empty(), _Totals(), None
+    kept, totals, metrics = _Kept.empty(), Totals(), None
     places: list[int] = []  # the numbers of the batches of which this rank has rows
     with as_found(trainer):
-        for step, (inputs, is_last) in enumerate(_with_last(dataloader)):
+        for step, (inputs, after) in enumerate(_with_next(dataloader)):
+            if step == 0 and after is not None:
+                _examine(trainer, [inputs, after])
             batch = None if _has_none(world, inputs) else _batch(trainer, inputs, loss_only, ignore_keys)
             totals = totals.plus(batch)
             trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
             if args.batch_eval_metrics:
-                metrics = _batch_metrics(trainer, batch, inputs, is_last) or metrics
+                metrics = _batch_metrics(trainer, batch, inputs, after is None) or metrics
             if batch is not None and (not args.batch_eval_metrics or description == "Prediction"):
                 kept.add(batch)
                 places.append(step)
@@ -164,7 +168,7 @@ def evaluation_loop(
     # The rows that were counted, because the dataset's length may be unknown. If the rows of a batch can't be counted,
     # the length of the dataset stands in.
     num_samples = totals.rows or trainer.num_examples(dataloader) or 0
-    named = {**totals.finish(metric_key_prefix), **_named(metrics or {}, metric_key_prefix)}
+    named = {**totals.finish(metric_key_prefix, sums=rule(trainer).sums), **_named(metrics or {}, metric_key_prefix)}
     return EvalLoopOutput(arrays.predictions, arrays.labels, named, num_samples)
 
 
@@ -201,6 +205,18 @@ def _batch(trainer: TrainerLike, inputs: Batch, loss_only: bool, ignore_keys: li
     return _Batch(mean, rows, predictions, labels, main, losses)
 
 
+def _examine(trainer: TrainerLike, batches: list[Batch]) -> None:
+    """Try out, before the first of several batches, what the loss is divided by; every rank calls this."""
+    if trainer._trainfn.examined or overridden(trainer, "prediction_step"):
+        return
+    if not _has_none(trainer._trainfn.world, batches[0]) and gives_loss(trainer, batches[0]):
+        # The override of `_prepare_inputs` is left out, because it is for batches that are evaluated.
+        batches = [prepared_inputs(trainer, batch) for batch in batches]
+        find_shift(trainer, batches[0])
+        examine(trainer, batches, training=False)
+    share_findings(trainer)
+
+
 def _has_none(world: World, inputs: Batch) -> bool:
     """Whether this rank has no rows of a batch, of which other ranks have some."""
     return world.plan is not None and tfn.data.is_empty(inputs)
@@ -222,65 +238,18 @@ def _main_input(trainer: TrainerLike, inputs: Batch) -> Tensor:
     return trainer._prepare_inputs({name: inputs[name]})[name]
 
 
-def _with_last(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Yield each batch and whether it is the last, for `compute_metrics(..., compute_result=)`."""
+def _with_next(batches: Iterable[T]) -> Iterator[tuple[T, T | None]]:
+    """Yield each batch and the one after it; None after the last."""
     ahead: list[T] = []
     for batch in batches:
         if ahead:
-            yield ahead.pop(), False
+            yield ahead.pop(), batch
         ahead.append(batch)
     if ahead:
-        yield ahead.pop(), True
+        yield ahead.pop(), None
 
 
 # ---- all batches ----
-
-
-class _Totals(NamedTuple):
-    """The sums over batches; tensors stay on the device, so that no batch waits for the one before."""
-
-    loss: tfn.Mean | None = None  # summed in float64 where the device has it
-    not_finite: Tensor | int = 0
-    rows: int = 0
-    batches: int = 0
-
-    def plus(self, batch: _Batch | None) -> _Totals:
-        if batch is None:
-            return self._replace(batches=self.batches + 1)
-        rows, batches = self.rows + batch.rows, self.batches + 1
-        if batch.loss is None:
-            return self._replace(rows=rows, batches=batches)
-        dtype = torch.float32 if batch.loss.total.device.type == "mps" else torch.float64
-        total = batch.loss.total.detach().to(dtype)
-        mean = tfn.Mean(total, batch.loss.weight.detach().to(total))
-        not_finite = self.not_finite + (~torch.isfinite(total)).sum()
-        return _Totals(mean if self.loss is None else self.loss + mean, not_finite, rows, batches)
-
-    def of_all(self, world: World) -> _Totals:
-        """Return the sums over all ranks; every rank calls this.
-
-        Two gathers of a few numbers on the host, once an evaluation.
-        """
-        if world.plan is None:
-            return self
-        loss = world.means({} if self.loss is None else {"loss": self.loss}).get("loss")
-        not_finite, rows, batches = zip(*world.of_parts((int(self.not_finite), self.rows, self.batches)), strict=True)
-        return _Totals(loss, sum(not_finite), sum(rows), max(batches))
-
-    def finish(self, prefix: str) -> dict[str, float]:
-        """Return the loss by its key; an empty dict without a loss."""
-        if self.loss is None:
-            return {}
-        weight, not_finite = float(self.loss.weight), int(self.not_finite)
-        loss = float(self.loss.total) / weight if weight else math.nan
-        if not math.isfinite(loss):
-            reason = (
-                f"the loss of {not_finite} of {self.batches} batches was NaN or infinite, and the mean includes it"
-                if not_finite
-                else f"no label of {self.batches} batches counts (all are -100), so there is nothing to take a mean of"
-            )
-            warnings.warn(f"`{prefix}_loss` is {loss}: {reason}.", tfn.errors.NonFiniteWarning, stacklevel=4)
-        return {f"{prefix}_loss": loss}
 
 
 class _Kept(NamedTuple):

@@ -15,7 +15,9 @@ from transformers.trainer_pt_utils import find_batch_size, nested_detach
 
 import trainfn as tfn
 from trainfn.hf._evaluation._concatenate import no_tensor
-from trainfn.hf._step._loss import autocast, counted, exact_loss, find_shift
+from trainfn.hf._step import _terms
+from trainfn.hf._step._counting import counted, find_shift
+from trainfn.hf._step._loss import autocast, exact_loss
 from trainfn.hf._types import Batch, Nested, Outputs, TrainerLike
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ def prediction_step(
         if labelled:
             find_shift(trainer, inputs)
             mean, outputs = exact_loss(trainer, model, inputs, outputs_too=True)
-            loss = loss_of(mean)
+            loss = loss_of(mean, _terms.means(trainer, inputs, outputs, mean.value))
         else:
             loss, outputs = None, forward(trainer, model, inputs)
     if prediction_loss_only:
@@ -69,10 +71,11 @@ def forward(trainer: TrainerLike, model: nn.Module, inputs: Batch) -> Outputs:
 # ---- undivided losses ----
 
 
-def loss_of(mean: tfn.Mean) -> Tensor:
-    """Return the scalar loss, with the undivided mean as an attribute of the tensor."""
+def loss_of(mean: tfn.Mean, of_terms: tfn.Mean | None = None) -> Tensor:
+    """Return the scalar loss, with the undivided mean, or the means of its terms, as an attribute of the tensor."""
     loss = mean.value.detach()
     if not loss.is_inference():  # tensors of inference mode have no `_version`, which shows a change in place
+        mean = mean if of_terms is None else of_terms
         kept = tfn.Mean(mean.total.detach(), mean.weight.detach())
         loss.undivided = kept, loss._version  # type: ignore[attr-defined]
     return loss
@@ -97,9 +100,10 @@ def mean_of(trainer: TrainerLike, loss: Tensor | float, inputs: Batch) -> tfn.Me
 
 
 def _count(trainer: TrainerLike, inputs: Batch) -> Tensor:
-    if isinstance(inputs, Mapping) and any(isinstance(value, Tensor) and value.dim() for value in inputs.values()):
+    try:
         return counted(trainer, inputs)
-    return torch.tensor(float(find_batch_size(inputs) or 1))
+    except TypeError:  # rows that can't be counted
+        return torch.ones(())
 
 
 # ---- what a batch holds ----

@@ -1,6 +1,8 @@
-"""What a run does between steps and at its end: decide together, log, evaluate, save."""
+"""The actions of a run between its steps and at its end: the ranks decide together, then log, evaluate and save."""
 
 from __future__ import annotations
+
+import contextlib
 
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
@@ -16,13 +18,11 @@ from trainfn.hf._types import TrainerLike, Trial
 def agree(trainer: TrainerLike, run: TrainingRun) -> None:
     """Set on all ranks the decisions that any rank has made, and add up the counts of all."""
     world = trainer._trainfn.world
-    run.terminated |= run.sigterm.arrived
-    if world.plan is None:
-        return
     # A rank that saved or stopped alone would leave the others waiting in a collective. The cost is two small sums.
     control = trainer.control
-    flags = [*(bool(getattr(control, name)) for name in DECISIONS), run.terminated, run.held.arrived]
-    *found, run.terminated, run.interrupted = world.ranks.any(flags)
+    found = run.requests.agree(*(bool(getattr(control, name)) for name in DECISIONS))
+    if world.plan is None:
+        return
     for name, value in zip(DECISIONS, found, strict=True):
         setattr(control, name, value)
     run.windows.take_counts(world.sums(run.windows.counted))
@@ -50,7 +50,7 @@ def act(trainer: TrainerLike, run: TrainingRun) -> None:
         maybe_log_save_evaluate(trainer, run)
     if acted:  # logs, evaluations and checkpoints fire events, in which callbacks decide again
         agree(trainer, run)
-    if run.interrupted:
+    if run.requests.interrupted:
         _parameters.fill(trainer)
         raise KeyboardInterrupt
 
@@ -61,7 +61,7 @@ def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun, rate: float 
     if control.should_log and run.losses.steps > 0:
         trainer.store_flos()
         trainer.log(run.losses.take(learning_rate=run.learning_rate if rate is None else rate), run.began)
-    if control.should_evaluate and not run.terminated:
+    if control.should_evaluate and not run.requests.terminated:
         with eval_mode(trainer.model):  # until the next step, as in transformers; an override may log after `evaluate`
             metrics = trainer._evaluate(trial_of(trainer), run.ignore_keys)
         better = trainer._determine_best_metric(metrics=metrics, trial=trial_of(trainer))
@@ -83,8 +83,10 @@ def finished(trainer: TrainerLike, run: TrainingRun, rows: float, began: float) 
     trainer.log(metrics)
     run.saving.wait()
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-        trainer._load_best_model()
-        if overridden(trainer, "_load_best_model") and trainer._trainfn.world.plan is None:
-            _parts.adopt_weights(trainer)
+        with contextlib.ExitStack() as stack:
+            if overridden(trainer, "_load_best_model"):  # it knows full parameters only
+                stack.enter_context(_parameters.plain(trainer))
+            stack.enter_context(_parts.same_tensors(trainer.model))
+            trainer._load_best_model()
     _parameters.fill(trainer)
     return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)

@@ -19,6 +19,7 @@ from transformers.utils import logging
 import trainfn as tfn
 from trainfn.hf._callbacks._events import event
 from trainfn.hf._parallel._sharding import dealt
+from trainfn.hf._step._terms import with_update
 from trainfn.hf._types import Batch, Collator, Dataset, Loader, Nested, SizedDataset, TrainerLike, Values
 
 if TYPE_CHECKING:
@@ -219,6 +220,7 @@ class Windows:
         self, trainer: TrainerLike, loader: Loader, length: Length, ended: Callable[[], None] = lambda: None
     ) -> None:
         self.trainer, self.loader, self.length, self.ended = trainer, loader, length, ended
+        self.begun: Callable[[list[Batch]], None] = lambda window: None  # called before each step
         self.epoch = self.window = 0
         self.micro_done = 0  # in this epoch
         self.first: Batch = {}  # micro-batch of the newest window
@@ -237,6 +239,7 @@ class Windows:
                     self.micro_done += len(window)
                     event(trainer, "on_step_begin")
                     self.first = window[0]
+                    self.begun(window)
                     yield self._given(window)
                     if trainer.control.should_epoch_stop or trainer.control.should_training_stop:
                         break
@@ -252,10 +255,12 @@ class Windows:
         raise Ended
 
     def _given(self, window: list[Batch]) -> Batch | list[Batch] | Iterator[Batch]:
+        plan = self.trainer._trainfn.world.plan
         if self.length.accumulate == 1 and not self.trainer.args.auto_find_batch_size:
-            return window[0]
+            return window[0] if plan is None else with_update(self.trainer, window)[0]
+        window = with_update(self.trainer, window)
         # On several ranks an iterator: before each micro-batch all ranks ask each other whether any has rows left.
-        return window if self.trainer._trainfn.world.plan is None else iter(window)
+        return window if plan is None else iter(window)
 
     def end_epoch(self) -> None:
         """End the epoch. A checkpoint that is saved here resumes at the beginning of the next one."""
@@ -295,13 +300,12 @@ class Windows:
 
     def count_tokens(self, inputs: Batch) -> None:
         """Count tokens, with ``include_num_input_tokens_seen``."""
-        trainer, counted = self.trainer, self.counted
-        given = trainer.args.include_num_input_tokens_seen
+        given = self.trainer.args.include_num_input_tokens_seen
         kind = str(getattr(given, "value", given))
-        tokens = inputs.get(getattr(trainer.model, "main_input_name", "input_ids"))
+        tokens = inputs.get(getattr(self.trainer.model, "main_input_name", "input_ids"))
         if kind != "no" and isinstance(tokens, torch.Tensor):
             mask = inputs.get("attention_mask") if kind == "non_padding" else None
-            counted[1] += int(mask.sum()) if mask is not None else tokens.numel()
+            self.counted[1] += int(mask.sum()) if mask is not None else tokens.numel()
 
     def take_counts(self, counted: list[float]) -> None:
         """Add the operations and tokens of all ranks since the last call to those of the Trainer."""
@@ -330,11 +334,8 @@ def _seeded(loader: Loader, seed: int, epoch: int, skip: int) -> Generator[Batch
 
     Such a loader draws from the global generators. For each batch they have its states, and afterwards their own.
     """
-    batches_of = getattr(loader, "batch_sampler", None)
-    for shuffles in (
-        *(loader, getattr(loader, "sampler", None)),  # a `DistributedSampler`, say
-        *(batches_of, getattr(batches_of, "sampler", None), getattr(loader, "dataset", None)),
-    ):
+    parts = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+    for shuffles in (loader, *parts, getattr(parts[1], "sampler", None)):  # a `DistributedSampler`, say
         if callable(set_epoch := getattr(shuffles, "set_epoch", None)):
             set_epoch(epoch)
     if isinstance(own := getattr(loader, "generator", None), torch.Generator):

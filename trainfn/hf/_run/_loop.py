@@ -24,16 +24,15 @@ from trainfn.hf._optim._gradients import clear_gradients, with_gradients
 from trainfn.hf._optim._resolve import advance, begin, transform_of
 from trainfn.hf._parallel import _parameters
 from trainfn.hf._parallel._sharding import dealt
-from trainfn.hf._parallel._world import World
 from trainfn.hf._reporting._logs import LossWindow
 from trainfn.hf._run._actions import act, agree, trial_of
 from trainfn.hf._run._data import Ended, Windows, arithmetic
 from trainfn.hf._run._record import TrainingRun, newest_state
 from trainfn.hf._run._setup import is_quantized, new_model, smoother
 from trainfn.hf._step import _manual
-from trainfn.hf._step._additive import check_additive
 from trainfn.hf._step._halving import Halving
-from trainfn.hf._step._loss import find_shift, may_shift, training_loss
+from trainfn.hf._step._look import Look
+from trainfn.hf._step._loss import training_loss
 from trainfn.hf._step._modes import eval_mode, same_modes
 from trainfn.hf._step._neftune import neftune
 from trainfn.hf._types import Batch, TrainerLike, Trial, Values
@@ -66,9 +65,10 @@ def train(
     length = arithmetic(trainer.args, loader, trainer.num_examples(loader))
     windows = Windows(trainer, loader, length)
     losses = LossWindow(nan_inf_filter=trainer.args.logging_nan_inf_filter)
+    requests = tfn.process.Requests(trainer._trainfn.world.ranks)
     acts = overridden(trainer, "_maybe_log_save_evaluate")
-    run = TrainingRun(length, windows, losses, ignore_keys_for_eval, acts_alone=acts)
-    windows.ended = functools.partial(_end_epoch, trainer, run)
+    run = TrainingRun(length, windows, losses, requests, ignore_keys_for_eval, acts_alone=acts)
+    windows.ended, windows.begun = functools.partial(_end_epoch, trainer, run), Look(trainer)
     trainer.is_in_train, trainer._trainfn.run = True, run
     trainer.callback_handler.train_dataloader = loader
     try:
@@ -78,7 +78,7 @@ def train(
                 _folders.resume(trainer, run, folder)
             _folders.set_aside(trainer)
             _announce(trainer, folder)
-            with _holding_ctrl_c(run, trainer._trainfn.world):
+            with requests:
                 return _loop(trainer, run)
     except BaseException as error:
         if trainer._trainfn.released:
@@ -97,9 +97,10 @@ def _surroundings(trainer: TrainerLike, run: TrainingRun) -> Generator[None]:
     args, model = trainer.args, trainer.model
     deterministic = torch.are_deterministic_algorithms_enabled()
     with contextlib.ExitStack() as stack:
+        stack.callback(run.frozen.release)
         stack.enter_context(args.matmul_precision())
         if args.enable_jit_checkpoint:
-            stack.enter_context(_saving_at_sigterm(run))
+            stack.enter_context(run.requests.termination())
         if args.full_determinism:
             torch.use_deterministic_algorithms(True)
             stack.callback(torch.use_deterministic_algorithms, deterministic)
@@ -110,33 +111,6 @@ def _surroundings(trainer: TrainerLike, run: TrainingRun) -> Generator[None]:
         stack.enter_context(same_modes(model))
         model.train()
         yield
-
-
-@contextlib.contextmanager
-def _saving_at_sigterm(run: TrainingRun) -> Generator[None]:
-    """Note a SIGTERM, by which a cluster announces the end of a job. The run then saves and stops after the step."""
-    with tfn.process.termination() as run.sigterm:
-        yield
-
-
-@contextlib.contextmanager
-def _holding_ctrl_c(run: TrainingRun, world: World) -> Generator[None]:
-    """On several ranks, hold Ctrl-C until all ranks know of it; a second one is raised at once.
-
-    A rank that raised it at once would leave the others waiting in their next collective.
-    """
-    if world.plan is None:
-        yield
-        return
-    with tfn.process.uninterrupted() as held:
-        run.held = held
-        try:
-            yield
-        finally:
-            run.held = tfn.process.Pending()
-    # For one that arrived after the last step. All ranks come here, so all of them raise or none does.
-    if world.ranks.any([held.arrived])[0]:
-        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -166,6 +140,7 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     run.optimizer = begin(trainer, length.max_steps)
     # "adopt" shares the model's memory: parameters are held once, and the model has the newest ones.
     trainer.train_state = tfn.init(trainer.model, transform_of(trainer), seed=args.seed, storage="adopt")
+    run.frozen.see(trainer.model)
     if args.fp16:
         trainer.train_state = _loss_scale(trainer).init(trainer.train_state)
     if plan is not None:
@@ -274,37 +249,18 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
 
 def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
     """The step, which first applies the changes decided between steps, such as another learning rate."""
-    world, windows = trainer._trainfn.world, run.windows
-    looked = trainer.args.gradient_accumulation_steps == 1 and world.plan is None
-    known = False
-
-    def look() -> None:
-        """Try out on the first rows whether the loss shifts labels, and whether it adds up over rows."""
-        nonlocal looked, known
-        with _parameters.whole(trainer):
-            if not tfn.data.is_empty(windows.first):
-                find_shift(trainer, windows.first)
-                if not looked:
-                    check_additive(trainer, windows.first)
-        looked = True
-        # A rank without rows can't try, and all ranks must compile the same step: so they share what they found.
-        # It costs one or two gathers of a flag, until one rank knows or none ever can.
-        found = [shifts for shifts in world.ranks.gathered(trainer._trainfn.shifts) if shifts is not None]
-        trainer._trainfn.shifts = found[0] if found else None
-        known = bool(found) or not any(world.ranks.gathered(may_shift(trainer, windows.first)))
 
     def step(state: tfn.TrainState, batch: Batch | list[Batch], /) -> tuple[tfn.TrainState, tfn.Metrics]:
         for change in run.changes:
             state = change(state)
         run.changes.clear()
+        run.frozen.keep()
         if run.optimizer.stale():
             run.step = make_step(trainer, run)
         state = run.optimizer.pushed(state)
-        if not looked or not known:
-            look()
         return run.step(state, batch)
 
-    step.plan = world.plan  # type: ignore[attr-defined]
+    step.plan = trainer._trainfn.world.plan  # type: ignore[attr-defined]
     return step
 
 
@@ -330,7 +286,7 @@ def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:
     run.announced = False
     event(trainer, "on_step_end")
     agree(trainer, run)
-    if run.terminated:
+    if run.requests.terminated:
         trainer.control.should_save = trainer.control.should_training_stop = True
     act(trainer, run)
 

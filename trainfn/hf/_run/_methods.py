@@ -35,6 +35,7 @@ class Running:
     gather_function: Callable[..., Nested]
     is_in_train: bool
     is_model_parallel: bool
+    is_distributed_loading_by_transformers: bool
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
     place_model_on_device: bool

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import trainfn as tfn
 from trainfn.hf._parallel._world import ALONE, World
+from trainfn.hf._step._frozen import Frozen
 from trainfn.hf._types import Batch, LossMetrics, Metrics, Optimizer, Outputs, Scheduler, TrainerLike, Trial, Values
 
 if TYPE_CHECKING:  # the files that define these import this one
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # the files that define these import this one
     from trainfn.hf._optim._facade import RunOptimizer
     from trainfn.hf._reporting._logs import LossWindow
     from trainfn.hf._run._data import Length, Windows
+    from trainfn.hf._step._counting import Count
 
 
 class Search(NamedTuple):
@@ -56,6 +58,7 @@ class TrainingRun:
         length: The numbers of steps and epochs.
         windows: The micro-batches of each update, and the place in the data.
         losses: The metrics since the last log.
+        requests: Ctrl-C and SIGTERM, on any rank.
         ignore_keys: Outputs that evaluations leave out.
         step: The compiled step, once it is prepared.
         saving: The checkpoints, once the loop has begun.
@@ -69,15 +72,13 @@ class TrainingRun:
         tokens_before: The tokens that were seen before the loop began.
         restored: The checkpoint, while the run resumes from it.
         acts_alone: Whether a subclass overrides `_maybe_log_save_evaluate`, which is then called after every step.
-        terminated: Whether a SIGTERM on any rank asked the run to save and stop.
-        interrupted: Whether Ctrl-C was pressed on any rank, as all ranks know.
-        held: Whether Ctrl-C was pressed on this rank, as the others do not know yet.
-        sigterm: Whether SIGTERM has arrived on this rank.
+        frozen: The parameters that the optimizer does not have.
     """
 
     length: Length
     windows: Windows
     losses: LossWindow
+    requests: tfn.process.Requests
     ignore_keys: list[str] | None = None
     step: Callable[..., tuple[tfn.TrainState, tfn.Metrics]] = dataclasses.field(init=False, repr=False)
     saving: Saving = dataclasses.field(init=False, repr=False)
@@ -91,10 +92,7 @@ class TrainingRun:
     tokens_before: int = 0
     restored: Restored | None = None
     acts_alone: bool = False
-    terminated: bool = False
-    interrupted: bool = False
-    held: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
-    sigterm: tfn.process.Pending = dataclasses.field(default_factory=tfn.process.Pending)
+    frozen: Frozen = dataclasses.field(default_factory=Frozen)
 
 
 def no_metrics(inputs: Batch, outputs: Outputs) -> dict[str, tfn.Mean]:
@@ -114,9 +112,13 @@ class Record:
         search: The trial that is being trained, if there is one.
         latest: The step of the newest evaluation, and its metrics.
         shifts: Whether the model's loss shifts labels; None until it is known.
+        divisor: What the loss is divided by, if a trial has shown it to be another than that of the model's class.
+        examined: Whether the loss has been tried out.
+        trials: How often that was begun.
         parameter_count: The model's parameters without embeddings; None until they are counted.
         released: Whether the parameters are sharded over ranks, so that the model does not hold them.
         manual_mean: The loss of the newest `training_step`, undivided.
+        update: While an overridden `training_step` runs, the micro-batch with the counts of the whole update.
         watch: While an overridden `training_step` runs, a function that is called with the loss.
         loss_metrics: What is logged with the loss. It is part of the step, so nothing in it may wait for the device.
     """
@@ -131,9 +133,13 @@ class Record:
     search: Search | None = None
     latest: tuple[int, Metrics] = (-1, {})
     shifts: bool | None = None
+    divisor: Count | None = None
+    examined: bool = False
+    trials: int = 0
     parameter_count: int | None = None
     released: bool = False
     manual_mean: tfn.Mean | None = None
+    update: Batch | None = None
     watch: Callable[[object], None] | None = None
     loss_metrics: LossMetrics = no_metrics
 

@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainerMemoryTracker
 from transformers.utils import is_liger_kernel_available
 
-from trainfn.hf._step._loss import base_of
+from trainfn.hf._step._counting import base_of
 from trainfn.hf._types import Collator, Processor, TrainerLike, Trial
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def defaults(trainer: TrainerLike, model_init: Callable[..., nn.Module] | None) 
     args = trainer.args
     trainer.model_init = model_init
     trainer.state, trainer.control = TrainerState(), TrainerControl()
-    trainer.is_in_train = trainer.is_model_parallel = False
+    trainer.is_in_train = trainer.is_model_parallel = trainer.is_distributed_loading_by_transformers = False
     trainer.place_model_on_device = True if args.place_model_on_device is None else args.place_model_on_device
     trainer._signature_columns = None  # subclasses of transformers' Trainer fill this in
     trainer._train_batch_size, trainer.current_flos = args.train_batch_size, 0
@@ -95,7 +95,8 @@ def made_model(trainer: TrainerLike, trial: Trial | None) -> nn.Module:
 def called(model_init: Callable[..., nn.Module] | None, trial: Trial | None) -> nn.Module:
     """The model that ``model_init`` returns; it may take a trial."""
     assert model_init is not None
-    takes = len(inspect.signature(model_init).parameters)
+    parameters = inspect.signature(model_init).parameters.values()
+    takes = sum(each.kind not in (each.KEYWORD_ONLY, each.VAR_KEYWORD) for each in parameters)
     if takes > 1:
         raise ValueError(
             f"`Trainer(model_init=...)` can't work: the function has {takes} parameters, and it is called with"

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 import trainfn as tfn
 from trainfn.hf._sft._record import SFTLike
-from trainfn.hf._step._loss import autocast, base_of
+from trainfn.hf._step._counting import base_of
+from trainfn.hf._step._loss import autocast
 from trainfn.hf._step._modes import eval_mode
 from trainfn.hf._types import Batch, Datasets, Outputs
 

@@ -1,7 +1,7 @@
 """Exact losses from heads and overrides that return means.
 
-A head of transformers returns the mean over the labels it counts, and so do most overrides of `compute_loss`. The
-labels show how many are counted, so the total is the mean times the count. The core adds totals and counts over
+A head of transformers returns the mean over what it counts, and so do most overrides of `compute_loss`. The batch shows
+how much is counted (see `_counting`), so the total is the mean times the count. The core adds totals and counts over
 micro-batches, and divides once.
 """
 
@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 import trainfn as tfn
-from trainfn.hf._step._modes import eval_mode
+from trainfn.hf._step import _terms
+from trainfn.hf._step._counting import counted, shifts_labels
 from trainfn.hf._types import Batch, Loss, Outputs, TrainerLike, Values
 
 if TYPE_CHECKING:
     from trainfn.hf._arguments._training import TrainingArguments
 
-IGNORED = -100
 _OUTPUTS = frozenset(("return_outputs",))
 
 
@@ -34,25 +33,29 @@ def exact_loss(
     takes: frozenset[str] | None = None,
     *,
     outputs_too: bool = False,
+    of_update: Batch | None = None,
 ) -> tuple[tfn.Mean, Outputs]:
     """The loss of a batch as an undivided mean, and the model's outputs.
 
     Args:
         trainer: A Trainer; its `compute_loss`, overridden or not, returns a `trainfn.Mean` or a scalar. A scalar counts
-            as the mean over the batch's labels that are not -100. If the labels are not class indices, it counts as
-            the mean over the rows.
+            as the mean over what `counted` counts, mostly the labels that are not -100.
         model: The model to call.
         inputs: The batch; it is not changed.
         takes: The result of `takes_of`, which is called by default.
+        of_update: The batch with the counts of the whole update, by default ``inputs`` itself.
         outputs_too: Whether to ask `compute_loss` for the outputs too; otherwise they may be None.
 
     Raises:
         TypeError: If `compute_loss` returns something else.
     """
+    update, inputs = _counts(inputs if of_update is None else of_update), without_update(inputs)
     count = counted(trainer, inputs)
+    outputs_too = outputs_too or update is not None
     takes = takes_of(trainer) if takes is None else takes
     with autocast(trainer.args, count.device), trainer.compute_loss_context_manager():
-        loss, outputs = _computed(trainer, model, dict(inputs), count, takes if outputs_too else takes - _OUTPUTS)
+        given = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        loss, outputs = _computed(trainer, model, given, count, takes if outputs_too else takes - _OUTPUTS)
     if isinstance(loss, tfn.Mean):
         return loss, outputs
     if not isinstance(loss, Tensor) or loss.dim() != 0:
@@ -61,9 +64,29 @@ def exact_loss(
             f"`{type(trainer).__name__}.compute_loss` returned {kind} for the loss. Return a scalar mean, or"
             " `tfn.Mean.of(values, weights)`, which is exact for any weights."
         )
+    if update is not None:
+        return _terms.of_update(trainer, inputs, outputs, loss, update), outputs
     # A mean over no labels is 0 / 0. Its gradient is 0, but its value, NaN, would spoil the sum.
     total = torch.where(count > 0, loss.float() * count, 0.0)
     return tfn.Mean(total, count), outputs
+
+
+def scalar_loss(trainer: TrainerLike, model: nn.Module, inputs: Batch) -> Loss:
+    """The result of `compute_loss` for a batch, as it is."""
+    count = counted(trainer, inputs)
+    with autocast(trainer.args, count.device), trainer.compute_loss_context_manager():
+        return _computed(trainer, model, dict(inputs), count, takes_of(trainer) - _OUTPUTS)[0]
+
+
+def _counts(inputs: Batch) -> Tensor | None:
+    return inputs.get(_terms.UPDATE) if isinstance(inputs, Mapping) else None
+
+
+def without_update(inputs: Batch) -> Batch:
+    """The batch without the counts of the whole update, which the loop adds for some losses."""
+    if _counts(inputs) is None:
+        return inputs
+    return {name: value for name, value in inputs.items() if name != _terms.UPDATE}
 
 
 def _computed(
@@ -83,82 +106,6 @@ def takes_of(trainer: TrainerLike) -> frozenset[str]:
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values()):
         return frozenset(known)
     return frozenset(known & found.keys())
-
-
-def counted(trainer: TrainerLike, inputs: Batch) -> Tensor:
-    """The number of labels that a mean over this batch counts, ``float32[]``."""
-    labels = inputs.get("shift_labels")
-    shifted = labels is None and shifts_labels(trainer)
-    labels = inputs.get("labels") if labels is None else labels
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() == 0:
-        first = next(x for x in inputs.values() if isinstance(x, Tensor) and x.dim() > 0)
-        return torch.full((), first.shape[0], dtype=torch.float32, device=first.device)
-    labels = labels[..., 1:] if shifted and labels.dim() > 1 else labels
-    counts = labels != IGNORED
-    other = getattr(getattr(trainer.model, "config", None), "semantic_loss_ignore_index", None)
-    if other is not None and labels.dim() > 2:  # a segmentation map
-        counts = counts & (labels != other)
-    return counts.sum().float()
-
-
-def shifts_labels(trainer: TrainerLike) -> bool:
-    """Whether the model's own loss compares position t with label t + 1, so that the first label is not counted.
-
-    A known ``loss_type`` of the model decides. Without one, `find_shift` has tried it out.
-    """
-    known = _known_shift(trainer.model)
-    return bool(trainer._trainfn.shifts) if known is None else known
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The model under the adapters of peft, or else the model itself."""
-    base: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
-    return base() if base is not None and hasattr(model, "peft_config") else model
-
-
-def _known_shift(model: nn.Module) -> bool | None:
-    inner = base_of(model)
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        return False
-    kind = getattr(inner, "loss_type", None)
-    return LOSS_MAPPING[kind] is ForCausalLMLoss if kind in LOSS_MAPPING else None
-
-
-def find_shift(trainer: TrainerLike, inputs: Batch) -> None:
-    """Try out, once per trainer, whether the model shifts labels: then its loss ignores the first ones."""
-    if not may_shift(trainer, inputs):
-        return
-    labels = inputs["labels"]
-    rows = labels.shape[0]  # two of them are enough, and cheap
-    inputs = {k: x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == rows else x for k, x in inputs.items()}
-    labels = labels[:2]
-    if bool((labels[:, 0] == IGNORED).all()) or bool((labels[:, 1:] == IGNORED).all()):
-        return  # such labels decide nothing; the next batch may
-    without = labels.clone()
-    without[:, 0] = IGNORED
-    one, two = (_tried(trainer.model, {**inputs, "labels": x}) for x in (labels, without))
-    trainer._trainfn.shifts = bool(torch.allclose(one, two, rtol=1e-5))
-
-
-def may_shift(trainer: TrainerLike, inputs: Batch) -> bool:
-    """Whether it is still unknown if the model shifts labels, and such a batch could show it."""
-    labels = inputs.get("labels")
-    if trainer._trainfn.shifts is not None or _known_shift(trainer.model) is not None:
-        return False
-    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
-        return False
-    return _returns_loss_for_labels(trainer.model)
-
-
-def _tried(model: nn.Module, inputs: Batch) -> Tensor:
-    """The head's loss in eval mode, which does not change running statistics."""
-    with eval_mode(model), torch.no_grad(), tfn.keyed(tfn.random.key(0)):
-        return head_loss(model(**inputs), inputs)
-
-
-def _returns_loss_for_labels(model: nn.Module) -> bool:
-    inner = base_of(model)
-    return "labels" in inspect.signature(inner.forward).parameters and hasattr(inner, "config")
 
 
 def compute_loss(

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 import trainfn as tfn
-from trainfn.hf._names import overridden
 from trainfn.hf._parallel._parameters import whole
-from trainfn.hf._step._loss import counted, exact_loss, head_loss
+from trainfn.hf._step._counting import counted, overridden
+from trainfn.hf._step._loss import exact_loss, head_loss, without_update
 from trainfn.hf._types import Batch, Outputs, TrainerLike
 
 
 def overrides(trainer: TrainerLike) -> list[str]:
     """The overridden methods that keep a step from being one function."""
-    return [] if getattr(type(trainer).training_step, "not_overridden", False) else ["training_step"]
+    return ["training_step"] if overridden(trainer, "training_step") else []
 
 
 def training_step(
@@ -34,7 +34,7 @@ def training_step(
     """
     # An override prepares a batch once: it may generate from the model, or count its calls.
     inputs = inputs if overridden(trainer, "_prepare_inputs") else trainer._prepare_inputs(inputs)
-    mean, _ = exact_loss(trainer, model, inputs)
+    mean, _ = exact_loss(trainer, model, inputs, of_update=trainer._trainfn.update)
     weight = mean.weight.detach()
     (mean.total / torch.where(weight > 0, weight, 1.0)).backward()
     mean = trainer._trainfn.manual_mean = tfn.Mean(mean.total.detach(), weight)
@@ -57,12 +57,14 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
         if tfn.data.is_empty(batch):
             zero = torch.zeros((), device=state.step.device)
             return tfn.Gradients(tfn.Mean(zero, zero), dict.fromkeys(state.params), {}, state.buffers)
-        count = counted(trainer, batch)
+        rest = without_update(batch)
+        count = counted(trainer, rest)
         model.zero_grad(set_to_none=True)
         try:
             with torch.enable_grad(), tfn.keyed(key, rows=tfn.tree.row_count(batch), first_row=first_row):
                 with _undivided(trainer) as factor:
-                    loss = trainer.training_step(model, dict(batch), count)
+                    record.update = batch
+                    loss = trainer.training_step(model, dict(rest) if isinstance(rest, Mapping) else rest, count)
             mean, scale = record.manual_mean, 1.0
             if mean is None:  # an override ran its own backward pass, of a mean over the counted labels
                 scale = factor()
@@ -73,6 +75,7 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
                 for name, p in state.params.items()
             }
         finally:
+            record.update = None
             model.zero_grad(set_to_none=True)
         return tfn.Gradients(mean, grads, {}, state.buffers)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor, nn
 
-from trainfn.hf._step._loss import base_of
+from trainfn.hf._step._counting import base_of
 
 
 @contextlib.contextmanager

@@ -1,0 +1,57 @@
+"""The containers of a subclass, kept while its loss is tried out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import deque
+from collections.abc import Generator
+
+from trainfn.hf._types import Nested, TrainerLike
+
+_CONTAINERS = (dict, list, set, deque)
+_OURS = {"_trainfn", "train_dataset", "eval_dataset"}
+_LARGEST = 1000  # a longer list is data, and not what a loss fills
+
+
+@contextlib.contextmanager
+def as_before(trainer: TrainerLike) -> Generator[None]:
+    """Restore the containers of a subclass after a block, such as lists of metrics that its loss fills."""
+    kinds = [kind for kind in type(trainer).__mro__ if not kind.__module__.startswith(("trainfn.", "builtins"))]
+    found = [
+        x
+        for owner in (vars(trainer), *map(vars, kinds))
+        for name, x in owner.items()
+        if isinstance(x, _CONTAINERS) and len(x) <= _LARGEST and name not in _OURS and not name.startswith("__")
+    ]
+    kept = [(x, _copied(x)) for x in found]
+    try:
+        yield
+    finally:
+        for x, before in kept:
+            _restore(x, before)
+
+
+def _copied(x: Nested) -> Nested:
+    if not isinstance(x, _CONTAINERS) or len(x) > _LARGEST:
+        return x
+    made: Nested = copy.copy(x)
+    if isinstance(made, dict):
+        for name in made:
+            made[name] = _copied(made[name])
+    return made
+
+
+def _restore(x: Nested, before: Nested) -> None:
+    """Give a container the content that it had; the containers of a dict stay the same objects."""
+    now = dict(x) if isinstance(x, dict) else {}
+    x.clear()
+    if not isinstance(x, dict):
+        (x.update if isinstance(x, set) else x.extend)(before)
+        return
+    for name, value in before.items():
+        same = now.get(name)
+        if isinstance(value, _CONTAINERS) and type(same) is type(value) and same is not value:
+            _restore(same, value)
+            value = same
+        x[name] = value
