@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 import trainfn as tfn
+from trainfn.hf import _names
 from trainfn.hf._parallel._parameters import whole
 from trainfn.hf._step._counting import counted, overridden
 from trainfn.hf._step._loss import exact_loss, head_loss, without_update
@@ -33,7 +34,7 @@ def training_step(
     An override that adds a backward pass or changes ``.grad`` then works in the same units.
     """
     # An override prepares a batch once: it may generate from the model, or count its calls.
-    inputs = inputs if overridden(trainer, "_prepare_inputs") else trainer._prepare_inputs(inputs)
+    inputs = inputs if _names.overridden(trainer, "_prepare_inputs") else trainer._prepare_inputs(inputs)
     mean, _ = exact_loss(trainer, model, inputs, of_update=trainer._trainfn.update)
     weight = mean.weight.detach()
     (mean.total / torch.where(weight > 0, weight, 1.0)).backward()
