@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, cast
+import types
+from typing import cast
 
 import transformers
 
@@ -49,10 +50,12 @@ def _with_ours(kind: type) -> type:
     """A class of arguments with our methods after those of its subclasses; they are pickled as those of ``kind``."""
     ours = Seq2SeqTrainingArguments if issubclass(kind, transformers.Seq2SeqTrainingArguments) else TrainingArguments
 
-    def pickled(args: TrainingArguments) -> Any:
+    def pickled(args: TrainingArguments) -> object:
         plain = object.__new__(kind)
         vars(plain).update(vars(args))
         return plain.__reduce_ex__(0)
 
-    both: Values = {"__module__": kind.__module__, "__reduce__": pickled}
-    return ours if issubclass(ours, kind) else type(kind)(kind.__name__, (kind, ours), both)
+    def fill(body: Values) -> None:
+        body.update({"__module__": kind.__module__, "__reduce__": pickled})
+
+    return ours if issubclass(ours, kind) else types.new_class(kind.__name__, (kind, ours), {}, fill)

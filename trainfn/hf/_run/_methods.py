@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -89,7 +89,7 @@ class Running:
         dataset: Dataset,
         description: str,
         batch_size: int,
-        sampler_fn: Callable[[Any], Any] | None = None,
+        sampler_fn: Callable[[Dataset], Iterable[int] | None] | None = None,
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> Loader:

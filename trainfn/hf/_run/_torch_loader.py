@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from trainfn.hf._run._data import prepared
 from trainfn.hf._types import Dataset, Loader, TrainerLike, Values
@@ -16,7 +15,7 @@ def torch_loader(
     dataset: Dataset,
     description: str,
     batch_size: int,
-    sampler_fn: Callable[[Any], Sampler[Any] | None] | None,
+    sampler_fn: Callable[[Dataset], Iterable[int] | None] | None,
 ) -> Loader:
     """Return the batches of a dataset in the order of ``sampler_fn(dataset)``, or in its own."""
     args = trainer.args
