@@ -292,21 +292,24 @@ class Windows:
             yield inputs
 
     def _count(self, inputs: Batch) -> None:
-        """Count floating-point operations and, with ``include_num_input_tokens_seen``, tokens."""
-        trainer = self.trainer
-        given = trainer.args.include_num_input_tokens_seen
-        kind, counted = str(getattr(given, "value", given)), self.counted
-        counted[0] += float(trainer.floating_point_ops(inputs))
-        tokens = inputs.get(getattr(trainer.model, "main_input_name", "input_ids"))
+        """Count floating-point operations and tokens."""
+        self.counted[0] += float(self.trainer.floating_point_ops(inputs))
+        self.trainer._track_num_input_tokens(inputs)
+        if self.trainer._trainfn.world.plan is None:
+            self.take_counts(self.counted)
+
+    def count_tokens(self, inputs: Batch) -> None:
+        """Count tokens, with ``include_num_input_tokens_seen``."""
+        given = self.trainer.args.include_num_input_tokens_seen
+        kind = str(getattr(given, "value", given))
+        tokens = inputs.get(getattr(self.trainer.model, "main_input_name", "input_ids"))
         if kind != "no" and isinstance(tokens, torch.Tensor):
             mask = inputs.get("attention_mask") if kind == "non_padding" else None
-            counted[1] += int(mask.sum()) if mask is not None else tokens.numel()
-        if trainer._trainfn.world.plan is None:
-            self.take_counts(counted)
+            self.counted[1] += int(mask.sum()) if mask is not None else tokens.numel()
 
     def take_counts(self, counted: list[float]) -> None:
-        """Add the operations and tokens of all ranks since the last call to the Trainer's state."""
-        self.trainer.state.total_flos += counted[0]
+        """Add the operations and tokens of all ranks since the last call to those of the Trainer."""
+        self.trainer.current_flos += counted[0]
         self.trainer.state.num_input_tokens_seen += int(counted[1])
         self.counted = [0.0, 0.0]
 
@@ -331,7 +334,8 @@ def _seeded(loader: Loader, seed: int, epoch: int, skip: int) -> Generator[Batch
 
     Such a loader draws from the global generators. For each batch they have its states, and afterwards their own.
     """
-    for shuffles in (loader, getattr(loader, "sampler", None)):  # a `DistributedSampler`, say
+    parts = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+    for shuffles in (loader, *parts, getattr(parts[1], "sampler", None)):  # a `DistributedSampler`, say
         if callable(set_epoch := getattr(shuffles, "set_epoch", None)):
             set_epoch(epoch)
     if isinstance(own := getattr(loader, "generator", None), torch.Generator):
