@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 import trainfn as tfn
+from trainfn.hf import _names
 from trainfn.hf._parallel._parameters import whole
 from trainfn.hf._run._record import trained_of
 from trainfn.hf._step._counting import counted, overridden
@@ -33,7 +34,9 @@ def training_step(
 
     An override that adds a backward pass or changes ``.grad`` then works in the same units.
     """
-    mean, _ = exact_loss(trainer, model, trainer._prepare_inputs(inputs), of_update=trainer._trainfn.update)
+    # An override prepares a batch once: it may generate from the model, or count its calls.
+    inputs = inputs if _names.overridden(trainer, "_prepare_inputs") else trainer._prepare_inputs(inputs)
+    mean, _ = exact_loss(trainer, model, inputs, of_update=trainer._trainfn.update)
     weight = mean.weight.detach()
     (mean.total / torch.where(weight > 0, weight, 1.0)).backward()
     mean = trainer._trainfn.manual_mean = tfn.Mean(mean.total.detach(), weight)
