@@ -48,7 +48,8 @@ def create(trainer: TrainerLike) -> None:
     args = trainer.args
     config: Values = cast("AcceleratorConfig", args.accelerator_config).to_dict()
     names = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
-    seed: Values = {"data_seed": args.data_seed}
+    # Without a seed, Accelerate takes torch's global one, which transformers sets to `args.seed`.
+    seed: Values = {"data_seed": args.seed if args.data_seed is None else args.data_seed}
     data = DataLoaderConfiguration(**{name: config[name] for name in names}, **seed)
     options = trainer._build_accelerator_args(
         dataloader_config=data,
