@@ -115,7 +115,7 @@ def skip_nonfinite() -> StepTransform:
     """
 
     def change(old: TrainState, new: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
-        finite = torch.isfinite(metrics["loss"].total)
+        finite = torch.isfinite(metrics["loss"].total).all()
         if "grad_norm" in metrics:
             finite = finite & torch.isfinite(metrics["grad_norm"].total)
         kept = tree.where(finite, new._replace(step=old.step, key=old.key), old)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainfn import random, tree
 from trainfn._compile import jit
+from trainfn._grad import of_whole
 from trainfn._keyed import keyed
 from trainfn._module import init
 from trainfn._step import train_step
@@ -135,7 +136,7 @@ def _by_steps(
     optimizer = chain(add_decayed_weights(_DECAY), trace(_MOMENTUM), scale_by_learning_rate(_RATE))
     state = init(model, optimizer)
     made = train_step(loss, optimizer)
-    sums = made.gradients(state, batch)
+    sums = of_whole(made.gradients)(state, batch)
     found: list[dict[str, Tensor]] = []
     step = way(made)
     for _ in range(steps):
