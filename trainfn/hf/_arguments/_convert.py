@@ -47,7 +47,15 @@ def as_ours(args: transformers.TrainingArguments) -> TrainingArguments:
 
 @functools.cache
 def _with_ours(kind: type) -> type:
-    """A class of arguments with our methods after those of its subclasses."""
+    """A class of arguments with our methods after those of its subclasses; they are pickled as those of ``kind``."""
     ours = Seq2SeqTrainingArguments if issubclass(kind, transformers.Seq2SeqTrainingArguments) else TrainingArguments
-    both: Values = {"__module__": kind.__module__}
-    return ours if issubclass(ours, kind) else types.new_class(kind.__name__, (kind, ours), {}, both.update)
+
+    def pickled(args: TrainingArguments) -> object:
+        plain = object.__new__(kind)
+        vars(plain).update(vars(args))
+        return plain.__reduce_ex__(0)
+
+    def fill(body: Values) -> None:
+        body.update({"__module__": kind.__module__, "__reduce__": pickled})
+
+    return ours if issubclass(ours, kind) else types.new_class(kind.__name__, (kind, ours), {}, fill)

@@ -319,6 +319,11 @@ def _held_back(args: TrainingArguments) -> Generator[None]:
         raise ValueError(
             f"`{type(args).__name__}(fp16=True, bf16=True)` can't work: a run has one of the two. Write `bf16=True`."
         )
+    if args.fp16_full_eval and args.bf16_full_eval:
+        raise ValueError(
+            f"`{type(args).__name__}(fp16_full_eval=True, bf16_full_eval=True)` can't work: an evaluation has one of"
+            " them. Write `bf16_full_eval=True`."
+        )
     if args.device.type == "cpu":
         neutral |= {"bf16": False, "bf16_full_eval": False}
     # With `fsdp` the checks set the first for the whole process; where the second is set, they require the package.

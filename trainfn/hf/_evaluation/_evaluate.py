@@ -25,6 +25,7 @@ from transformers.trainer_utils import (
 )
 
 import trainfn as tfn
+from trainfn.hf import _names
 from trainfn.hf._evaluation._concatenate import PADDING, check_tensors, merged
 from trainfn.hf._evaluation._gather import all_batches, one_batch
 from trainfn.hf._evaluation._prediction import gives_loss, mean_of
@@ -161,6 +162,8 @@ def evaluation_loop(
                 kept.to_host()
         totals = totals.of_all(world)
         if totals.batches == 0:
+            if _names.overridden(trainer, "evaluation_loop"):  # it may have an evaluator of its own
+                return EvalLoopOutput(None, None, {}, 0)  # type: ignore[arg-type]
             raise ValueError(_EMPTY.format(call="predict" if description == "Prediction" else "evaluate"))
         arrays = kept.arrays(world, places, concat=args.eval_do_concat_batches)
         if not args.batch_eval_metrics:

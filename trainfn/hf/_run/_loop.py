@@ -27,7 +27,7 @@ from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._reporting._logs import LossWindow
 from trainfn.hf._run._actions import act, agree, trial_of
 from trainfn.hf._run._data import Ended, Windows, arithmetic
-from trainfn.hf._run._record import TrainingRun, newest_state
+from trainfn.hf._run._record import TrainingRun, newest_state, trained_of
 from trainfn.hf._run._setup import is_quantized, new_model, smoother
 from trainfn.hf._step import _manual
 from trainfn.hf._step._halving import Halving
@@ -139,7 +139,7 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     args, length, plan = trainer.args, run.length, trainer._trainfn.world.plan
     run.optimizer = begin(trainer, length.max_steps)
     # "adopt" shares the model's memory: parameters are held once, and the model has the newest ones.
-    trainer.train_state = tfn.init(trainer.model, transform_of(trainer), seed=args.seed, storage="adopt")
+    trainer.train_state = tfn.init(trained_of(trainer), transform_of(trainer), seed=args.seed, storage="adopt")
     run.frozen.see(trainer.model)
     if args.fp16:
         trainer.train_state = _loss_scale(trainer).init(trainer.train_state)

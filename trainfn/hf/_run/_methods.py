@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,9 +13,9 @@ from transformers.trainer_utils import BestRun, TrainOutput
 
 from trainfn.hf._optim import _resolve
 from trainfn.hf._parallel import _accelerator
-from trainfn.hf._run import _actions, _search, _setup
+from trainfn.hf._run import _actions, _search, _setup, _torch_loader
 from trainfn.hf._run._record import current_run
-from trainfn.hf._types import Batch, Metrics, Nested, TrainerLike, Trial, Values
+from trainfn.hf._types import Batch, Dataset, Loader, Metrics, Nested, TrainerLike, Trial, Values
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,6 +83,18 @@ class Running:
     ) -> contextlib.AbstractContextManager[object]:
         """Return a context that does nothing; an override's is entered around each loss."""
         return contextlib.nullcontext()
+
+    def _get_dataloader(
+        self: TrainerLike,
+        dataset: Dataset,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Dataset], Iterable[int] | None] | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Loader:
+        """Return a loader of torch, whose rows are in the order of ``sampler_fn(dataset)``."""
+        return _torch_loader.torch_loader(self, dataset, description, batch_size, sampler_fn)
 
     # --- sizes and counts ---------------------------------------------------------------------------------------------
 

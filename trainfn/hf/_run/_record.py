@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import trainfn as tfn
 from trainfn.hf._parallel._world import ALONE, World
@@ -109,6 +109,7 @@ class Record:
         given: The optimizer and the schedule that the user passed, or set on the Trainer.
         made: The schedule that `create_scheduler` made; the next run makes another one.
         run: The newest run. It stays after its end, so that its step can be looked at.
+        trained: The model, with children for the optimizer's parameters that the model does not have.
         search: The trial that is being trained, if there is one.
         latest: The step of the newest evaluation, and its metrics.
         shifts: Whether the model's loss shifts labels; None until it is known.
@@ -130,6 +131,7 @@ class Record:
     given: tuple[Optimizer | None, Scheduler | None] = (None, None)
     made: Scheduler | None = None
     run: TrainingRun | None = None
+    trained: nn.Module | None = None
     search: Search | None = None
     latest: tuple[int, Metrics] = (-1, {})
     shifts: bool | None = None
@@ -162,6 +164,12 @@ def current_run(trainer: TrainerLike) -> TrainingRun:
             " override while `trainer.train()` runs; `trainer.save_model(folder)` saves the model at any time."
         )
     return run
+
+
+def trained_of(trainer: TrainerLike) -> nn.Module:
+    """The model, with children for the optimizer's parameters that the model does not have."""
+    trained = trainer._trainfn.trained
+    return trainer.model if trained is None else trained
 
 
 def newest_state(trainer: TrainerLike) -> tfn.TrainState:
