@@ -128,8 +128,8 @@ class Mean(NamedTuple):
         return TypeError(
             f"{type(self).__name__} {sign} {type(other).__name__}: a Mean is a sum that is not divided yet."
             " `0.5 * mean`, `mean / 2` and `-mean` scale it, and `a + b` pools two parts of one loss. To add"
-            ' different losses, write `tfn.losses.total({"a": a, "b": b})`, and `-1 * b` for a difference. `mean.value` is a tensor for'
-            " everything else."
+            ' different losses, write `tfn.losses.total({"a": a, "b": b})`, and `-1 * b` for a difference. `mean.value`'
+            " is a tensor for everything else."
         )
 
     def __sub__(self, other: object) -> Mean:
