@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trainfn import random, tree
-from trainfn._grad import of_whole, value_and_grad
+from trainfn._grad import value_and_grad
 from trainfn._types import Batch, Gradients, Loss, Params, Total, TrainState
 from trainfn.errors import UnreachedWarning
 from trainfn.testing._search import counterexample
-from trainfn.testing._sums import Sample, Subject, whole_grads
+from trainfn.testing._sums import Sample, Subject, of_whole, whole_grads
 from trainfn.testing._things import random_like
 from trainfn.testing._violation import violation
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from trainfn import random, tree
 from trainfn._compile import jit
-from trainfn._grad import of_whole
 from trainfn._keyed import keyed
 from trainfn._module import init
 from trainfn._step import train_step
 from trainfn._types import Batch, Gradients, Loss, Mean, TrainState
 from trainfn.errors import CaptureError, InexactLossWarning, UnreachedWarning, shortened
 from trainfn.optim import add_decayed_weights, chain, scale_by_learning_rate, trace
+from trainfn.testing._sums import of_whole
 from trainfn.testing._violation import violation
 
 _RATE, _MOMENTUM, _DECAY = 1e-2, 0.9, 0.1

@@ -56,6 +56,11 @@ def _numbers(x: Tensor) -> str:
     return f"{float(x):.6g}" if x.dim() == 0 else "[" + ", ".join(f"{float(one):.6g}" for one in x) + "]"
 
 
+def of_whole(gradients: Any) -> Callable[[TrainState, Batch], Gradients]:
+    """The gradients of a batch to which no other piece is added, of a total of several means too."""
+    return getattr(gradients, "whole", gradients)
+
+
 def whole_grads(found: Gradients, params: Params) -> Params:
     """The gradients, with zeros for the parameters that the loss does not reach; those of all terms, stacked."""
     terms = [
