@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -26,9 +25,10 @@ from trainfn.hf._parallel._layout import world_of
 from trainfn.hf._reporting import _hub, _logs
 from trainfn.hf._reporting._methods import Reporting
 from trainfn.hf._reporting._trackers import tracker_callbacks
-from trainfn.hf._run import _data, _loop, _search, _setup, _summary
+from trainfn.hf._run import _loop, _search, _setup, _summary
+from trainfn.hf._run._methods import Loading
 from trainfn.hf._run._record import Record, current_run
-from trainfn.hf._step import _counting, _loss, _manual
+from trainfn.hf._step import _loss, _manual
 from trainfn.hf._types import (
     Batch,
     Callback,
@@ -52,7 +52,7 @@ from trainfn.hf._types import (
 logger = logging.get_logger(__name__)
 
 
-class Trainer(Optimizing, Reporting):
+class Trainer(Loading, Optimizing, Reporting):
     """Train, evaluate and predict with a model, as transformers' Trainer does; every method may be overridden.
 
     The step is `trainfn.train_step`: pure, the same update for every split into micro-batches, resumable to the bit.
@@ -172,54 +172,6 @@ class Trainer(Optimizing, Reporting):
     def place_model_on_device(self) -> bool:
         """Whether the model is moved to ``args.device``."""
         return True
-
-    # --- data -----------------------------------------------------------------------------------------------------
-
-    def get_train_dataloader(self) -> Loader:
-        """One epoch of micro-batches; an override may return any iterable of dicts."""
-        return _data.train_loader(self)
-
-    def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> Loader:
-        """The batches of ``eval_dataset``, by default the Trainer's; a string names one in a dict."""
-        dataset: Datasets | str | None = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if isinstance(eval_dataset, str):
-            dataset = cast("dict[str, Dataset]", self.eval_dataset)[eval_dataset]
-        if dataset is None:
-            raise ValueError(
-                "`trainer.evaluate()` can't work: there is no evaluation set. Write `trainer.evaluate(dataset)`, or"
-                " `Trainer(model, args, eval_dataset=dataset)`."
-            )
-        return _data.eval_loader(self, cast("Dataset", dataset), "evaluation")
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> Loader:
-        """The batches of ``test_dataset``."""
-        return _data.eval_loader(self, test_dataset, "test")
-
-    def num_examples(self, dataloader: Loader) -> int | None:
-        """The rows of a loader's dataset, if it has a length."""
-        dataset = getattr(dataloader, "dataset", None)
-        return len(dataset) if isinstance(dataset, Sized) else None
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Fill in ``_signature_columns``: the names that the model takes, and those of labels."""
-        if self._signature_columns is None:
-            self._signature_columns = [*_setup.arguments_of(self.model), *{"label", "label_ids", *self.label_names}]
-
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """A collator's batch as a dict of tensors on the device."""
-        return _data.prepared_inputs(self, inputs)
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | None]:
-        """The micro-batches of the next update, and the number of labels that they count."""
-        samples = list(itertools.islice(epoch_iterator, num_batches))
-        return samples, self._get_num_items_in_batch(samples, device)
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """The number that means over these micro-batches divide by; it is asked for each one alone."""
-        counts = [_counting.rule(self).of(self, batch).to(device) for batch in batch_samples]
-        return torch.stack(counts).sum() if counts else None
 
     # --- loss and step --------------------------------------------------------------------------------------------
 
@@ -359,7 +311,8 @@ class Trainer(Optimizing, Reporting):
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """An estimate for a batch: six operations for each token and parameter, without embeddings."""
-        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        held = inputs if isinstance(inputs, Mapping) else {}
+        tokens = held.get(getattr(self.model, "main_input_name", "input_ids"))
         if not isinstance(tokens, Tensor) or not hasattr(self.model, "num_parameters"):
             return 0
         if self._trainfn.parameter_count is None:
@@ -369,7 +322,8 @@ class Trainer(Optimizing, Reporting):
 
 
 for _method in (
-    *(Trainer.training_step, Trainer.compute_loss, Trainer.prediction_step),
+    *(Trainer.training_step, Trainer.compute_loss, Trainer.prediction_step, Trainer._prepare_inputs),
     *(Trainer._get_num_items_in_batch, Trainer.get_batch_samples),
+    *(Trainer._get_train_sampler, Trainer._get_eval_sampler, Trainer.get_eval_dataloader, Trainer.evaluation_loop),
 ):
     _method.not_overridden = True  # type: ignore[attr-defined]  # so that overrides are recognized

@@ -139,6 +139,28 @@ class TrainerLike(Protocol):
 
     def _prepare_inputs(self, inputs: Batch) -> Batch: ...
 
+    def _get_dataloader(
+        self,
+        dataset: Dataset,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Dataset], Any] | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Loader: ...
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any: ...
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Any: ...
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any: ...
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Collator, description: str | None = None
+    ) -> Collator: ...
+
+    def _prepare_input(self, data: Any) -> Any: ...
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]: ...

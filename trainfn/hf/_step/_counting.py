@@ -6,10 +6,12 @@ A head of transformers returns a mean, and its class says over what. A loss of a
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -156,10 +158,9 @@ def row_count(inputs: Any) -> int:
         for x in (inputs.get("labels"), *inputs.values()):
             if isinstance(x, Tensor) and x.dim():
                 return x.shape[0]
-    try:
+    if has_tensor(inputs):
         return tfn.tree.row_count(inputs)
-    except TypeError:
-        found = _first_list(inputs)
+    found = _first_list(inputs)
     if found is None:
         raise TypeError(
             f"`trainer.compute_loss(...)` returned a mean, but the rows of this batch, a {type(inputs).__name__}, can't"
@@ -167,6 +168,19 @@ def row_count(inputs: Any) -> int:
             " `return tfn.Mean.of(values, weights)` in compute_loss."
         )
     return len(found)
+
+
+def has_tensor(inputs: Any) -> bool:
+    """Whether there is a tensor in a batch of any kind, also in an object with ``to()``."""
+    if isinstance(inputs, Mapping) and any(isinstance(x, Tensor) for x in inputs.values()):
+        return True
+    _recognized(inputs)
+    return any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(inputs))
+
+
+def _recognized(inputs: Any) -> None:
+    with contextlib.suppress(TypeError):
+        tfn.tree.row_count(inputs)  # optree learns the batch's own types by it
 
 
 def _first_list(inputs: object) -> Sequence[object] | None:
