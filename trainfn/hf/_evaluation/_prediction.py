@@ -49,7 +49,9 @@ def prediction_step(
     labelled = gives_loss(trainer, inputs)
     inputs = trainer._prepare_inputs(inputs)
     ignored = _ignored(trainer) if ignore_keys is None else ignore_keys
-    labels = _labels(trainer, inputs) if labelled else None  # before a `compute_loss` can pop them
+    labels = (
+        _labels(trainer, inputs) if labelled and not prediction_loss_only else None
+    )  # before a `compute_loss` can pop them
     with torch.no_grad():
         if labelled:
             find_shift(trainer, inputs)

@@ -175,7 +175,8 @@ def has_tensor(inputs: Any) -> bool:
     if isinstance(inputs, Mapping) and any(isinstance(x, Tensor) for x in inputs.values()):
         return True
     _recognized(inputs)
-    return any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(inputs))
+    leaves: list[object] = optree.tree_leaves(inputs)  # type: ignore[arg-type]
+    return any(isinstance(leaf, Tensor) for leaf in leaves)
 
 
 def _recognized(inputs: Any) -> None:
