@@ -13,6 +13,7 @@ QUICK = (
     "tests/compile/test_jit.py",
     "tests/hf/test_arguments.py",
     "tests/hf/test_evaluation.py",
+    "tests/hf/test_names.py",
     "tests/hf/test_seq2seq.py",
     "tests/hf/test_trainer.py",
     "tests/keyed/test_random.py",

@@ -77,6 +77,18 @@ def nothing_left_behind():
     torch.set_rng_state(state)  # what a test seeds, it seeds for itself
 
 
+@pytest.fixture(autouse=True)
+def accelerate_as_it_was():
+    """Accelerate's states, of which a process has one each, are those before the test."""
+    state = sys.modules.get("accelerate.state")
+    kinds = () if state is None else (state.PartialState, state.AcceleratorState, state.GradientState)
+    before = [dict(kind._shared_state) for kind in kinds]
+    yield
+    for kind, held in zip(kinds, before, strict=True):
+        kind._shared_state.clear()
+        kind._shared_state.update(held)
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """`tests/ranks/server.py`, for all files that this process runs."""

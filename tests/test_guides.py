@@ -89,7 +89,7 @@ def test_the_two_commands_stand_in_the_readme():
 def test_links_between_files_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            generated = page.parent == GUIDES / "pages" and re.match(r"(api/.*|arguments|messages)\.md", target)
+            generated = page.parent == GUIDES / "pages" and re.match(r"(api/.*|arguments|methods|messages)\.md", target)
             assert generated or (page.parent / target).exists(), f"{page.name}: {target}"
 
 

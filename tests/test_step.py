@@ -31,8 +31,9 @@ pytestmark = pytest.mark.usefixtures("untouched_rng")
 
 ROWWISE = pytest.mark.parametrize("net", [pytest.param(net, id=net.name) for net in NETS if net.rowwise])
 SGD = tfn.optim.sgd(0.5)
-# Sums of the same fp32 numbers in another order, relative to a leaf's largest element.
-TOLERANCE = 1e-6
+# Sums of the same fp32 numbers in another order, relative to a leaf's largest element. Products of one row and of two
+# are computed by different kernels: of 200 examples the worst differed by 1.02e-6, with torch 2.12.
+TOLERANCE = 2e-6
 
 
 def split_rows(draw_sizes):

@@ -1,4 +1,4 @@
-"""Pages that mkdocs generates from the code: reference, arguments, messages, and the promises with their tests."""
+"""Pages that mkdocs generates from the code, such as the reference; and the promises with their tests."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import api
 import arguments
 import messages
+import methods
 import promises
 from mkdocs.structure.files import File, Files
 
@@ -14,7 +15,12 @@ ROOT = Path(__file__).parents[2]
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are generated from the code."""
-    pages = {**api.pages(), "arguments.md": arguments.page(), "messages.md": messages.page(ROOT / "trainfn")}
+    pages = {
+        **api.pages(),
+        "arguments.md": arguments.page(),
+        "methods.md": methods.page(),
+        "messages.md": messages.page(ROOT / "trainfn"),
+    }
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files

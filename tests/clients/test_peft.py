@@ -225,3 +225,26 @@ def test_a_batch_norm_under_adapters_resumes_with_its_statistics(tmp_path):
     again = run("trainfn", model(), tmp_path / "again", data=rows, resume=str(tmp_path / "whole/checkpoint-2"))
     assert_identical(dict(again.model.named_buffers()), dict(whole.model.named_buffers()))
     assert_identical(weights(again.model), weights(whole.model))
+
+
+@pytest.mark.parametrize("place", ["on_pre_optimizer_step", "on_optimizer_step"])
+def test_adalora_allocates_ranks_by_gradients_in_a_callback(place, tmp_path):
+    options = {"init_r": 4, "target_r": 1, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 6}
+
+    def allocate(self, args, state, control, model=None, **_):
+        model.base_model.update_and_allocate(state.global_step)
+
+    def finished(kind):
+        model = seeded(lambda: peft.get_peft_model(llama(), peft.AdaLoraConfig(**LM, **ATTENTION, **options)))
+        trainer, arguments = KINDS[kind]
+        callback = type("Allocate", (transformers.TrainerCallback,), {place: allocate})
+        with Seeded():
+            args = arguments(str(tmp_path / kind), **{**QUIET, "max_steps": 6})
+            made = trainer(model, args, train_dataset=tokens(24), callbacks=[callback()])
+            made.train()
+        return made
+
+    ours, theirs = finished("trainfn"), finished("transformers")
+    assert_same_run(ours, theirs, tolerance=1e-5)  # a sum of products of gradients orders the ranks
+    ranks = [(p != 0).sum().item() for n, p in ours.model.named_parameters() if "lora_E" in n]
+    assert place != "on_optimizer_step" or sum(ranks) == 2  # before the update they are hidden, and then change

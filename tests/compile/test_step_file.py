@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -167,7 +168,14 @@ def test_a_new_process_needs_no_tracer_and_no_compiler(saved):
 
 
 def test_loading_takes_milliseconds(saved):
-    assert min(tfn.load_step(saved).seconds for _ in range(3)) < 0.05
+    """Of the processor, so that a busy machine changes nothing."""
+
+    def seconds():
+        before = time.process_time()
+        assert tfn.load_step(saved).seconds > 0
+        return time.process_time() - before
+
+    assert min(seconds() for _ in range(3)) < 0.05
 
 
 def test_the_hash_of_the_graph_is_the_same_in_every_process(saved):

@@ -321,3 +321,16 @@ def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ImportError, match=r"pip install 'trainfn\[deepspeed\]'"):
         tfn.deepspeed.init(net(), config=config(1))
+
+
+def test_rows_of_earlier_batches_come_first():
+    from types import SimpleNamespace
+
+    from trainfn.deepspeed import _step
+
+    run = SimpleNamespace(group=None, engine=SimpleNamespace(device="cpu"))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert (_step._rows(run, 3), _step._rows(run, 3, 5)) == ((0, 3), (5, 3))
+    finally:
+        torch.distributed.destroy_process_group()

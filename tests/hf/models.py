@@ -17,8 +17,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import trainfn as tfn
 from trainfn.hf._optim._groups import Groups
-from trainfn.hf._optim._named import clipped, cls_and_kwargs, decay_names
+from trainfn.hf._optim._named import clipping, cls_and_kwargs, decay_names
 
 VOCAB, LENGTH = 11, 6
 
@@ -109,4 +110,4 @@ def rule_of(args, model):
         {"params": [p for n, p in named.items() if n in decays], "weight_decay": args.weight_decay},
         {"params": [p for n, p in named.items() if n not in decays], "weight_decay": 0.0},
     ]
-    return clipped(args, Groups(cls(groups, **options), named.items()).transform)
+    return tfn.optim.chain(clipping(args), Groups(cls(groups, **options), named.items()).transform)

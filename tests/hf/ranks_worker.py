@@ -398,6 +398,49 @@ def saved(folder, plan):
     }
 
 
+class Overriding(Trainer):
+    """Writes and loads its weights by itself; the ranks meet in its Accelerator."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        torch.save(self.model.state_dict(), Path(output_dir) / "mine.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self.model.load_state_dict(torch.load(Path(resume_from_checkpoint) / "mine.pt"))
+
+    def log(self, logs, start_time=None):
+        number = torch.tensor([float(self.accelerator.process_index + 1)])
+        logs["together"] = float(self.accelerator.gather_for_metrics(number).sum()) / sum(range(world() + 1))
+        super().log(logs, start_time)
+
+
+def overriding(folder, plan):
+    options = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "gradient_accumulation_steps": 2}
+    make, rows = MODELS["bert"]
+    first = Overriding(make(), arguments(folder, **options, **plan), pad, rows())
+    first.train()
+    again = Overriding(make(), arguments(folder, **options, **plan), pad, rows())
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    accelerator = again.accelerator
+    assert (accelerator.num_processes, accelerator.process_index) == (world(), again.args.process_index)
+    assert again.get_total_train_batch_size(again.args) == 2 * ROWS
+    assert type(accelerator.prepare(make())) is type(make())  # it is not wrapped
+    return {
+        "params": params(again),
+        "equal": all(torch.equal(a, b) for a, b in zip(params(first).values(), params(again).values(), strict=True)),
+        "files": sorted(p.name for p in (folder / "checkpoint-4").iterdir() if not p.name.startswith("rank")),
+        "together": {entry["together"] for entry in again.state.log_history} == {1.0},
+    }
+
+
+def ungathered(folder, plan):
+    """Without checkpoints, each rank may have a folder of its own."""
+    make, rows = MODELS["bert"]
+    rank = int(os.environ.get("RANK", "0"))
+    trainer = Trainer(make(), arguments(folder / str(rank), **plan), pad, rows())
+    trainer.train()
+    return {"params": params(trainer)}
+
+
 def carried_on(folder, plan):
     """From the checkpoint that another number of processes has written; ``saved`` of one process must be there."""
     options = {"save_strategy": "no", "optim": "adamw_torch", "gradient_accumulation_steps": 2}
@@ -496,6 +539,7 @@ CASES = {
     "accumulated gpt2": (updates, {"name": "gpt2", "gradient_accumulation_steps": 2, "optim_args": "momentum=0.9"}),
     "evaluated": (evaluated, {}),
     "saved": (saved, {}),
+    "overriding": (overriding, {}),
     "patient": (patient, {}),
     "stopped": (stopped, {}),
     "terminated": (terminated, {}),
@@ -507,6 +551,7 @@ CASES = {
 }
 ONCE = {  # by DDP alone
     "noisy": (noisy, {}),
+    "ungathered": (ungathered, {}),
     "half": (half, {}),
     "halves": (halves, {}),
     "grouped": (ungrouped, {}),

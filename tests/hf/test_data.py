@@ -286,9 +286,9 @@ def test_an_evaluator_of_ones_own_needs_no_rows(tmp_path):
         def get_eval_dataloader(self, eval_dataset=None):
             return DataLoader([])
 
-        def evaluation_loop(self, *args, metric_key_prefix="eval", **options):
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
-            output.metrics[f"{metric_key_prefix}_similarity"] = 0.5
+        def evaluation_loop(self, *args, **options):
+            output = super().evaluation_loop(*args, **options)
+            output.metrics["eval_similarity"] = 0.5
             return output
 
     assert Own(Linear(), arguments(tmp_path), eval_dataset="dummy").evaluate()["eval_similarity"] == 0.5

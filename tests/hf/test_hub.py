@@ -18,7 +18,7 @@ from tests.hf import hub_server
 from trainfn.hf._callbacks._events import CallbackHandler, with_defaults
 from trainfn.hf._reporting import _hub
 
-MODEL_FILES = ("config.json", "model.safetensors", "training_args.bin")
+MODEL_FILES = ("config.json", "model.safetensors", "training_args.json")
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 
 
@@ -59,6 +59,9 @@ class Trainer:
         assert _internal_call, "`save_model` would push in its turn"
         Path(self.args.output_dir).mkdir(exist_ok=True)
         Path(self.args.output_dir, "model.safetensors").write_text(f"final {self.state.global_step}")
+
+    def init_hf_repo(self, token=None, private=None):
+        _hub.init_repo(self, token, private)
 
     def create_model_card(self, **card):
         _hub.create_model_card(self, **card)
@@ -255,7 +258,7 @@ def test_shards_adapters_and_the_processing_class_go_with_the_model(trainer, hub
     made.checkpoint(2, **shards, **{"adapter_config.json": "{}", "training_args.bin": "args", "rng_state.pth": "rng"})
     made.wait()
     assert set(hub.commits[0].files) == {
-        *MODEL_FILES, *shards, "adapter_config.json", "tokenizer.json",
+        *MODEL_FILES[:2], "training_args.bin", *shards, "adapter_config.json", "tokenizer.json",
     }  # fmt: skip
     assert hub.repos["tester/my-model"]["training_args.bin"] == b"args"
 

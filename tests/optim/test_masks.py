@@ -238,6 +238,7 @@ AROUND = {
     "masked": optim.chain(optim.masked(optim.freeze(), "b"), optim.sgd(0.1)),
     "masked partition": optim.chain(optim.masked(frozen(), None), optim.scale(2.0)),
     "lookahead": optim.lookahead(frozen(), 1),
+    "galore": optim.galore(frozen(), rank=1),
     "inject": optim.inject_hyperparams(lambda rate: frozen(optim.sgd(rate)))(rate=0.1),
     "nested": optim.partition(
         {"x": optim.chain(optim.scale(1.0), frozen()), "y": optim.sgd(0.1)}, [("c", "y")], default="x"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,6 +30,7 @@ class Contents(NamedTuple):
         texts: The contents of the other files.
         mine: The files of leaves that this rank writes.
         full: Whether each leaf has yet to be gathered, which all ranks take part in.
+        adopt: The folder that the caller has begun to fill, if there is one; it becomes the checkpoint.
     """
 
     leaves: Mapping[str, Tensor]
@@ -36,6 +38,7 @@ class Contents(NamedTuple):
     texts: dict[str, bytes]
     mine: tuple[str, ...]
     full: bool = False
+    adopt: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -53,16 +56,19 @@ def contents_of(
     files: Mapping[str, str | bytes] | None = None,
     full: bool = False,
     model: bool = True,
+    adopt: Path | None = None,
     ranks: Ranks = ALONE,
 ) -> Contents:
     """The contents of a save of ``state`` on this rank; errors begin with ``call``.
 
-    Without ``model``, the module's leaves are beside the others, and no file looks like a model's.
+    Without ``model``, or with a folder to ``adopt``, the module's leaves are beside the others, and no file looks like
+    a model's.
     """
     check_alive(state)
     leaves = _leaves.named(state, call)
     full = full and ranks.size > 1
     split = {name: leaf for name, leaf in leaves.items() if is_split(leaf) and ranks.size > 1 and not full}
+    model = model and adopt is None
     places, texts = _files(state, leaves, max_shard_size, set(split)) if model else (_beside(leaves, set(split)), {})
     pieces, writers = spread(split, leaves, places, ranks.size)
     tree = {
@@ -83,10 +89,10 @@ def contents_of(
     numbers = {name: _number(value, name, call) for name, value in (metrics or {}).items()}
     manifest = Manifest(int(state.step), numbers, {}, tree, plain, _versions())
     if full:
-        return Contents(leaves, manifest, texts, tuple(writers) if ranks.rank == 0 else (), full)
+        return Contents(leaves, manifest, texts, tuple(writers) if ranks.rank == 0 else (), full, adopt)
     mine = tuple(file for file, writer in writers.items() if writer == ranks.rank)
     held = {name: local(leaves[name]) for leaves_of in map(manifest.by_file().get, mine) for name in leaves_of or ()}
-    return Contents(held, manifest, texts, mine)
+    return Contents(held, manifest, texts, mine, adopt=adopt)
 
 
 def _versions() -> dict[str, str]:

@@ -72,6 +72,21 @@ def make_folder(path: Path) -> None:
     path.mkdir()
 
 
+def adopt(written: Path, path: Path, names: Iterable[str]) -> None:
+    """Rename a folder that other code has written, and flush its files; those of these names give way to a save's."""
+    _rename(written, path)
+    for name in names:
+        (path / name).unlink(missing_ok=True)
+    for file in path.rglob("*"):
+        if file.is_symlink():
+            continue
+        if file.is_dir():
+            flush_folder(file)
+        else:
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+
+
 def flush_folder(path: Path) -> None:
     """Make what was created, renamed or removed in a folder survive a power cut."""
     if os.name == "nt":  # Windows can't flush a folder
@@ -156,18 +171,23 @@ class Lock:
     """A lock on a folder, so that one run at a time saves there: two would remove each other's checkpoints.
 
     It is a lock of the operating system (flock) and not a file that exists. The system releases it whenever the
-    process ends, so a killed run leaves no lock behind.
+    process ends, so a killed run leaves no lock behind, but only its file. `close` removes the file.
     """
 
     _number: int | None = None
 
     def __init__(self, folder: Path) -> None:
-        self._number = _open_lock(folder / ".lock")
+        self._path = folder / ".lock"
+        self._number = _open_lock(self._path)
         try:
             _lock(self._number)
+            while not _is_open(self._path, self._number):  # the run before removed it between the two lines above
+                os.close(self._number)
+                self._number = _open_lock(self._path)
+                _lock(self._number)
         except BlockingIOError:
             holder = os.read(self._number, 100).decode(errors="replace")
-            self.close()
+            self._leave()
             raise CheckpointError(
                 f"{str(folder)!r}: another run saves its checkpoints here (process {holder or '?'}). Two runs would"
                 " remove each other's checkpoints: give this one a folder of its own, or end the other."
@@ -178,7 +198,7 @@ class Lock:
         # once: otherwise an orphaned worker of a killed run would still hold the lock.
         this = weakref.ref(self)
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=lambda: (lock := this()) and lock.close())
+            os.register_at_fork(after_in_child=lambda: (lock := this()) and lock._leave())
 
     @property
     def held(self) -> bool:
@@ -186,13 +206,27 @@ class Lock:
         return self._number is not None
 
     def close(self) -> None:
-        """Release the folder."""
+        """Release the folder, and remove the file."""
+        if self._number is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink()  # before the release: afterwards it may be the lock of the next run
+        self._leave()
+
+    def _leave(self) -> None:
         number, self._number = self._number, None
         if number is not None:
             os.close(number)
 
     def __del__(self) -> None:
         self.close()
+
+
+def _is_open(path: Path, number: int) -> bool:
+    """Whether a path still is the file that is open under a number."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(number))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(number: int) -> None:

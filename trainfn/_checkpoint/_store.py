@@ -117,6 +117,7 @@ class Checkpoints:
         *,
         metrics: Mapping[str, Any] | None = None,
         files: Mapping[str, str | bytes] | None = None,
+        adopt: str | os.PathLike[str] | None = None,
         wait: bool = False,
     ) -> None:
         """Save the state as ``checkpoint-<its step>``, once the save before this one has ended.
@@ -126,6 +127,8 @@ class Checkpoints:
             extra: What `restore` gives back beside the state; plain JSON.
             metrics: Numbers or `Mean`s, for ``best=``.
             files: Small files to put beside the others: their contents by name, which may begin with a folder's.
+            adopt: A folder beside or in place of ``checkpoint-<its step>``, with files that the caller has written,
+                such as the model's. It becomes the checkpoint. The module's tensors are in ``state.safetensors``.
             wait: Whether to return only when the checkpoint is on the disk.
 
         Raises:
@@ -137,7 +140,7 @@ class Checkpoints:
         self.wait()
         ranks = self._job()
         state = alike(state, ranks)
-        given = {"extra": extra, "metrics": metrics, "files": files}
+        given = {"extra": extra, "metrics": metrics, "files": files, "adopt": None if adopt is None else Path(adopt)}
         contents = ranks.agreed(lambda: self._contents(state, given, ranks))
         if not self.asynchronous:
             self._write(contents, ranks)

@@ -36,10 +36,14 @@ def write(target: Path, contents: Contents, ranks: Ranks = ALONE, prepare: Calla
     def begin() -> str:
         with _explaining(target, contents):
             prepare()
-            _check_replaceable(target)
+            if contents.adopt != target:
+                _check_replaceable(target)
             if beside.exists():
                 _disk.discard(beside)
-            _disk.make_folder(beside)
+            if contents.adopt is None:
+                _disk.make_folder(beside)
+            else:
+                _disk.adopt(contents.adopt, beside, [MANIFEST, *contents.texts, *contents.manifest.by_file()])
         return beside.name
 
     def fill() -> dict[str, Written]:
@@ -113,7 +117,7 @@ def _beside(folder: Path, texts: Mapping[str, bytes]) -> dict[str, Written]:
     """Write the files that hold no leaf, and the folders that they are in."""
     inner = sorted({(folder / name).parent for name in texts} - {folder})
     for path in inner:
-        _disk.make_folder(path)
+        _disk.make_folders(path)
     files = {name: _disk.write(folder / name, [text]) for name, text in texts.items()}
     for path in inner:
         _disk.flush_folder(path)

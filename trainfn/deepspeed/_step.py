@@ -98,16 +98,17 @@ def eval_step(loss: Loss) -> Callable[[EngineState, Batch], Metrics]:
     {'loss': Mean(0.25 over weight 6)}
     """
 
-    def evaluate_batch(state: EngineState, batch: Batch, /) -> Metrics:
+    def evaluate_batch(state: EngineState, batch: Batch, before: Tensor | int = 0, /) -> Metrics:
         run = alive(state, "eval_step(state, batch)")
         run.set_mode(False)
         rows = tree.row_count(batch)
-        first_row, _ = _rows(run, rows)
+        first_row, _ = _rows(run, rows, int(before))
         key = random.fold_in(run.key, state.step)
         with torch.no_grad(), keyed(key, rows=rows, first_row=first_row):
             mean, metrics = exact(loss(Model(run.engine), batch), rows)
         return _over_ranks(run, {"loss": detached(mean), **{k: detached(m) for k, m in metrics.items()}})
 
+    evaluate_batch.takes_first_row = True  # type: ignore[attr-defined]
     return evaluate_batch
 
 
@@ -124,16 +125,19 @@ def _pieces(run: Run, batch: Batch) -> list[tuple[Batch, int]]:
     return [(piece, first + row) for piece, row in tree.split(batch, num)]
 
 
-def _rows(run: Run, rows: int) -> tuple[int, int]:
-    """The number of rows on the ranks before this one, and the smallest number on any rank."""
+def _rows(run: Run, rows: int, before: int = 0) -> tuple[int, int]:
+    """The number of this rank's first row among those of all ranks, and the smallest number of rows on any rank.
+
+    ``before`` is the number of rows of this rank's earlier batches: those of all ranks come first.
+    """
     dist = torch.distributed
-    counts = torch.zeros(dist.get_world_size(run.group), dtype=torch.int64, device=run.engine.device)
+    counts = torch.zeros(dist.get_world_size(run.group) + 1, dtype=torch.int64, device=run.engine.device)
     rank = dist.get_rank(run.group)
-    counts[rank] = rows
+    counts[rank], counts[-1] = rows, before
     # 8 bytes a rank, once a batch, and one wait for the device: dropout is drawn by a row's number in the global batch.
     dist.all_reduce(counts, group=run.group)
-    known = counts.tolist()
-    return sum(known[:rank]), min(known)
+    *known, earlier = counts.tolist()
+    return earlier + sum(known[:rank]), min(known)
 
 
 def _forward(run: Run, loss: Loss, piece: Batch, rows: int) -> tuple[Mean, Metrics]:

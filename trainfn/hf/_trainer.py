@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import BestRun, EvalLoopOutput, PredictionOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 from transformers.utils import can_return_loss, find_labels, logging
 
 import trainfn as tfn
+from trainfn.hf import _names
+from trainfn.hf._arguments._convert import as_ours
 from trainfn.hf._arguments._support import check_supported
 from trainfn.hf._arguments._training import TrainingArguments
 from trainfn.hf._callbacks._events import CallbackHandler, event, gather, with_defaults
-from trainfn.hf._checkpoints import _folders
+from trainfn.hf._checkpoints._methods import Checkpointing
 from trainfn.hf._evaluation import _evaluate, _prediction
-from trainfn.hf._optim import _resolve
 from trainfn.hf._optim._methods import Optimizing
 from trainfn.hf._parallel import _parameters
 from trainfn.hf._parallel._layout import world_of
-from trainfn.hf._reporting import _hub, _logs
+from trainfn.hf._reporting import _logs
 from trainfn.hf._reporting._methods import Reporting
 from trainfn.hf._reporting._trackers import tracker_callbacks
-from trainfn.hf._run import _loop, _search, _setup, _summary
-from trainfn.hf._run._methods import Loading
-from trainfn.hf._run._record import Record, current_run
+from trainfn.hf._run import _loop, _setup, _summary
+from trainfn.hf._run._loading import Loading
+from trainfn.hf._run._methods import Running
+from trainfn.hf._run._record import Record
 from trainfn.hf._step import _loss, _manual
 from trainfn.hf._types import (
     Batch,
@@ -38,7 +39,6 @@ from trainfn.hf._types import (
     Loader,
     Loss,
     LossFunction,
-    Metrics,
     MetricsFunction,
     Nested,
     Optimizer,
@@ -52,7 +52,8 @@ from trainfn.hf._types import (
 logger = logging.get_logger(__name__)
 
 
-class Trainer(Loading, Optimizing, Reporting):
+@_names.without_missing
+class Trainer(Loading, Running, Optimizing, Checkpointing, Reporting):
     """Train, evaluate and predict with a model, as transformers' Trainer does; every method may be overridden.
 
     The step is `trainfn.train_step`: pure, the same update for every split into micro-batches, resumable to the bit.
@@ -97,9 +98,17 @@ class Trainer(Loading, Optimizing, Reporting):
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Report an override whose name is nearly that of a method."""
+        """Warn of methods that are never called."""
         super().__init_subclass__(**options)
-        _setup.report_misspelt(cls, Trainer)
+        _names.check_overrides(cls, Trainer)
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise for a name that a Trainer lacks; a property's own error stays itself."""
+        if _names.exists(type(self), name) or name in _names.NOT_CALLED:
+            return object.__getattribute__(self, name)
+        raise _names.absent(self, name)
+
+    _signature_columns: list[str] | None
 
     # A step is captured with what it reads. The rest, such as the newest state and the logs, changes while it trains.
     _steps_read: ClassVar = frozenset(
@@ -125,12 +134,14 @@ class Trainer(Loading, Optimizing, Reporting):
         tokenizer: Processor | None = None,
         callback: Sequence[Callback] | Callback | None = None,
     ) -> None:
-        self.args = args if args is not None else TrainingArguments("tmp_trainer")
+        self.args = as_ours(args if args is not None else TrainingArguments("tmp_trainer"))
         check_supported(self.args)
         _setup.check_liger(self.args)
-        self.model_init = model_init
-        self.model = _setup.first_model(model, model_init, self.args)
+        _setup.defaults(self, model_init)
+        self.model = self.model_wrapped = _setup.first_model(self, model)
         self._trainfn = Record(world=world_of(self.args, self.model), given=optimizers)
+        self.create_accelerator_and_postprocess()
+        _setup.placed(self)
         self.processing_class = _setup.renamed("tokenizer", tokenizer, "processing_class", processing_class)
         self.data_collator = data_collator or _setup.default_collator(self.processing_class)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
@@ -141,18 +152,13 @@ class Trainer(Loading, Optimizing, Reporting):
         self.label_names: list[str] = self.args.label_names or find_labels(type(self.model))
         self.can_return_loss = can_return_loss(type(self.model))
         self.label_smoother: Callable[..., Tensor] | None = _setup.smoother(self.args, self.model)
-        self.state, self.control = TrainerState(), TrainerControl()
+        self._validate_args()
         self.train_state: tfn.TrainState | None = None
-        self.is_in_train = False
-        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
-        self._signature_columns: list[str] | None = None  # subclasses of transformers' Trainer fill this in
         _logs.set_verbosity(self.args)
         given = with_defaults(gather(callbacks, callback), self.args, tracker_callbacks(self.args))
         self.callback_handler = CallbackHandler(given, self)
-        self.hub_model_id: str | None = None
-        self.push_in_progress: _hub.Pushes | None = None
         if self.args.push_to_hub:
-            _hub.init_repo(self)
+            self.init_hf_repo()
         _setup.set_use_cache(self.model, self.args)
         event(self, "on_init_end")
 
@@ -162,16 +168,6 @@ class Trainer(Loading, Optimizing, Reporting):
     def tokenizer(self) -> Processor | None:
         """The old name of `processing_class`."""
         return self.processing_class
-
-    @property
-    def model_wrapped(self) -> nn.Module:
-        """The model: nothing is wrapped here."""
-        return self.model
-
-    @property
-    def place_model_on_device(self) -> bool:
-        """Whether the model is moved to ``args.device``."""
-        return True
 
     # --- loss and step --------------------------------------------------------------------------------------------
 
@@ -220,10 +216,6 @@ class Trainer(Loading, Optimizing, Reporting):
         """
         return _loop.train(self, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def hyperparameter_search(self, *args: Any, **options: Any) -> BestRun | list[BestRun]:
-        """Train one run for each trial, with its own arguments; see `trainfn.hf._run._search.hyperparameter_search`."""
-        return _search.hyperparameter_search(self, *args, **options)
-
     def summary(self) -> str:
         """Describe the run that `train` would make; print it before a long run."""
         return _summary.summary(self)
@@ -268,15 +260,6 @@ class Trainer(Loading, Optimizing, Reporting):
         """Loss, logits and labels of one batch."""
         return _prediction.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)
 
-    def _evaluate(self, ignore_keys: list[str] | None) -> Metrics:
-        """An evaluation during training."""
-        metrics = self.evaluate(ignore_keys=ignore_keys)
-        self._trainfn.latest = self.state.global_step, metrics
-        if self._trainfn.search is not None:
-            _search.report(self._trainfn.search, metrics, self.state.global_step)
-        _resolve.after_evaluation(self, metrics)
-        return metrics
-
     @contextlib.contextmanager
     def whole_model(self) -> Generator[nn.Module]:
         """The model with its full parameters, for the time of a block; all ranks must enter it.
@@ -286,44 +269,3 @@ class Trainer(Loading, Optimizing, Reporting):
         """
         with _parameters.whole(self):
             yield self.model
-
-    # --- saving -------------------------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, the tokenizer and the arguments, so that ``from_pretrained`` reads them.
-
-        On several ranks all must call it, in callbacks too, because sharded parameters are gathered. Rank 0 writes.
-        """
-        self._save(output_dir or str(_folders.output_dir(self)))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save")
-
-    def _save(self, output_dir: str) -> None:
-        _folders.save_model(self, output_dir)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Trial | None = None) -> None:
-        """Save ``checkpoint-{global_step}``, in the background."""
-        saving = current_run(self).saving
-        folder = saving.save()
-        if self.args.push_to_hub:
-            saving.wait()
-            _hub.push_from_checkpoint(self, str(folder))
-
-    def floating_point_ops(self, inputs: Batch) -> int:
-        """An estimate for a batch: six operations for each token and parameter, without embeddings."""
-        held = inputs if isinstance(inputs, Mapping) else {}
-        tokens = held.get(getattr(self.model, "main_input_name", "input_ids"))
-        if not isinstance(tokens, Tensor) or not hasattr(self.model, "num_parameters"):
-            return 0
-        if self._trainfn.parameter_count is None:
-            count = cast("Callable[..., int]", self.model.num_parameters)
-            self._trainfn.parameter_count = count(exclude_embeddings=True)
-        return 6 * tokens.numel() * self._trainfn.parameter_count
-
-
-for _method in (
-    *(Trainer.training_step, Trainer.compute_loss, Trainer.prediction_step, Trainer._prepare_inputs),
-    *(Trainer._get_num_items_in_batch, Trainer.get_batch_samples),
-    *(Trainer._get_train_sampler, Trainer._get_eval_sampler, Trainer.get_eval_dataloader, Trainer.evaluation_loop),
-):
-    _method.not_overridden = True  # type: ignore[attr-defined]  # so that overrides are recognized

@@ -14,8 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 import trainfn as tfn
 
 if TYPE_CHECKING:  # the files that define these import this one
+    from accelerate import Accelerator
     from torch.utils.data import IterableDataset
-    from transformers.trainer_utils import EvalLoopOutput
+    from transformers.trainer_utils import EvalLoopOutput, HPSearchBackend, TrainerMemoryTracker, TrainOutput
 
     from trainfn.hf._arguments._training import TrainingArguments
     from trainfn.hf._callbacks._events import CallbackHandler
@@ -118,12 +119,52 @@ class TrainerLike(Protocol):
     control: TrainerControl
     train_state: tfn.TrainState | None
     is_in_train: bool
+    is_model_parallel: bool
+    is_distributed_loading_by_transformers: bool
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+    place_model_on_device: bool
+    model_wrapped: nn.Module
+    accelerator: Accelerator
+    gather_function: Callable[..., Nested]
+    current_flos: float
+    neftune_noise_alpha: float | None
+    hp_name: Callable[[Trial], str] | None
+    hp_search_backend: HPSearchBackend | None
+    deepspeed: object
     current_gradient_accumulation_steps: int
     hub_model_id: str | None
     push_in_progress: Pushes | None
+    _train_batch_size: int
+    _created_lr_scheduler: bool
+    _memory_tracker: TrainerMemoryTracker
 
     @property
     def args(self) -> TrainingArguments: ...
+
+    # --- the beginning, and counts --------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None: ...
+
+    def _build_accelerator_args(self, **kwargs: Any) -> Values: ...
+
+    def call_model_init(self, trial: Trial | None = None) -> nn.Module: ...
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None: ...
+
+    def get_tp_size(self) -> int: ...
+
+    def get_cp_size(self) -> int: ...
+
+    def get_sp_size(self) -> int: ...
+
+    def store_flos(self) -> None: ...
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None: ...
+
+    def _hp_search_setup(self, trial: Trial | None) -> None: ...
+
+    def _report_to_hp_search(self, trial: Trial | None, step: int, metrics: Metrics) -> None: ...
 
     # --- data -----------------------------------------------------------------------------------------------------
 
@@ -186,7 +227,7 @@ class TrainerLike(Protocol):
     def create_scheduler(self, num_training_steps: int) -> Scheduler | None: ...
 
     @property
-    def get_optimizer_cls_and_kwargs(self) -> Callable[..., tuple[Any, Values]]: ...
+    def get_optimizer_cls_and_kwargs(self) -> Callable[..., tuple[Callable[..., torch.optim.Optimizer], Values]]: ...
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]: ...
 
@@ -214,7 +255,27 @@ class TrainerLike(Protocol):
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Nested, Nested]: ...
 
-    def _evaluate(self, ignore_keys: list[str] | None) -> Metrics: ...
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Trial | None = None) -> TrainOutput: ...
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Tensor | float | None,
+        model: nn.Module,
+        trial: Trial | None,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None: ...
+
+    def _evaluate(
+        self, trial: Trial | None, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> Metrics: ...
+
+    def _determine_best_metric(self, metrics: Metrics, trial: Trial | None) -> bool: ...
+
+    def _finalize_training(self, trial: Trial | None, num_train_samples: float, start_time: float) -> TrainOutput: ...
 
     # --- reports and files ----------------------------------------------------------------------------------------
 
@@ -232,6 +293,26 @@ class TrainerLike(Protocol):
 
     def is_local_process_zero(self) -> bool: ...
 
-    def _save(self, output_dir: str) -> None: ...
+    def push_to_hub(self, commit_message: str = "End of training") -> object: ...
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None: ...
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None: ...
+
+    def _finish_current_push(self) -> None: ...
+
+    def _get_output_dir(self, trial: Trial | None) -> str: ...
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None: ...
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str) -> None: ...
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None: ...
+
+    def _load_rng_state(self, checkpoint: str | None) -> None: ...
+
+    def _load_callback_state(self) -> None: ...
+
+    def _load_best_model(self) -> None: ...
 
     def _save_checkpoint(self, model: nn.Module, trial: Trial | None = None) -> None: ...

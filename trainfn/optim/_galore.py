@@ -11,7 +11,7 @@ from trainfn import tree
 from trainfn._types import NOTHING, Params, Transform, Tree
 from trainfn.optim._adafactor import scale_by_factored_rms
 from trainfn.optim._clip import clip_by_block_rms
-from trainfn.optim._combine import chain, identity, masked
+from trainfn.optim._combine import around, chain, identity, masked
 from trainfn.optim._masks import Mask, select
 from trainfn.optim._math import (
     Rate,
@@ -132,7 +132,7 @@ def galore(
         low, new = inner.update(_project(updates, left, right), state.inner, _project(params, left, right))
         return _project_back(low, left, right, scale), GaloreState(state.count + 1, left, right, new, state.late)
 
-    return Transform(init, update)
+    return around(Transform(init, update), inner)
 
 
 def _matrices(targets: Mask, params: Params) -> Params:

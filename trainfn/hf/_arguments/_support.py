@@ -112,7 +112,7 @@ REFUSED: tuple[Refused, ...] = (
     Refused(
         "accelerator_config",
         _own_accumulation,
-        "the step accumulates gradients itself, and there is no Accelerator to be configured",
+        "the step accumulates gradients itself, and no part of it is Accelerate's",
         "Write `gradient_accumulation_steps=...`, and leave the other keys out",
     ),
     Refused(
@@ -236,6 +236,7 @@ _READ: dict[str, tuple[str, ...]] = {
         *("save_strategy", "save_total_limit", "save_only_model", "load_best_model_at_end", "metric_for_best_model"),
         *("greater_is_better", "ignore_data_skip"),
     ),
+    "_checkpoints/_methods.py": ("restore_callback_states_from_checkpoint",),
     "_parallel/_layout.py": (
         *("fsdp", "deepspeed", "parallelism_config", "ddp_backend", "ddp_timeout", "save_on_each_node"),
     ),
@@ -246,7 +247,6 @@ USED: dict[str, str] = {
     **dict.fromkeys(
         ("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"), "nothing here: scripts read it"
     ),
-    "restore_callback_states_from_checkpoint": "nothing: a resumed run always restores them, as all else",
     "dataloader_pin_memory": "nothing: no memory is pinned, so False is what happens, and True only asks for speed",
 }
 """The reader of each field that works."""

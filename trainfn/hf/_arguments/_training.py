@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import transformers
+from accelerate import PartialState
 from transformers.training_args import ParallelMode
 
 from trainfn.errors import nearest
 from trainfn.hf._arguments._legacy import RULES, Collect, options, translate, warn
 from trainfn.hf._installed import RENAMED, Arguments, same_names
 from trainfn.hf._parallel import _layout
+from trainfn.hf._parallel._accelerator import state_alone
 from trainfn.hf._parallel._layout import is_joined
 from trainfn.hf._types import Values
 
@@ -64,6 +66,10 @@ class _Named(type):
         old |= parsed or {}
         made = type.__call__(cls, *(a for a in args if a is not ...), **translate(given, stated, old))
         made.__dict__["torch_compile_given"] = by_hand or bool(getattr(made, "torch_compile", False))
+        # transformers restores no state by default; here False must be written, for a resumed run goes on as before.
+        kept = "restore_callback_states_from_checkpoint"
+        given_by_hand = kept in kwargs and "legacy_arguments" not in kwargs
+        made.__dict__["restores_callbacks"] = bool(getattr(made, kept)) or not given_by_hand
         made.__dict__["_old"] = {name: value for name, value in old.items() if RULES[name].new is None}
         return made
 
@@ -99,7 +105,8 @@ class TrainingArguments(Arguments, metaclass=_Named):
     ========================= ==============================================================================
     old names still work      ``evaluation_strategy``, ``no_cuda``, … are unknown
     no side effects           starts process groups, resets Accelerate's state, sets TF32 for all of torch; here the
-                              processes find each other in `main_process_first`, or when a Trainer is made
+                              processes find each other in `main_process_first` or `distributed_state`, or when a
+                              Trainer is made
     ``bf16=True`` on a CPU    an error, unless ``use_cpu=True``
     ``log_level="info"``      ``"passive"``
     ``...`` for "defaults"    ``output_dir``
@@ -162,8 +169,13 @@ class TrainingArguments(Arguments, metaclass=_Named):
 
     @cached_property
     def _setup_devices(self) -> torch.device:
-        # In transformers this joins the processes and resets the state of Accelerate. Here it only finds the device.
-        self.distributed_state = None
+        # In transformers this joins the processes. Here it makes Accelerate's state of one process.
+        device = self._found_device()
+        if self.world_size == 1:
+            vars(self)["distributed_state"] = state_alone(device)
+        return device
+
+    def _found_device(self) -> torch.device:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if self.use_cpu or accelerator is None or _flag("ACCELERATE_USE_CPU"):
             self._n_gpu = 0
@@ -172,6 +184,18 @@ class TrainingArguments(Arguments, metaclass=_Named):
         if accelerator.type == "mps":
             return accelerator
         return torch.device(accelerator.type, self.local_process_index)
+
+    @property
+    def distributed_state(self) -> PartialState:  # type: ignore[override]
+        """Accelerate's state of the processes; if there are several, they join each other here."""
+        _ = self.device
+        if self.__dict__.get("distributed_state") is None:
+            _layout.meet(self)
+        return self.__dict__["distributed_state"]
+
+    @distributed_state.setter
+    def distributed_state(self, value: PartialState) -> None:
+        vars(self)["distributed_state"] = value
 
     @property
     def world_size(self) -> int:
@@ -294,6 +318,11 @@ def _held_back(args: TrainingArguments) -> Generator[None]:
     if args.fp16 and args.bf16:
         raise ValueError(
             f"`{type(args).__name__}(fp16=True, bf16=True)` can't work: a run has one of the two. Write `bf16=True`."
+        )
+    if args.fp16_full_eval and args.bf16_full_eval:
+        raise ValueError(
+            f"`{type(args).__name__}(fp16_full_eval=True, bf16_full_eval=True)` can't work: an evaluation has one of"
+            " them. Write `bf16_full_eval=True`."
         )
     if args.device.type == "cpu":
         neutral |= {"bf16": False, "bf16_full_eval": False}

@@ -223,7 +223,7 @@ class CallbackHandler(_Handler):
             "Values", TrainerState(stateful_callbacks=cast("list[TrainerCallback]", exportable)).stateful_callbacks
         )
 
-    def load_states(self, states: Values) -> None:
+    def load_states(self, states: Values, *, replace: bool = False) -> None:
         """Restore the states of the callbacks.
 
         Each callback stays the same object, at its place, with the arguments of this program. For example, a new
@@ -231,6 +231,7 @@ class CallbackHandler(_Handler):
 
         Args:
             states: From `states`, or a `trainer_state.json` of transformers.
+            replace: Whether each is replaced by one with the checkpoint's arguments, too.
         """
         for name, saved in states.items():
             if name == TrainerControl.__name__:
@@ -244,7 +245,8 @@ class CallbackHandler(_Handler):
                     *(len(saved), name, len(places)),
                 )
             for i, state in zip(places, saved, strict=False):
-                self.callbacks[i] = _restored(self.callbacks[i], state)
+                held = self.callbacks[i]
+                self.callbacks[i] = _restored(type(held)(**state.get("args", {})) if replace else held, state)
 
 
 def _restored(callback: TrainerCallback, state: Values) -> TrainerCallback:

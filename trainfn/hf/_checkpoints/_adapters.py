@@ -70,7 +70,7 @@ def load(model: nn.Module, folder: str) -> None:
     Raises:
         trainfn.errors.CheckpointError: If an adapter is missing in the model, or does not fit.
     """
-    peft: Any = importlib.import_module("peft")
+    peft = importlib.import_module("peft")
     for name, place in _places(model, Path(folder)).items():
         # A model of transformers with adapters of its own lacks the prefix, which the file has all the same.
         found = {key.removeprefix(PREFIX): value for key, value in load_file(place / WEIGHTS).items()}

@@ -13,34 +13,49 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
-import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 import trainfn as tfn
-from trainfn.hf._checkpoints import _adapters
-from trainfn.hf._checkpoints._transformers import from_transformers, load_weights
+from trainfn.hf._checkpoints import _adapters, _parts
+from trainfn.hf._checkpoints._transformers import load_weights
+from trainfn.hf._names import overridden
 from trainfn.hf._optim._resolve import metric_name
-from trainfn.hf._optim._resolve import restore as restore_optimizer
 from trainfn.hf._optim._resolve import saved as saved_optimizer
-from trainfn.hf._parallel._parameters import plain, see, whole
+from trainfn.hf._parallel._parameters import plain, whole
 from trainfn.hf._parallel._world import ALONE
 from trainfn.hf._run._position import go_to, position
 from trainfn.hf._run._record import TrainingRun, newest_state
-from trainfn.hf._types import Metrics, TrainerLike, Values
+from trainfn.hf._types import Metrics, Processor, TrainerLike, Trial, Values
 from trainfn.launch import Ranks
 
 logger = logging.get_logger(__name__)
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 TRAINER_STATE, ARGUMENTS = "trainer_state.json", "training_args.json"
+_LOADING = ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state")
+_OWN = (
+    "save_model",
+    "_save",
+    "_save_optimizer_and_scheduler",
+    "_save_rng_state",
+)  # methods that write into a checkpoint
 
 
 def output_dir(trainer: TrainerLike) -> Path:
-    """Return the folder of a Trainer: ``args.output_dir``, or one in it for each trial of a search."""
-    folder, search = Path(trainer.args.output_dir or "trainer_output"), trainer._trainfn.search
-    return folder if search is None else folder / f"run-{search.trial.number}"
+    """Return the folder of the Trainer's run, as `Trainer._get_output_dir` says."""
+    search = trainer._trainfn.search
+    return Path(trainer._get_output_dir(None if search is None else search.trial))
+
+
+def folder_of(trainer: TrainerLike, trial: Trial | None) -> str:
+    """Return ``args.output_dir``, or the folder in it of a trial."""
+    folder = trainer.args.output_dir or "trainer_output"
+    if trial is None:
+        return folder
+    return str(Path(folder, trainer.hp_name(trial) if trainer.hp_name is not None else f"run-{trial.number}"))
 
 
 class Saving:
@@ -52,16 +67,22 @@ class Saving:
     """
 
     def __init__(self, trainer: TrainerLike, run: TrainingRun) -> None:
-        args = trainer.args
         self.trainer, self.run = trainer, run
-        best = metric_name(args) if args.load_best_model_at_end else None
-        mode = "max" if args.greater_is_better else "min"
-        # With sharded files each rank writes its part, and no rank writes a model.safetensors.
-        full = not trainer._trainfn.world.sharded_files
-        model = not _adapters.has_adapters(trainer.model)  # adapters are written by peft, and their model is not
-        self.store = tfn.Checkpoints(
-            output_dir(trainer), keep=args.save_total_limit, best=best, mode=mode, full=full, model=model
-        )
+        self.made: tfn.Checkpoints | None = None
+
+    @property
+    def store(self) -> tfn.Checkpoints:
+        """The folder's checkpoints; it is looked at by the first save, for a run without saves may lack a folder."""
+        if self.made is None:
+            trainer, args = self.trainer, self.trainer.args
+            best = metric_name(args) if args.load_best_model_at_end else None
+            mode = "max" if args.greater_is_better else "min"
+            # With sharded files each rank writes its part, and no rank writes a model.safetensors.
+            full = not trainer._trainfn.world.sharded_files
+            keep = args.save_total_limit or None  # 0 keeps all, as in transformers
+            model = not _adapters.has_adapters(trainer.model)  # adapters are written by peft, and their model is not
+            self.made = tfn.Checkpoints(output_dir(trainer), keep=keep, best=best, mode=mode, full=full, model=model)
+        return self.made
 
     def __enter__(self) -> Self:
         return self
@@ -69,15 +90,18 @@ class Saving:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.store.__exit__(kind, error, trace)
+        if self.made is not None:
+            self.made.__exit__(kind, error, trace)
 
     def check(self) -> None:
         """Raise the error of a save in the background, if it failed."""
-        self.store.check()
+        if self.made is not None:
+            self.made.check()
 
     def wait(self) -> None:
         """Wait for the save in the background."""
-        self.store.wait()
+        if self.made is not None:
+            self.made.wait()
 
     def save(self) -> Path:
         """Save the present state in the background; return its folder. Every rank calls this."""
@@ -87,7 +111,9 @@ class Saving:
             trainer.push_in_progress.wait_until_done()  # the rotation must not remove a folder during its upload
         ranks = trainer._trainfn.world.ranks
         if trainer.args.save_only_model:
-            trainer._save(str(folder))
+            trainer.save_model(str(folder), _internal_call=True)
+            if ranks.rank == 0:
+                (folder / TRAINER_STATE).write_text(_text(state_dict(trainer)))
             ranks.first(lambda: _rotate(trainer, folder))  # one rank removes; the others wait, so none reads half
             return folder
         at, metrics = trainer._trainfn.latest
@@ -101,11 +127,36 @@ class Saving:
         current = numbers if at == trainer.state.global_step else None
         if self.store.best is not None and current is not None and self.store.best not in current:
             current = None
+        self.wait()  # an override writes into the folder that the save before may be writing
+        own = written_by_overrides(trainer, folder)
         with whole(trainer) if not self.store.model else contextlib.nullcontext():  # peft reads full parameters
-            beside = files(trainer) if ranks.rank == 0 else None
+            beside = files(trainer, with_model=own is None) if ranks.rank == 0 else None
         state = _adapters.without_base(newest_state(trainer), trainer.model)
-        self.store.save(state, extra, metrics=current, files=beside)
+        self.store.save(state, extra, metrics=current, files=beside, adopt=own)
         return folder
+
+
+def written_by_overrides(trainer: TrainerLike, folder: Path) -> Path | None:
+    """Let a subclass write its own files of a checkpoint; return their folder, or None if nothing is overridden.
+
+    Every rank calls this. The folder has the checkpoint's own name, unless there is one of that name already.
+    """
+    names = [name for name in _OWN if overridden(trainer, name)]
+    if not names:
+        return None
+    if trainer._trainfn.world.ranks.first(folder.exists):
+        folder = folder.parent / f".{folder.name}.own" / folder.name
+    trainer._trainfn.world.ranks.first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    if "save_model" in names:
+        with whole(trainer):
+            trainer.save_model(str(folder), _internal_call=True)
+    else:
+        save_model(trainer, str(folder))
+    for name in names:
+        if name not in ("save_model", "_save"):
+            getattr(trainer, name)(str(folder))
+    trainer._trainfn.world.ranks.wait()
+    return folder
 
 
 def _rotate(trainer: TrainerLike, written: Path) -> None:
@@ -128,12 +179,16 @@ def _numbered(folder: str | Path) -> dict[int, Path]:
     return {int(match[1]): path for path, match in found.items() if match}
 
 
-def files(trainer: TrainerLike) -> dict[str, str | bytes]:
+def _text(state: Values) -> str:
+    return json.dumps(state, indent=2, sort_keys=True) + "\n"
+
+
+def files(trainer: TrainerLike, *, with_model: bool) -> dict[str, str | bytes]:
     """Return the files beside the state, for people and for transformers, as contents by name."""
-    found: dict[str, str | bytes] = {
-        TRAINER_STATE: json.dumps(state_dict(trainer), indent=2, sort_keys=True) + "\n",
-        ARGUMENTS: trainer.args.to_json_string() + "\n",
-    }
+    found: dict[str, str | bytes] = {TRAINER_STATE: _text(state_dict(trainer))}
+    if not with_model:
+        return found
+    found[ARGUMENTS] = trainer.args.to_json_string() + "\n"
     adapted = _adapters.has_adapters(trainer.model)
     beside = trainer.model if adapted else getattr(trainer.model, "generation_config", None)
     for part in (trainer.processing_class, beside):
@@ -191,17 +246,10 @@ def resume(trainer: TrainerLike, run: TrainingRun, folder: str) -> None:
     Raises:
         trainfn.errors.CheckpointError: If the checkpoint is damaged or does not fit.
     """
-    if _is_foreign(Path(folder)):
-        with plain(trainer):
-            state, where = from_transformers(trainer, run, folder)
-    else:
-        manifest = tfn.manifest(folder)
-        like = _adapters.without_base(newest_state(trainer), trainer.model, manifest.tree)
-        saved, extra = tfn.restore(folder, like=like), manifest.extra
-        state, where = extra["trainer_state"], extra["position"]
-        place(trainer, saved)
-        run.losses.load_state_dict(extra["losses"])
-        restore_optimizer(trainer, run.optimizer, extra["optimizer"])
+    with contextlib.ExitStack() as stack:
+        if _is_foreign(Path(folder)) or any(overridden(trainer, name) for name in _LOADING):
+            stack.enter_context(plain(trainer))
+        state, where = _parts.resume(trainer, run, folder, foreign=_is_foreign(Path(folder)))
     fresh = trainer.state
     # A checkpoint of another version of transformers may have fields that this one's TrainerState lacks.
     known = {field.name for field in dataclasses.fields(TrainerState)}
@@ -210,22 +258,8 @@ def resume(trainer: TrainerLike, run: TrainingRun, folder: str) -> None:
         setattr(trainer.state, name, getattr(fresh, name))  # from the arguments, never from the checkpoint
     trainer.state.is_local_process_zero = fresh.is_local_process_zero
     trainer.state.is_world_process_zero = fresh.is_world_process_zero
-    # Without its state, early stopping would begin to count from 0.
-    trainer.callback_handler.load_states(cast("Values", trainer.state.stateful_callbacks))
+    trainer._load_callback_state()  # without its state, early stopping would begin to count from 0
     go_to(run.windows, where, skip=not trainer.args.ignore_data_skip)
-
-
-def place(trainer: TrainerLike, saved: tfn.TrainState) -> None:
-    """Take a restored state; its parameters and buffers are copied into the model's own memory."""
-    mine = newest_state(trainer)
-    if trainer._trainfn.world.plan is not None:
-        trainer.train_state = saved._replace(buffers={**mine.buffers, **saved.buffers})
-        see(trainer)
-        return
-    with torch.no_grad():
-        for name, tensor in {**saved.params, **saved.buffers}.items():
-            (mine.params if name in mine.params else mine.buffers)[name].copy_(tensor)
-    trainer.train_state = saved._replace(params=mine.params, buffers=mine.buffers)
 
 
 def set_aside(trainer: TrainerLike) -> None:
@@ -283,9 +317,9 @@ def note_best(trainer: TrainerLike, metrics: Metrics) -> bool:
 
 
 def load_best(trainer: TrainerLike) -> None:
-    """Load the best checkpoint's weights into the model, if ``load_best_model_at_end`` asks for them."""
+    """Load the best checkpoint's weights into the model."""
     best = trainer.state.best_model_checkpoint
-    if not trainer.args.load_best_model_at_end or best is None:
+    if best is None:
         return
     if not Path(best).is_dir():
         logger.warning(f"load_best_model_at_end: {best} does not exist; the model keeps its last weights.")
@@ -295,10 +329,8 @@ def load_best(trainer: TrainerLike) -> None:
         with plain(trainer):
             load_weights(trainer.model, best)
         return
-    state = newest_state(trainer)
-    like = _adapters.without_base(state, trainer.model, tfn.manifest(best).tree)
-    chosen = tfn.restore(best, like=like, only="^model/")
-    place(trainer, state._replace(params=chosen.params, buffers=chosen.buffers))
+    like = _adapters.without_base(newest_state(trainer), trainer.model, tfn.manifest(best).tree)
+    _parts.place(trainer, tfn.restore(best, like=like, only="^model/"))
 
 
 # --- the model alone -------------------------------------------------------------------------------------------------
@@ -311,20 +343,25 @@ def save_model(trainer: TrainerLike, folder: str) -> None:
     """
     with whole(trainer):
         if trainer.args.should_save:
-            _save_model(trainer, folder)
+            trainer._save(folder)
     if trainer.is_in_train:
         trainer._trainfn.world.ranks.wait()  # a barrier: no rank reads the folder, or ends, before it is written
 
 
-def _save_model(trainer: TrainerLike, folder: str) -> None:
-    target = Path(folder)
+def write_model(trainer: TrainerLike, folder: str, tensors: dict[str, Tensor] | None) -> None:
+    """Write the model, with ``tensors`` in place of its own if they are given, its tokenizer, and the arguments."""
+    target, model = Path(folder), trainer.model
     target.mkdir(parents=True, exist_ok=True)
-    if isinstance(trainer.model, PreTrainedModel) or _adapters.has_adapters(trainer.model):
-        cast("PreTrainedModel", trainer.model).save_pretrained(folder)
+    if isinstance(model, PreTrainedModel) or _adapters.has_adapters(model):
+        cast("PreTrainedModel", model).save_pretrained(folder, state_dict=tensors)
+    elif tensors is not None:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, target / "model.safetensors", {"format": "pt"})
     else:
-        _save_module(trainer.model, target)
-    if (processor := trainer.processing_class) is not None and hasattr(processor, "save_pretrained"):
-        processor.save_pretrained(folder)
+        _save_module(model, target)
+    collator = getattr(trainer.data_collator, "tokenizer", None)
+    processor = collator if trainer.processing_class is None else trainer.processing_class
+    if hasattr(processor, "save_pretrained"):
+        cast("Processor", processor).save_pretrained(folder)
     (target / ARGUMENTS).write_text(trainer.args.to_json_string() + "\n")
 
 

@@ -17,23 +17,19 @@ from trainfn.hf._checkpoints._adapters import has_adapters, in_folder, load
 from trainfn.hf._optim._facade import RunOptimizer
 from trainfn.hf._optim._moments import with_entries
 from trainfn.hf._optim._schedules import as_scheduler, go_to
-from trainfn.hf._run._record import TrainingRun, newest_state
+from trainfn.hf._run._record import current_run, newest_state
 from trainfn.hf._types import OptState, TrainerLike, Values
 
 logger = logging.get_logger(__name__)
 
 
-def from_transformers(trainer: TrainerLike, run: TrainingRun, folder: str) -> tuple[Values, dict[str, int]]:
-    """Load the weights of a checkpoint that transformers wrote; return its trainer state and the position in the data.
+def load_optimizer(trainer: TrainerLike, n: int, folder: str) -> None:
+    """Take the optimizer's state from a checkpoint that transformers wrote, with schedules at step ``n``.
 
     No code in a pickle is run.
     """
-    state = json.loads((Path(folder) / "trainer_state.json").read_text())
-    load_weights(trainer.model, folder)
-    length = run.length
-    n, updates = state["global_step"], max(1, length.updates_per_epoch)
     fresh = newest_state(trainer)
-    opt_state, optimizer = counted(fresh.opt_state, n), run.optimizer
+    opt_state, optimizer = counted(fresh.opt_state, n), current_run(trainer).optimizer
     moments = saved_moments(optimizer, Path(folder) / "optimizer.pt")
     if moments is None:
         logger.warning(
@@ -42,9 +38,8 @@ def from_transformers(trainer: TrainerLike, run: TrainingRun, folder: str) -> tu
         )
     else:
         opt_state = with_entries(opt_state, moments)
-    trainer.train_state = fresh._replace(step=torch.full_like(fresh.step, n), opt_state=opt_state)
+    trainer.train_state = fresh._replace(opt_state=opt_state)
     go_to(as_scheduler(trainer.lr_scheduler, optimizer.optimizer), optimizer.optimizer, n)
-    return state, {"epoch": n // updates, "micro": n % updates * length.accumulate}
 
 
 def load_weights(model: nn.Module, folder: str) -> None:

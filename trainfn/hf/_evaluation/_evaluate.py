@@ -25,15 +25,17 @@ from transformers.trainer_utils import (
 )
 
 import trainfn as tfn
+from trainfn.hf import _names
 from trainfn.hf._evaluation._concatenate import PADDING, check_tensors, merged
 from trainfn.hf._evaluation._gather import all_batches, one_batch
 from trainfn.hf._evaluation._prediction import gives_loss, mean_of
 from trainfn.hf._evaluation._totals import Totals
+from trainfn.hf._names import overridden
 from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._parallel._world import World
 from trainfn.hf._run._data import prepared_inputs, together
 from trainfn.hf._step._additive import examine, share_findings
-from trainfn.hf._step._counting import find_shift, overridden, row_count, rule
+from trainfn.hf._step._counting import find_shift, row_count, rule
 from trainfn.hf._step._modes import as_found, eval_mode
 from trainfn.hf._types import Batch, Dataset, Datasets, Loader, Metrics, Nested, TrainerLike
 
@@ -161,7 +163,9 @@ def evaluation_loop(
             if args.eval_accumulation_steps and (step + 1) % args.eval_accumulation_steps == 0:
                 kept.to_host()
         totals = totals.of_all(world)
-        if totals.batches == 0 and not overridden(trainer, "evaluation_loop"):  # it may add metrics of its own
+        if totals.batches == 0:
+            if _names.overridden(trainer, "evaluation_loop"):  # it may have an evaluator of its own
+                return EvalLoopOutput(None, None, {}, 0)  # type: ignore[arg-type]
             raise ValueError(_EMPTY.format(call="predict" if description == "Prediction" else "evaluate"))
         arrays = kept.arrays(world, places, concat=args.eval_do_concat_batches)
         if not args.batch_eval_metrics:

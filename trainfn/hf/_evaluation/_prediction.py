@@ -15,8 +15,9 @@ from transformers.trainer_pt_utils import find_batch_size, nested_detach
 
 import trainfn as tfn
 from trainfn.hf._evaluation._concatenate import no_tensor
+from trainfn.hf._names import overridden
 from trainfn.hf._step import _terms
-from trainfn.hf._step._counting import counted, find_shift, overridden
+from trainfn.hf._step._counting import counted, find_shift
 from trainfn.hf._step._loss import autocast, exact_loss
 from trainfn.hf._types import Batch, Nested, Outputs, TrainerLike
 

@@ -7,7 +7,7 @@ step. Its `state` is read from the run's state. It holds references only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -226,7 +226,7 @@ class RunOptimizer(torch.optim.Optimizer):
                 " of the model, when the run began. Put it into a group with `lr=0.0` before `trainer.train()`."
             ) from None
         made = Groups(self.optimizer, self._named)
-        state = made.transform.init(params).inner[label]  # type: ignore[attr-defined]
+        state = made.rules[label].init(params)
         self.groups, self._replaced = made, True
         run = self._trainer._trainfn.run
         if run is not None:
@@ -245,7 +245,7 @@ class RunOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         return f"RunOptimizer of {self.optimizer!r}"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         raise TypeError(
             "`copy.deepcopy(trainer.optimizer)` and `pickle` can't work: it belongs to its Trainer. Write"
             " `copy.deepcopy(trainer.optimizer.state_dict())`."

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 import trainfn as tfn
+from trainfn.hf._optim._resolve import clip_of
 from trainfn.hf._run._record import TrainingRun
 from trainfn.hf._step._loss import training_loss
 from trainfn.hf._types import TrainerLike
@@ -39,11 +40,11 @@ def with_gradients(
     if compiled or step.plan is not None:
         _warn(trainer, "it is compiled" if compiled else "it runs on several ranks")
         return step
-    norm = trainer.args.max_grad_norm if run.optimizer.groups is not None else None
-    clip = tfn.optim.clip_by_global_norm(norm) if norm and norm > 0 else tfn.optim.identity()
+    own = run.optimizer.groups is None  # a transform that clips by itself, if at all
+    clip = tfn.optim.identity() if own else clip_of(trainer)
     rule = run.optimizer.transform
-    after = tfn.optim.chain(tfn.optim.identity(), rule) if run.optimizer.groups is not None else rule
-    unclipped = tfn.train_step(training_loss(trainer), after).update
+    kept = tfn.Transform(clip.init, tfn.optim.identity().update)  # of the state that the step's own clipping has
+    unclipped = tfn.train_step(training_loss(trainer), rule if own else tfn.optim.chain(kept, rule)).update
 
     def update(state: tfn.TrainState, sums: tfn.Gradients) -> tuple[tfn.TrainState, tfn.Metrics]:
         if not _watched(trainer):
@@ -55,10 +56,11 @@ def with_gradients(
         grads = tfn.tree.cast_like(grads, {name: state.params[name] for name in grads})
         before = tfn.tree.global_norm(grads)
         grads, _ = clip.update(grads, clip.init(grads), grads)
-        run.gradients = list(held.values())
-        for name, parameter in held.items():
-            parameter.grad = grads.get(name)
-        announce()
+        if not run.announced:  # a step that finds a parameter without a gradient for the first time calls twice
+            run.gradients = list(held.values())
+            for name, parameter in held.items():
+                parameter.grad = grads.get(name)
+            announce()
         written = {name: held[name].grad for name in sums.grads}
         state, metrics = unclipped(state, sums._replace(grads=written, loss=tfn.Mean(sums.loss.total, one)))
         return state, {**metrics, "loss": sums.loss, "grad_norm": tfn.Mean(before, torch.ones_like(before))}

@@ -55,6 +55,7 @@ class Groups:
     Attributes:
         optimizer: The optimizer.
         transform: The transform. Its state is a `trainfn.optim.PartitionState` with an `InjectState` for each group.
+        rules: The transforms of the groups, by number.
 
     Raises:
         ValueError: If the class is not known, an option can't be carried over, or a parameter isn't one of the model's.
@@ -80,7 +81,7 @@ class Groups:
                 rules[str(index)] = self._rule(group, mine)
                 labels.update(dict.fromkeys(mine, str(index)))
         self.transform = tfn.optim.partition(rules, labels, default="none")
-        self.labels = {label for label in rules if label != "none"}
+        self.rules = {label: rule for label, rule in rules.items() if label != "none"}
         self._pushed: dict[str, dict[str, float]] = {}
         self._known = self._options()
 
@@ -156,7 +157,7 @@ class Groups:
     def pushed(self, state: OptState) -> OptState:
         """The state with the present numbers of the groups; only those that were written are made anew."""
         changed: dict[str, OptState] = {}
-        for label in self.labels:
+        for label in self.rules:
             numbers, last = self._numbers(self.optimizer.param_groups[int(label)]), self._pushed.get(label, {})
             if numbers == last:
                 continue

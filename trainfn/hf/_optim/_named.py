@@ -71,21 +71,26 @@ def cls_and_kwargs(args: Arguments, model: Model = None) -> Described:
     return cls, {"lr": args.learning_rate, **kwargs}
 
 
-def clipped(args: Arguments, rule: tfn.Transform) -> tfn.Transform:
-    """A transform after clipping by ``max_grad_norm``; 0, a negative number and None mean that nothing is clipped.
+def clipping(args: Arguments, names: frozenset[str] | None = None) -> tfn.Transform:
+    """Clipping by ``max_grad_norm``; 0, a negative number and None mean that nothing is clipped.
+
+    Args:
+        args: The field ``max_grad_norm``.
+        names: The parameters that are clipped, by their own norm; by default all.
 
     >>> from trainfn.hf import TrainingArguments
-    >>> rule = tfn.optim.scale(-1.0)
     >>> updates = {"w": torch.tensor([3.0, 4.0])}
     >>> for norm in (0.0, 1.0):
-    ...     rules = clipped(TrainingArguments(max_grad_norm=norm, use_cpu=True), rule)
-    ...     print(rules.update(updates, rules.init({}), {})[0]["w"])
-    tensor([-3., -4.])
-    tensor([-0.6000, -0.8000])
+    ...     rule = clipping(TrainingArguments(max_grad_norm=norm, use_cpu=True))
+    ...     print(rule.update(updates, rule.init({}), {})[0]["w"])
+    tensor([3., 4.])
+    tensor([0.6000, 0.8000])
     """
     norm: float | None = args.max_grad_norm
-    first = tfn.optim.clip_by_global_norm(norm) if norm and norm > 0 else tfn.optim.identity()
-    return tfn.optim.chain(first, rule)
+    if not norm or norm <= 0:
+        return tfn.optim.identity()
+    clip = tfn.optim.clip_by_global_norm(norm)
+    return clip if names is None else tfn.optim.masked(clip, lambda name, param: name in names)
 
 
 def decay_names(model: nn.Module) -> frozenset[str]:

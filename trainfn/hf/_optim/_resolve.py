@@ -11,7 +11,8 @@ from transformers.trainer_optimizer import is_optimizer_factory
 
 import trainfn as tfn
 from trainfn.hf._optim._facade import RunOptimizer, TransformOptimizer
-from trainfn.hf._optim._named import clipped, decay_names
+from trainfn.hf._optim._named import clipping, decay_names
+from trainfn.hf._optim._outside import trained_module
 from trainfn.hf._optim._schedules import as_scheduler, follows_metric, make_scheduler, stepped
 from trainfn.hf._types import Metrics, Optimizer, Scheduler, TrainerLike, Values
 
@@ -104,15 +105,21 @@ def begin(trainer: TrainerLike, num_training_steps: int) -> RunOptimizer:
     if isinstance(optimizer, RunOptimizer):
         optimizer = optimizer.optimizer
     trainer.lr_scheduler = scheduler = as_scheduler(trainer.lr_scheduler, optimizer)
-    named = trainer.model.named_parameters()
-    trainer.optimizer = shown = RunOptimizer(trainer, optimizer, scheduler, named)
+    record.trained = trained_module(trainer, optimizer)
+    trainer.optimizer = shown = RunOptimizer(trainer, optimizer, scheduler, record.trained.named_parameters())
     return shown
 
 
 def transform_of(trainer: TrainerLike) -> tfn.Transform:
     """The update of the run's optimizer, clipped where the arguments say so."""
     optimizer = cast("RunOptimizer", trainer.optimizer)
-    return optimizer.transform if optimizer.groups is None else clipped(trainer.args, optimizer.transform)
+    return optimizer.transform if optimizer.groups is None else tfn.optim.chain(clip_of(trainer), optimizer.transform)
+
+
+def clip_of(trainer: TrainerLike) -> tfn.Transform:
+    """The clipping before the update: of the model's parameters, as in transformers, and not of a loss's own."""
+    alone = trainer._trainfn.trained in (None, trainer.model)
+    return clipping(trainer.args, None if alone else frozenset(name for name, _ in trainer.model.named_parameters()))
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:

@@ -14,6 +14,7 @@ from torch import distributed
 import trainfn as tfn
 from trainfn import launch as launchers
 from trainfn.hf._parallel import _deepspeed
+from trainfn.hf._parallel._accelerator import forget_alone
 from trainfn.hf._parallel._world import ALONE, World
 
 _REPORTED: list[_deepspeed.Configured] = []  # those that another Trainer of this process has printed already
@@ -57,6 +58,8 @@ def world_of(args: Any, model: Any) -> World:
 
 def meet(args: Any) -> None:
     """Bring the processes together."""
+    if args.world_size > 1:
+        forget_alone()
     with _on_cpu(args):
         device = launchers.join(timeout=float(args.ddp_timeout))
     backend = args.ddp_backend

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.hf._callbacks._events import EVENTS
-from trainfn.hf._run._record import newest_state
+from trainfn.hf._run._record import newest_state, trained_of
 from trainfn.hf._types import TrainerLike
 
 logger = logging.get_logger(__name__)
@@ -114,7 +114,7 @@ def _arguments(method: Callable[..., object] | None) -> list[str]:
 
 
 def _pairs(trainer: TrainerLike) -> list[tuple[Tensor, Tensor]]:
-    model, state = trainer.model, newest_state(trainer)
+    model, state = trained_of(trainer), newest_state(trainer)
     held = {
         **dict(model.named_buffers(remove_duplicate=False)),
         **dict(model.named_parameters(remove_duplicate=False)),

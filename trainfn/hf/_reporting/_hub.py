@@ -15,7 +15,6 @@ from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
@@ -223,7 +222,7 @@ def push_to_hub(
     """
     event(trainer, "on_push_begin")
     if getattr(trainer, "push_in_progress", None) is None:  # the Trainer was made with `push_to_hub=False`
-        init_repo(trainer, token=token, private=private)
+        trainer.init_hf_repo(token=token, private=private)
     # The files must not change while an earlier upload reads them.
     finish(trainer, model_follows=True)
     trainer.save_model(_internal_call=True)
@@ -357,7 +356,7 @@ def _copy_model(trainer: TrainerLike, folder: Path) -> None:
     if (processor := trainer.processing_class) is not None and hasattr(processor, "save_pretrained"):
         processor.save_pretrained(trainer.args.output_dir)
     if not any((folder / name).is_file() for name in _ARGUMENTS):
-        torch.save(trainer.args, Path(trainer.args.output_dir, "training_args.bin"))
+        Path(trainer.args.output_dir, _ARGUMENTS[0]).write_text(trainer.args.to_json_string() + "\n")
 
 
 def _note(trainer: TrainerLike, failures: list[tuple[Upload, BaseException]]) -> None:

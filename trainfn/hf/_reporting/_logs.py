@@ -141,6 +141,12 @@ class LossWindow:
         self.steps, self._sums = 0, {name: parts for name, parts in self._sums.items() if name in RUNNING}
         return logs
 
+    def newest(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return the sum of the mean losses of the steps since the last log, as transformers keeps it, and the norm."""
+        total, weight = self._sums.get("loss", (torch.zeros(()), torch.ones(())))[:2]
+        norm = self._sums.get("grad_norm")
+        return (total / weight * self.steps).to(device), None if norm is None else norm[0] / norm[1]
+
     @property
     def loss(self) -> float:
         """The mean loss of all steps so far, the ``train_loss`` of a run; waits for the device."""

@@ -60,7 +60,19 @@ class Reporting:
             if isinstance(callback, TrackerCallback):
                 callback.finish()
         if self.args.push_to_hub:
-            _hub.finish(self)
+            self._finish_current_push()
+
+    def init_hf_repo(self: TrainerLike, token: str | None = None, private: bool | None = None) -> None:
+        """Make the model's repository on the Hub, unless it exists."""
+        _hub.init_repo(self, token, private)
+
+    def _push_from_checkpoint(self: TrainerLike, checkpoint_folder: str) -> None:
+        """Upload in the background what ``hub_strategy`` asks for, after a checkpoint."""
+        _hub.push_from_checkpoint(self, checkpoint_folder)
+
+    def _finish_current_push(self: TrainerLike) -> None:
+        """Wait for uploads, and repeat those that failed."""
+        _hub.finish(self)
 
     def create_model_card(self: TrainerLike, **options: Any) -> None:
         """Write a model card, ``README.md``, to the output folder."""

@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.hf._callbacks._events import event
+from trainfn.hf._names import overridden
 from trainfn.hf._run._loaders import together as together
-from trainfn.hf._step._counting import overridden
 from trainfn.hf._step._held import held
 from trainfn.hf._step._terms import with_update
 from trainfn.hf._types import Batch, Loader, Nested, TrainerLike
@@ -186,23 +186,26 @@ class Windows:
             yield batch
 
     def _count(self, inputs: Batch) -> None:
-        """Count floating-point operations and, with ``include_num_input_tokens_seen``, tokens."""
-        trainer = self.trainer
-        given = trainer.args.include_num_input_tokens_seen
-        kind, counted = str(getattr(given, "value", given)), self.counted
-        counted[0] += float(trainer.floating_point_ops(inputs))
+        """Count floating-point operations and tokens."""
+        self.counted[0] += float(self.trainer.floating_point_ops(inputs))
+        self.trainer._track_num_input_tokens(inputs)
+        if self.trainer._trainfn.world.plan is None:
+            self.take_counts(self.counted)
+
+    def count_tokens(self, inputs: Batch) -> None:
+        """Count tokens, with ``include_num_input_tokens_seen``."""
         if not isinstance(inputs, Mapping):
             return
-        tokens = inputs.get(getattr(trainer.model, "main_input_name", "input_ids"))
+        given = self.trainer.args.include_num_input_tokens_seen
+        kind = str(getattr(given, "value", given))
+        tokens = inputs.get(getattr(self.trainer.model, "main_input_name", "input_ids"))
         if kind != "no" and isinstance(tokens, torch.Tensor):
             mask = inputs.get("attention_mask") if kind == "non_padding" else None
-            counted[1] += int(mask.sum()) if mask is not None else tokens.numel()
-        if trainer._trainfn.world.plan is None:
-            self.take_counts(counted)
+            self.counted[1] += int(mask.sum()) if mask is not None else tokens.numel()
 
     def take_counts(self, counted: list[float]) -> None:
-        """Add the operations and tokens of all ranks since the last call to the Trainer's state."""
-        self.trainer.state.total_flos += counted[0]
+        """Add the operations and tokens of all ranks since the last call to those of the Trainer."""
+        self.trainer.current_flos += counted[0]
         self.trainer.state.num_input_tokens_seen += int(counted[1])
         self.counted = [0.0, 0.0]
 

@@ -14,8 +14,8 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import logging
 
 import trainfn as tfn
+from trainfn.hf._names import overridden
 from trainfn.hf._parallel._sharding import dealt
-from trainfn.hf._step._counting import overridden
 from trainfn.hf._types import Collator, Dataset, Loader, SizedDataset, TrainerLike, Values
 
 if TYPE_CHECKING:

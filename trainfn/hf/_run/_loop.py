@@ -12,20 +12,22 @@ import torch
 from torch import nn
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 import trainfn as tfn
-from trainfn.hf._callbacks._events import DECISIONS, event
+from trainfn.hf._callbacks._events import event
 from trainfn.hf._checkpoints import _folders
 from trainfn.hf._installed import attribute
+from trainfn.hf._names import overridden
 from trainfn.hf._optim._gradients import clear_gradients, with_gradients
 from trainfn.hf._optim._resolve import advance, begin, transform_of
 from trainfn.hf._parallel import _parameters
 from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._reporting._logs import LossWindow
+from trainfn.hf._run._actions import act, agree, trial_of
 from trainfn.hf._run._data import Ended, Windows, arithmetic
-from trainfn.hf._run._record import TrainingRun, newest_state
+from trainfn.hf._run._record import TrainingRun, newest_state, trained_of
 from trainfn.hf._run._setup import is_quantized, new_model, smoother
 from trainfn.hf._step import _manual
 from trainfn.hf._step._halving import Halving
@@ -51,6 +53,7 @@ def train(
             " `trainer.hyperparameter_search(...)`."
         )
     _parameters.check_whole(trainer)
+    trainer._hp_search_setup(trial)
     folder = _folders.to_resume(trainer, resume_from_checkpoint)
     if trainer.model_init is not None:
         new_model(trainer)
@@ -63,7 +66,8 @@ def train(
     windows = Windows(trainer, loader, length)
     losses = LossWindow(nan_inf_filter=trainer.args.logging_nan_inf_filter)
     requests = tfn.process.Requests(trainer._trainfn.world.ranks)
-    run = TrainingRun(length, windows, losses, requests, ignore_keys_for_eval)
+    acts = overridden(trainer, "_maybe_log_save_evaluate")
+    run = TrainingRun(length, windows, losses, requests, ignore_keys_for_eval, acts_alone=acts)
     windows.ended, windows.begun = functools.partial(_end_epoch, trainer, run), Look(trainer)
     trainer.is_in_train, trainer._trainfn.run = True, run
     trainer.callback_handler.train_dataloader = loader
@@ -135,7 +139,7 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     args, length, plan = trainer.args, run.length, trainer._trainfn.world.plan
     run.optimizer = begin(trainer, length.max_steps)
     # "adopt" shares the model's memory: parameters are held once, and the model has the newest ones.
-    trainer.train_state = tfn.init(trainer.model, transform_of(trainer), seed=args.seed, storage="adopt")
+    trainer.train_state = tfn.init(trained_of(trainer), transform_of(trainer), seed=args.seed, storage="adopt")
     run.frozen.see(trainer.model)
     if args.fp16:
         trainer.train_state = _loss_scale(trainer).init(trainer.train_state)
@@ -147,7 +151,7 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
     search = trainer._trainfn.search
     trainer.state = TrainerState(
         is_hyper_param_search=search is not None,
-        trial_name=None if search is None or search.name is None else search.name(search.trial),
+        trial_name=None if search is None or trainer.hp_name is None else trainer.hp_name(search.trial),
         trial_params=None if search is None else dict(search.trial.params),
         max_steps=length.max_steps,
         num_train_epochs=min(length.epochs, 2**31),
@@ -221,7 +225,7 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
     event(trainer, "on_train_begin")
     if trainer.args.eval_on_start and first == 0:
         with eval_mode(trainer.model):
-            trainer.evaluate(ignore_keys=run.ignore_keys)
+            trainer._evaluate(trial_of(trainer), run.ignore_keys, skip_scheduler=True)
     open_epoch = False
     with _folders.Saving(trainer, run) as saving:
         run.saving = saving
@@ -236,7 +240,9 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
                     break
         if open_epoch and windows.window:  # the loop was left inside or at the end of an epoch
             windows.end_epoch()
-        output = _finished(trainer, run, first)
+        run.first = first
+        rows = (run.length.num_examples or 0) * run.length.max_steps / run.length.updates_per_epoch
+        output = trainer._finalize_training(trial_of(trainer), rows, run.began)
         event(trainer, "on_train_end")
     return output
 
@@ -261,20 +267,7 @@ def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
 def _end_epoch(trainer: TrainerLike, run: TrainingRun) -> None:
     event(trainer, "on_epoch_end")
     agree(trainer, run)
-    maybe_log_save_evaluate(trainer, run)
-
-
-def agree(trainer: TrainerLike, run: TrainingRun) -> None:
-    """Set on all ranks the decisions that any rank has made, and add up the counts of all."""
-    world = trainer._trainfn.world
-    # A rank that saved or stopped alone would leave the others waiting in a collective. The cost is two small sums.
-    control = trainer.control
-    found = run.requests.agree(*(bool(getattr(control, name)) for name in DECISIONS))
-    if world.plan is None:
-        return
-    for name, value in zip(DECISIONS, found, strict=True):
-        setattr(control, name, value)
-    run.windows.take_counts(world.sums(run.windows.counted))
+    act(trainer, run)
 
 
 def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:
@@ -295,7 +288,7 @@ def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:
     agree(trainer, run)
     if run.requests.terminated:
         trainer.control.should_save = trainer.control.should_training_stop = True
-    maybe_log_save_evaluate(trainer, run)
+    act(trainer, run)
 
 
 def _before_update(trainer: TrainerLike, run: TrainingRun) -> None:
@@ -305,43 +298,3 @@ def _before_update(trainer: TrainerLike, run: TrainingRun) -> None:
         event(trainer, "on_substep_end")
     event(trainer, "on_pre_optimizer_step")
     run.announced = True
-
-
-def maybe_log_save_evaluate(trainer: TrainerLike, run: TrainingRun) -> None:
-    """Log, evaluate and save, in this order, if the callbacks decided so. Then stop, if Ctrl-C was pressed on a rank.
-
-    Raises:
-        KeyboardInterrupt: If Ctrl-C was pressed. All ranks raise it after the same step, with full parameters in the
-            model.
-    """
-    control = trainer.control
-    acted = control.should_log or control.should_evaluate or control.should_save
-    if control.should_log and run.losses.steps > 0:
-        trainer.log(run.losses.take(learning_rate=run.learning_rate), run.began)
-    if control.should_evaluate and not run.requests.terminated:
-        with eval_mode(trainer.model):  # until the next step, as in transformers; an override may log after `evaluate`
-            metrics = trainer._evaluate(run.ignore_keys)
-        better = _folders.note_best(trainer, metrics)
-        if trainer.args.save_strategy == SaveStrategy.BEST:
-            control.should_save = control.should_save or better
-    if control.should_save:
-        trainer._save_checkpoint(trainer.model, trial=None)
-        event(trainer, "on_save")
-    if acted:  # logs, evaluations and checkpoints fire events, in which callbacks decide again
-        agree(trainer, run)
-    if run.requests.interrupted:
-        _parameters.fill(trainer)
-        raise KeyboardInterrupt
-
-
-def _finished(trainer: TrainerLike, run: TrainingRun, first: int) -> TrainOutput:
-    steps = trainer.state.global_step - first
-    rows = (run.length.num_examples or 0) * steps / run.length.updates_per_epoch
-    metrics = speed_metrics("train", run.began, num_samples=rows, num_steps=steps)
-    metrics["total_flos"] = trainer.state.total_flos
-    metrics["train_loss"] = run.losses.loss
-    trainer.log(metrics)
-    run.saving.wait()
-    _folders.load_best(trainer)
-    _parameters.fill(trainer)
-    return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)

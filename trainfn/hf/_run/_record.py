@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import trainfn as tfn
 from trainfn.hf._parallel._world import ALONE, World
 from trainfn.hf._step._frozen import Frozen
-from trainfn.hf._types import Batch, LossMetrics, Metrics, Optimizer, Outputs, Scheduler, TrainerLike, Trial
+from trainfn.hf._types import Batch, LossMetrics, Metrics, Optimizer, Outputs, Scheduler, TrainerLike, Trial, Values
 
 if TYPE_CHECKING:  # the files that define these import this one
     from trainfn.hf._checkpoints._folders import Saving
@@ -28,12 +28,26 @@ class Search(NamedTuple):
     Attributes:
         trial: The trial of optuna.
         objective: ``metrics -> number``, or several numbers.
-        name: ``trial -> name``, for the trackers.
+        space: ``trial -> {argument: value}``.
     """
 
     trial: Trial
     objective: Callable[[Metrics], float | list[float]]
-    name: Callable[[Trial], str] | None = None
+    space: Callable[[Trial], Values]
+
+
+class Restored(NamedTuple):
+    """The checkpoint that a run resumes from, of which each method of the Trainer takes its part.
+
+    Attributes:
+        folder: The folder.
+        state: The state; None if transformers wrote the checkpoint.
+        extra: The values beside it.
+    """
+
+    folder: str
+    state: tfn.TrainState | None
+    extra: Values
 
 
 @dataclasses.dataclass(eq=False)
@@ -54,7 +68,10 @@ class TrainingRun:
         announced: Whether the events before the update were fired inside of the present step.
         gradients: The parameters whose ``.grad`` callbacks can read now.
         began: When the loop began, in seconds since the epoch.
+        first: The number of steps before the run.
         tokens_before: The tokens that were seen before the loop began.
+        restored: The checkpoint, while the run resumes from it.
+        acts_alone: Whether a subclass overrides `_maybe_log_save_evaluate`, which is then called after every step.
         frozen: The parameters that the optimizer does not have.
     """
 
@@ -71,7 +88,10 @@ class TrainingRun:
     announced: bool = False
     gradients: list[Tensor] = dataclasses.field(default_factory=list, repr=False)
     began: float = dataclasses.field(default_factory=time.time)
+    first: int = 0
     tokens_before: int = 0
+    restored: Restored | None = None
+    acts_alone: bool = False
     frozen: Frozen = dataclasses.field(default_factory=Frozen)
 
 
@@ -89,6 +109,7 @@ class Record:
         given: The optimizer and the schedule that the user passed, or set on the Trainer.
         made: The schedule that `create_scheduler` made; the next run makes another one.
         run: The newest run. It stays after its end, so that its step can be looked at.
+        trained: The model, with children for the optimizer's parameters that the model does not have.
         search: The trial that is being trained, if there is one.
         latest: The step of the newest evaluation, and its metrics.
         shifts: Whether the model's loss shifts labels; None until it is known.
@@ -110,6 +131,7 @@ class Record:
     given: tuple[Optimizer | None, Scheduler | None] = (None, None)
     made: Scheduler | None = None
     run: TrainingRun | None = None
+    trained: nn.Module | None = None
     search: Search | None = None
     latest: tuple[int, Metrics] = (-1, {})
     shifts: bool | None = None
@@ -142,6 +164,12 @@ def current_run(trainer: TrainerLike) -> TrainingRun:
             " override while `trainer.train()` runs; `trainer.save_model(folder)` saves the model at any time."
         )
     return run
+
+
+def trained_of(trainer: TrainerLike) -> nn.Module:
+    """The model, with children for the optimizer's parameters that the model does not have."""
+    trained = trainer._trainfn.trained
+    return trainer.model if trained is None else trained
 
 
 def newest_state(trainer: TrainerLike) -> tfn.TrainState:

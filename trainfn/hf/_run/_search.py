@@ -16,7 +16,7 @@ from transformers.trainer_utils import (
 )
 
 from trainfn.hf._run._record import Search
-from trainfn.hf._types import Metrics, Trial, Values
+from trainfn.hf._types import Metrics, TrainerLike, Trial, Values
 
 if TYPE_CHECKING:
     from trainfn.hf._arguments._training import TrainingArguments
@@ -37,7 +37,8 @@ def hyperparameter_search(
 ) -> BestRun | list[BestRun]:
     """Train one run for each trial, with its own arguments, and return the best run.
 
-    Trial ``n`` saves to ``output_dir/run-n``. Afterwards the trainer has its own arguments again.
+    Trial ``n`` saves to ``output_dir/run-n``, or to the folder that ``hp_name`` names. Afterwards the trainer has its
+    own arguments again.
 
     Args:
         trainer: A Trainer with a ``model_init``.
@@ -47,7 +48,7 @@ def hyperparameter_search(
         n_trials: The number of runs.
         direction: ``"minimize"`` or ``"maximize"``, or a list of them for several objectives.
         backend: ``"optuna"``.
-        hp_name: ``trial -> name``, for the trackers.
+        hp_name: ``trial -> name``, for the trackers and the folder.
         **options: For ``optuna.create_study`` (``sampler``, ``storage``, …) and ``study.optimize`` (``timeout``, …).
 
     Raises:
@@ -83,10 +84,11 @@ def hyperparameter_search(
             " run one by one. Leave `n_jobs` out."
         )
     objective = compute_objective or default_compute_objective
+    trainer.hp_search_backend, trainer.hp_name = HPSearchBackend.OPTUNA, hp_name
 
     def run(trial: optuna.Trial) -> float | list[float]:
-        trainer.args = with_values(own, (hp_space or default_hp_space_optuna)(trial))
-        trainer._trainfn.search = Search(trial, objective, hp_name)
+        trainer.args = own
+        trainer._trainfn.search = Search(trial, objective, hp_space or default_hp_space_optuna)
         trainer.train(trial=trial)
         at, metrics = trainer._trainfn.latest
         return objective(dict(metrics if at == trainer.state.global_step else trainer.evaluate()))
@@ -97,6 +99,7 @@ def hyperparameter_search(
         study.optimize(run, n_trials=n_trials, **optimize)
     finally:
         trainer.args, trainer._trainfn.search = own, None
+        trainer.hp_search_backend = trainer.hp_name = None
     if several:
         return [BestRun(str(best.number), best.values, best.params, study) for best in study.best_trials]
     best = study.best_trial
@@ -118,11 +121,24 @@ def with_values(args: TrainingArguments, values: Values) -> TrainingArguments:
     return new
 
 
-def report(search: Search, metrics: Metrics, step: int) -> None:
+def setup(trainer: Trainer, trial: Trial | None) -> None:
+    """Give the Trainer the arguments of a trial, and an Accelerator that fits them."""
+    search = trainer._trainfn.search
+    if search is None or trial is None:
+        return
+    trainer.args = with_values(trainer.args, search.space(trial))
+    trainer._train_batch_size = trainer.args.train_batch_size
+    trainer.create_accelerator_and_postprocess()
+
+
+def report(trainer: TrainerLike, trial: Trial | None, step: int, metrics: Metrics) -> None:
     """Report an evaluation to the trial, and end its run if optuna prunes it."""
+    search = trainer._trainfn.search
+    if search is None or trial is None:
+        return
     import optuna
 
     if isinstance(value := search.objective(dict(metrics)), int | float):
-        search.trial.report(value, step)
-        if search.trial.should_prune():
+        trial.report(value, step)
+        if trial.should_prune():
             raise optuna.TrialPruned

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase, default_data_collator
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_utils import TrainerMemoryTracker
 from transformers.utils import is_liger_kernel_available
 
-from trainfn.errors import nearest
 from trainfn.hf._step._counting import base_of
 from trainfn.hf._types import Collator, Processor, TrainerLike, Trial
 
@@ -24,28 +25,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def report_misspelt(cls: type, base: type) -> None:
-    """Warn of a method whose name is nearly that of a method to override: it would never be called."""
-    known = [name for name in dir(base) if not name.startswith("__")]
-    for name, value in vars(cls).items():
-        if name.startswith("__") or name in known or not callable(value):
-            continue
-        near = [other for other in known if abs(len(other) - len(name)) <= 1]
-        if hint := nearest(name, near, "Did you mean to override `{}`?", likeness=0.9):
-            warnings.warn(f"{cls.__name__}.{name} is never called. {hint}", stacklevel=3)
+def defaults(trainer: TrainerLike, model_init: Callable[..., nn.Module] | None) -> None:
+    """Set the attributes that a Trainer begins with, under the names that transformers gives them."""
+    args = trainer.args
+    trainer.model_init = model_init
+    trainer.state, trainer.control = TrainerState(), TrainerControl()
+    trainer.is_in_train = trainer.is_model_parallel = trainer.is_distributed_loading_by_transformers = False
+    trainer.place_model_on_device = True if args.place_model_on_device is None else args.place_model_on_device
+    trainer._signature_columns = None  # subclasses of transformers' Trainer fill this in
+    trainer._train_batch_size, trainer.current_flos = args.train_batch_size, 0
+    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    trainer._memory_tracker, trainer._created_lr_scheduler = TrainerMemoryTracker(args.skip_memory_metrics), False
+    trainer.hp_name = trainer.hp_search_backend = trainer.deepspeed = None
+    trainer.neftune_noise_alpha = args.neftune_noise_alpha
+    trainer.hub_model_id = trainer.push_in_progress = None
 
 
-def first_model(
-    model: nn.Module | None, model_init: Callable[..., nn.Module] | None, args: TrainingArguments
-) -> nn.Module:
+def first_model(trainer: TrainerLike, model: nn.Module | None) -> nn.Module:
     """The first model: ``model``, or one that ``model_init`` makes."""
+    model_init = trainer.model_init
     if (model is None) == (model_init is None):
         raise ValueError(
             "`Trainer(model=..., model_init=...)` can't work with both or neither: exactly one of the two gives the"
             " model. Write `Trainer(model)`, or `Trainer(model_init=lambda: MyModel(...))`."
         )
     if model is None:
-        return made_model(model_init, args)
+        return made_model(trainer, None)
     if model is ...:
         raise ValueError(
             "`Trainer(...)` can't work: `...` is a placeholder of the documentation. Write `Trainer(model)`."
@@ -56,7 +61,7 @@ def first_model(
             " Pass the module itself, not its name: `Trainer(AutoModelForCausalLM.from_pretrained(name))`."
         )
     check_quantized(model)
-    return model.to(args.device)
+    return model
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -80,28 +85,50 @@ def check_quantized(model: nn.Module) -> None:
         )
 
 
-def made_model(
-    model_init: Callable[..., nn.Module] | None, args: TrainingArguments, trial: Trial | None = None
-) -> nn.Module:
-    """A seeded model of ``model_init``, which may take a trial; the global generator keeps its state."""
+def made_model(trainer: TrainerLike, trial: Trial | None) -> nn.Module:
+    """A seeded model of `Trainer.call_model_init`; the global generator keeps its state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(trainer.args.seed)
+        return trainer.call_model_init(trial)
+
+
+def called(model_init: Callable[..., nn.Module] | None, trial: Trial | None) -> nn.Module:
+    """The model that ``model_init`` returns; it may take a trial."""
     assert model_init is not None
-    takes = len(inspect.signature(model_init).parameters)
+    parameters = inspect.signature(model_init).parameters.values()
+    takes = sum(each.kind not in (each.KEYWORD_ONLY, each.VAR_KEYWORD) for each in parameters)
     if takes > 1:
         raise ValueError(
             f"`Trainer(model_init=...)` can't work: the function has {takes} parameters, and it is called with"
             " nothing or a trial. Write `model_init=lambda: MyModel(...)`."
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        model = model_init(trial) if takes else model_init()
-    return model.to(args.device)
+    model: nn.Module | None = model_init(trial) if takes else model_init()
+    if model is None:
+        raise RuntimeError(
+            "`Trainer(model_init=...)` can't work: model_init should not return None. Write `return model` at its end."
+        )
+    return model
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    """Move a model, unless it is spread over devices, or its weights are packed in a format that can't be moved."""
+    packed = str(getattr(getattr(model, "quantization_method", None), "value", "")) == "bitsandbytes"
+    if getattr(model, "hf_device_map", None) is None and not packed:
+        model.to(device)
+
+
+def placed(trainer: TrainerLike) -> None:
+    """Move the model to its device, unless `place_model_on_device` is False."""
+    if trainer.place_model_on_device:
+        trainer._move_model_to_device(trainer.model, trainer.args.device)
 
 
 def new_model(trainer: TrainerLike) -> None:
     """Give the Trainer a new model of its ``model_init``, and forget what was found out about the old one."""
     record = trainer._trainfn
     trial = None if record.search is None else record.search.trial
-    trainer.model = made_model(trainer.model_init, trainer.args, trial)
+    trainer.model = trainer.model_wrapped = made_model(trainer, trial)
+    placed(trainer)
     record.shifts = record.parameter_count = trainer._signature_columns = None
     set_use_cache(trainer.model, trainer.args)
 
@@ -163,3 +190,14 @@ def default_collator(processing_class: Processor | None) -> Collator:
     if isinstance(processing_class, PreTrainedTokenizerBase | SequenceFeatureExtractor):
         return DataCollatorWithPadding(processing_class)  # type: ignore[arg-type]
     return default_data_collator
+
+
+def validate(trainer: TrainerLike) -> None:
+    """Raise for arguments of a Trainer that can't work together."""
+    args = trainer.args
+    best = "save_strategy='best'" if args.save_strategy == "best" else "load_best_model_at_end=True"
+    if (args.save_strategy == "best" or args.load_best_model_at_end) and args.metric_for_best_model is None:
+        raise ValueError(
+            f"`TrainingArguments({best})` can't work: `args.metric_for_best_model` must be provided, for it says which"
+            ' checkpoint is the best. Write `metric_for_best_model="loss"`.'
+        )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 import trainfn as tfn
+from trainfn.hf._names import overridden
 from trainfn.hf._step._modes import eval_mode
 from trainfn.hf._types import Batch, TrainerLike
 
@@ -44,11 +45,6 @@ def counted(trainer: TrainerLike, inputs: Batch) -> Tensor:
         if own is not None:
             return torch.as_tensor(own, dtype=torch.float32, device=trainer.args.device)
     return rule(trainer).of(trainer, inputs)
-
-
-def overridden(trainer: TrainerLike, name: str) -> bool:
-    """Whether a subclass has a method of its own in place of ours."""
-    return not getattr(getattr(type(trainer), name), "not_overridden", False)
 
 
 def rule(trainer: TrainerLike) -> Count:

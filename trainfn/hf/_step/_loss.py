@@ -168,8 +168,8 @@ def training_loss(trainer: TrainerLike) -> Callable[[nn.Module, Batch], tuple[tf
     takes = takes_of(trainer)  # once: a signature can't be looked at inside a compiled step
     metrics, outputs_too = trainer._trainfn.loss_metrics, trainer._trainfn.needs_outputs
 
-    def loss(model: nn.Module, batch: Batch) -> tuple[tfn.Mean, dict[str, tfn.Mean]]:
-        mean, outputs = exact_loss(trainer, model, batch, takes, outputs_too=outputs_too)
+    def loss(_: nn.Module, batch: Batch) -> tuple[tfn.Mean, dict[str, tfn.Mean]]:  # a copy, if a loss has parameters
+        mean, outputs = exact_loss(trainer, trainer.model, batch, takes, outputs_too=outputs_too)
         return mean, metrics(batch, outputs)
 
     return loss

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 import trainfn as tfn
+from trainfn.hf import _names
+from trainfn.hf._names import overridden
 from trainfn.hf._parallel._parameters import whole
-from trainfn.hf._step._counting import counted, overridden
+from trainfn.hf._run._record import trained_of
+from trainfn.hf._step._counting import counted
 from trainfn.hf._step._held import opened
 from trainfn.hf._step._loss import exact_loss, head_loss, without_update
 from trainfn.hf._types import Batch, Outputs, TrainerLike
@@ -33,7 +36,9 @@ def training_step(
 
     An override that adds a backward pass or changes ``.grad`` then works in the same units.
     """
-    mean, _ = exact_loss(trainer, model, trainer._prepare_inputs(inputs), of_update=trainer._trainfn.update)
+    # An override prepares a batch once: it may generate from the model, or count its calls.
+    inputs = inputs if _names.overridden(trainer, "_prepare_inputs") else trainer._prepare_inputs(inputs)
+    mean, _ = exact_loss(trainer, model, inputs, of_update=trainer._trainfn.update)
     weight = mean.weight.detach()
     (mean.total / torch.where(weight > 0, weight, 1.0)).backward()
     mean = trainer._trainfn.manual_mean = tfn.Mean(mean.total.detach(), weight)
@@ -57,8 +62,8 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
             zero = torch.zeros((), device=state.step.device)
             return tfn.Gradients(tfn.Mean(zero, zero), dict.fromkeys(state.params), {}, state.buffers)
         rest = without_update(opened(batch))
-        count = counted(trainer, rest)
-        model.zero_grad(set_to_none=True)
+        count, trained = counted(trainer, rest), trained_of(trainer)
+        trained.zero_grad(set_to_none=True)
         try:
             with torch.enable_grad(), tfn.keyed(key, rows=tfn.tree.row_count(batch), first_row=first_row):
                 with _undivided(trainer) as factor:
@@ -68,14 +73,14 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
             if mean is None:  # an override ran its own backward pass, of a mean over the counted labels
                 scale = factor()
                 mean = tfn.Mean(torch.as_tensor(loss).detach().float().mean() * count * scale, count)
-            held = dict(model.named_parameters(remove_duplicate=True))
+            held = dict(trained.named_parameters(remove_duplicate=True))
             grads = {
                 name: _summand(p, None if (grad := held[name].grad) is None else grad.detach() * (mean.weight * scale))
                 for name, p in state.params.items()
             }
         finally:
             record.update = None
-            model.zero_grad(set_to_none=True)
+            trained.zero_grad(set_to_none=True)
         return tfn.Gradients(mean, grads, {}, state.buffers)
 
     if plan is None:
