@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sized
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class Loading:
 
     # A `training_step` that is written for transformers reads it. Here no loss is scaled by the accumulation.
     loss_is_scaled_for_ga: bool | None = None
+    model_accepts_loss_kwargs: bool = False  # a head is not given the number of items
 
     def get_train_dataloader(self: TrainerLike) -> Loader:
         """One epoch of micro-batches; an override may return any iterable of dicts."""
@@ -51,22 +52,22 @@ class Loading:
         dataset: Dataset,
         description: str,
         batch_size: int,
-        sampler_fn: Callable[[Dataset], Any] | None = None,
+        sampler_fn: Callable[[Dataset], Nested] | None = None,
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> Loader:
         """The loader of a dataset, with the sampler of ``sampler_fn`` if a subclass overrides that."""
         return _loaders.dataloader(self, dataset, description, batch_size, sampler_fn, is_training=is_training)
 
-    def _get_train_sampler(self: TrainerLike, train_dataset: Dataset | None = None) -> Any:
+    def _get_train_sampler(self: TrainerLike, train_dataset: Dataset | None = None) -> Nested:
         """A sampler of torch; an override's is used in place of the order of `trainfn.data`."""
         return _loaders.torch_sampler(self, train_dataset)
 
-    def _get_eval_sampler(self: TrainerLike, eval_dataset: Dataset) -> Any:
+    def _get_eval_sampler(self: TrainerLike, eval_dataset: Dataset) -> Nested:
         """None: evaluations take the rows in their order; an override may return a sampler of torch."""
         return None
 
-    def _remove_unused_columns(self: TrainerLike, dataset: Any, description: str | None = None) -> Any:
+    def _remove_unused_columns(self: TrainerLike, dataset: Nested, description: str | None = None) -> Nested:
         """A dataset of Hugging Face without the columns that the model does not take."""
         return _loaders.used_columns(self, dataset, description)
 
@@ -96,13 +97,13 @@ class Loading:
         return contextlib.nullcontext, inputs
 
     def get_batch_samples(
-        self: TrainerLike, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | None]:
+        self: TrainerLike, epoch_iterator: Iterator[Nested], num_batches: int, device: torch.device
+    ) -> tuple[list[Nested], Tensor | None]:
         """The micro-batches of the next update, and the number of labels that they count."""
         samples = list(itertools.islice(epoch_iterator, num_batches))
         return samples, self._get_num_items_in_batch(samples, device)
 
-    def _get_num_items_in_batch(self: TrainerLike, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+    def _get_num_items_in_batch(self: TrainerLike, batch_samples: list[Nested], device: torch.device) -> Tensor | None:
         """The number that means over these micro-batches divide by; it is asked for each one alone."""
         counts = [_counting.rule(self).of(self, batch).to(device) for batch in batch_samples]
         return torch.stack(counts).sum() if counts else None

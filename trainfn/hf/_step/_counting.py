@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optree
 import torch
@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 import trainfn as tfn
 from trainfn.hf._names import overridden
 from trainfn.hf._step._modes import eval_mode
-from trainfn.hf._types import Batch, TrainerLike
+from trainfn.hf._types import Batch, Nested, TrainerLike
 
 IGNORED = -100
 
@@ -141,7 +141,7 @@ SUM = Count("nothing", _one, sums=True)
 CANDIDATES = (LABELS, ROWS, FRAMES, BOXES, PATCHES, TOKENS, SUM)
 
 
-def row_count(inputs: Any) -> int:
+def row_count(inputs: Nested) -> int:
     """The rows of a batch of any kind.
 
     The labels say it, if they are a tensor; else the first tensor with a dimension, those inside of other values last.
@@ -166,7 +166,7 @@ def row_count(inputs: Any) -> int:
     return len(found)
 
 
-def has_tensor(inputs: Any) -> bool:
+def has_tensor(inputs: Nested) -> bool:
     """Whether there is a tensor in a batch of any kind, also in an object with ``to()``."""
     if isinstance(inputs, Mapping) and any(isinstance(x, Tensor) for x in inputs.values()):
         return True
@@ -175,7 +175,7 @@ def has_tensor(inputs: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in leaves)
 
 
-def _recognized(inputs: Any) -> None:
+def _recognized(inputs: Nested) -> None:
     with contextlib.suppress(TypeError):
         tfn.tree.row_count(inputs)  # optree learns the batch's own types by it
 
