@@ -274,3 +274,12 @@ def test_a_model_with_an_encoder_is_refused(tmp_path):
     t5 = seeded(lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=13, **sizes)))
     with pytest.raises(ValueError, match=r"has an encoder\. Load another: .* or train this one with `Seq2SeqTrainer`"):
         run("trainfn", tmp_path, of=t5)
+
+
+def test_the_defaults_of_sft_compile(tmp_path):
+    """Recomputation and fused attention are in the captured graph; the code generator has tests of its own."""
+    options = {"gradient_checkpointing": True, "max_steps": 2, "of": model("llama", "sdpa")}
+    eager = run("trainfn", tmp_path / "eager", **options)
+    options["of"] = model("llama", "sdpa")
+    made = run("trainfn", tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager", **options)
+    assert_same_run(made, eager, ("loss",), 1e-5)

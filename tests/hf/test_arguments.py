@@ -437,8 +437,8 @@ def test_the_table_names_no_field_that_is_not_there():
 def test_values_that_are_refused_of_fields_that_are_used():
     with pytest.raises(ValueError, match=r"moves rows between processes.*Write `train_sampling_strategy="):
         check_supported(arguments(train_sampling_strategy="batch_rebalance"))
-    with pytest.raises(ValueError, match=r"accumulates gradients itself.*Write `gradient_accumulation_steps="):
-        check_supported(arguments(accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 2}}))
+    with pytest.raises(ValueError, match=r"takes an Accelerator of yours.*Leave the key out"):
+        check_supported(arguments(accelerator_config={"use_configured_state": True}))
     with pytest.raises(ValueError, match=r"optim='apollo_adamw'.*not implemented"):
         check_supported(arguments(optim="apollo_adamw"))
     with pytest.raises(ValueError, match="momentun"):

@@ -334,6 +334,16 @@ def test_the_accelerator_is_configured_by_the_arguments(tmp_path):
     assert not trainer.accelerator.step_scheduler_with_optimizer
 
 
+def test_the_number_of_micro_batches_may_be_that_of_the_accelerator(tmp_path):
+    config = {"gradient_accumulation_kwargs": {"num_steps": 2}}
+    trainer = made(Trainer, tmp_path, accelerator_config=config)
+    trainer.train()
+    assert trainer.args.gradient_accumulation_steps == 2 and trainer.state.epoch == 2.0
+    assert trainer.accelerator.gradient_accumulation_steps == 1
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=3\)` can't work.*Leave `num_steps` out"):
+        made(Trainer, tmp_path, accelerator_config=config, gradient_accumulation_steps=3)
+
+
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])
 def test_a_launchers_engine_is_not_asked_for(name, tmp_path, monkeypatch):
     monkeypatch.setenv(name, "true")

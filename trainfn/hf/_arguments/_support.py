@@ -71,8 +71,10 @@ def _is_set(args: Arguments, name: str) -> bool:
     if field is None:  # of the sequence-to-sequence arguments, or of another version of transformers
         return False
     value = getattr(args, name)
-    if isinstance(value, AcceleratorConfig):  # `split_batches` is used
-        return dataclasses.replace(value, split_batches=False) != AcceleratorConfig()
+    if isinstance(value, AcceleratorConfig):  # `split_batches` and `num_steps` are used
+        more = (value.gradient_accumulation_kwargs or {}).keys() - {"num_steps"}
+        rest = dataclasses.replace(value, split_batches=False, gradient_accumulation_kwargs=None)
+        return bool(more) or rest != AcceleratorConfig()
     return value != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
 
 
@@ -84,10 +86,8 @@ def _on_cpu(value: object, args: Arguments) -> bool:
     return bool(value) and args.device.type != "cuda"
 
 
-def _own_accumulation(value: object, args: Arguments) -> bool:
-    return isinstance(value, AcceleratorConfig) and bool(
-        value.gradient_accumulation_kwargs or value.use_configured_state
-    )
+def _configured(value: object, args: Arguments) -> bool:
+    return isinstance(value, AcceleratorConfig) and bool(value.use_configured_state)
 
 
 RECOMPUTING = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"} | {
@@ -111,9 +111,9 @@ REFUSED: tuple[Refused, ...] = (
     ),
     Refused(
         "accelerator_config",
-        _own_accumulation,
-        "the step accumulates gradients itself, and no part of it is Accelerate's",
-        "Write `gradient_accumulation_steps=...`, and leave the other keys out",
+        _configured,
+        "`use_configured_state` takes an Accelerator of yours, and the Trainer makes its own",
+        "Leave the key out; an override of `create_accelerator_and_postprocess` may set `self.accelerator`",
     ),
     Refused(
         "tf32",
@@ -175,7 +175,7 @@ IGNORED: dict[str, str] = {
     "ddp_broadcast_buffers": _DDP,
     "ddp_static_graph": _DDP,
     "eval_use_gather_object": "outputs of any shape are gathered",
-    "accelerator_config": "only its `split_batches` is used; no row comes twice, and every rank reads its own rows",
+    "accelerator_config": "only `split_batches` and `num_steps` are used; no row comes twice, and ranks read their own",
     "dataloader_persistent_workers": "trainfn.data keeps its workers as long as it needs them",
     "dataloader_multiprocessing_context": "trainfn.data starts its workers in its own way",
     "dataloader_in_order": "the order of the rows is a function of the seed, not of the workers' speed",

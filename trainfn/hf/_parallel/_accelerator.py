@@ -54,7 +54,7 @@ def create(trainer: TrainerLike) -> None:
     options = trainer._build_accelerator_args(
         dataloader_config=data,
         fsdp_plugin=None,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the step accumulates
+        gradient_accumulation_plugin=_accumulation(trainer, config.get("gradient_accumulation_kwargs") or {}),
     )
     kind = accelerate.Accelerator if trainer._trainfn.world.plan is None else RankAccelerator
     with without(*_VARIABLES):
@@ -64,6 +64,20 @@ def create(trainer: TrainerLike) -> None:
     trainer.gather_function = functools.partial(gathered, use_gather_object=as_objects)
     # Whether an engine of Accelerate wraps the model. None does: the plan of the step shards it.
     trainer.is_deepspeed_enabled = trainer.is_fsdp_enabled = False
+
+
+def _accumulation(trainer: TrainerLike, given: Values) -> GradientAccumulationPlugin:
+    """The plugin that accumulates nothing, because the step does; ``num_steps`` is for the step."""
+    args = trainer.args
+    number = given.get("num_steps", args.gradient_accumulation_steps)
+    if args.gradient_accumulation_steps not in (1, number):
+        raise ValueError(
+            f"`{type(args).__name__}(gradient_accumulation_steps={args.gradient_accumulation_steps})` can't work: The"
+            f" `AcceleratorConfig`'s `num_steps` is set but is {number}. Leave `num_steps` out."
+        )
+    args.gradient_accumulation_steps = trainer.current_gradient_accumulation_steps = number
+    options: Values = {**given, "num_steps": 1}
+    return GradientAccumulationPlugin(**options)
 
 
 def options_of(trainer: TrainerLike, given: Values) -> Values:
