@@ -119,7 +119,7 @@ def _has_labels(trainer: TrainerLike, inputs: Batch) -> bool:
 def gives_loss(trainer: TrainerLike, inputs: Batch) -> bool:
     """Whether a batch has a loss: it has all labels, or the model makes its own labels, as CLIP does.
 
-    Of a batch that is not a mapping, only an override of `compute_loss` knows the labels.
+    Only an override of `compute_loss` knows the labels of a batch that is not a mapping.
     """
     if not isinstance(inputs, Mapping):
         return overridden(trainer, "compute_loss")
