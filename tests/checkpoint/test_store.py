@@ -201,7 +201,7 @@ def test_other_things_in_the_folder_are_left_alone(tmp_path):
         for n in range(4, 7):
             checkpoints.save(small(n))
     assert checkpoints.steps() == [6]
-    assert (outside / "kept").exists() and len(list(folder.iterdir())) == 7  # with the lock
+    assert (outside / "kept").exists() and len(list(folder.iterdir())) == 6  # with the lock
 
 
 def test_a_checkpoint_that_can_not_be_removed_is_kept_with_a_warning(tmp_path, monkeypatch):
@@ -367,7 +367,7 @@ def test_a_save_over_another_survives_a_crash_between_its_renames(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(small(1), {"n": 2})
     assert checkpoints.restore(small())[1] == {"n": 2}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint-1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1"]
 
 
 # --- one run in a folder ------------------------------------------------------------------------------------------
@@ -411,10 +411,10 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path):
 def test_what_dead_processes_left_is_removed_and_what_the_living_write_is_not(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    kept = {f".checkpoint-3.writing-{os.getppid()}", ".other.writing-1", ".lock", "checkpoint-6"}
+    kept = {f".checkpoint-3.writing-{os.getppid()}", ".other.writing-1", "checkpoint-6"}
     gone = {f".checkpoint-3.writing-{dead.pid}", f".checkpoint-4.removing-{dead.pid}"}
     gone |= {f".checkpoint-5.writing-{os.getpid()}", f".checkpoint-5.writing-{10**30}"}
-    for name in (kept | gone) - {".lock", "checkpoint-6"}:
+    for name in (kept | gone) - {"checkpoint-6"}:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_text("half")
     with Checkpoints(tmp_path) as checkpoints:

@@ -45,6 +45,9 @@ CASES = {
     "cosine": ("CosineSimilarityLoss", {}, {"label": LABELS["score"]}),
     "CoSENT": ("CoSENTLoss", {}, {"label": LABELS["score"]}),
     "contrastive": ("ContrastiveLoss", {}, {"label": LABELS["pair"]}),
+    "a head of the loss": (
+        "SoftmaxLoss", {"sentence_embedding_dimension": 8, "num_labels": 3}, {"label": lambda i: i % 3},
+    ),
     "cached": ("CachedMultipleNegativesRankingLoss", {"mini_batch_size": 2}, {}),
     "nested": ("MatryoshkaLoss", {"matryoshka_dims": [8, 4]}, {}),
 }  # fmt: skip
@@ -87,7 +90,13 @@ def both(folder, path, keys=("loss", "grad_norm"), **how):
 @pytest.mark.parametrize("case", CASES)
 def test_losses(case, folder, tmp_path):
     name, options, columns = CASES[case]
-    both(folder, tmp_path, train=rows(**columns), loss=one(name, **options))
+    # The norm that ours logs has the gradients of such a head, and that of transformers has the model's alone.
+    keys = ("loss",) if case == "a head of the loss" else ("loss", "grad_norm")
+    made = both(folder, tmp_path, keys, train=rows(**columns), loss=one(name, **options))
+    heads = [dict(trainer.loss.named_parameters()) for trainer in made.values()]
+    found = [{n: p.detach() for n, p in head.items() if not n.startswith("model.")} for head in heads]
+    assert_close(found[1], found[0], 1e-6)
+    assert bool(found[0]) == (case == "a head of the loss")
 
 
 def test_accumulation_and_adam(folder, tmp_path):
