@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from trainfn._compile._donate import check_result, check_same, overwrite
 from trainfn._compile._graph import canonical, lift_constants, name_inputs
 from trainfn._compile._lines import Lines
-from trainfn._compile._structure import Function, Leaves, Structure, flatten, leaf_names, structure
+from trainfn._compile._structure import Function, Leaves, Structure, flatten, leaf_names
 from trainfn._dtensor import Spec, held, spec_of
 
 
@@ -85,10 +85,11 @@ class _Run:
             whole[i] = whole[i] if layout is None else layout.of_local(whole[i])
         leaves = [whole.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         out = self.fn(*self.structure.build(iter(leaves)))
-        new, self.result = flatten(out)
         if self.donated:
-            new = donation(self.donated, self.structure, leaves, out)
+            new, self.result = donation(self.donated, self.structure, leaves, out)
             overwrite(self.donated, leaves, new)
+        else:
+            new, self.result = flatten(out)
         return self._flat(leaves, new)
 
     def _flat(self, old: Leaves, new: Leaves) -> list[Tensor]:
@@ -108,16 +109,16 @@ class _Run:
         return tensors
 
 
-def donation(donated: list[bool], given: Structure, old: Sequence[Any], out: Any) -> Leaves:
-    """Return the leaves of a donating step's result.
+def donation(donated: list[bool], given: Structure, old: Sequence[Any], out: Any) -> tuple[Leaves, Structure]:
+    """Return the leaves of a donating step's result, and its structure.
 
     Raises:
         TypeError, ValueError: If the new state can't take the old one's place.
     """
     check_result(out)
-    new = flatten(out)[0] if structure(out[0]) == given.children[0] else []  # type: ignore[union-attr]
-    check_same(donated, old, new)
-    return new
+    new, form = flatten(out)
+    check_same(donated, old, new if form.children[0] == given.children[0] else [])  # type: ignore[union-attr]
+    return new, form
 
 
 def trace(
