@@ -119,7 +119,7 @@ def _slope(subject: Subject, batch: Batch, name: str, direction: Tensor, grad: T
 
 
 def _total(sums: Gradients) -> Tensor:
-    """What ``grads`` are the derivatives of."""
+    """The number of which ``grads`` are the derivatives."""
     return sums.loss.value if isinstance(sums.loss, Total) else sums.loss.total
 
 
