@@ -264,7 +264,7 @@ class Gradients(NamedTuple):
     Attributes:
         loss: Total and weight of the loss.
         grads: d loss.total / d params, by name: a sum, not yet divided by the weight. None for a parameter that the
-            loss does not reach. Of a total of several means: the gradient of its value; empty where ``terms`` is not.
+            loss does not reach. For a total of several means it is the gradient of its value, or ``terms`` has them.
         metrics: The loss function's metrics.
         buffers: The module's buffers and frozen parameters after the forward pass.
         written: The parameters that the forward pass itself wrote to, by name.
