@@ -137,10 +137,25 @@ class Passes:
 
 
 def _scale(state: TrainState, mean: Mean, common: Callable[[TrainState, Tensor], Tensor]) -> Tensor | None:
-    """By which to multiply the total, so that the mean is multiplied by the loss scale: almost."""
+    """By which to multiply the total, so that the mean is multiplied by the loss scale: almost.
+
+    It is the power of two at or below, which divides out exactly.
+    """
     if "loss_scale" not in state.extra:
         return None
-    return state.extra["loss_scale"]["scale"] / _power_of_two(common(state, mean.weight.detach()))
+    scale = state.extra["loss_scale"]["scale"] / common(state, mean.weight.detach()).clamp(min=1.0)
+    return torch.exp2(torch.floor(torch.log2(scale)))
+
+
+def _shared_scale(state: TrainState, pieces: int) -> TrainState:
+    """The state with one piece's share of the loss scale, as `torch.amp.GradScaler` has it of ``loss / pieces``.
+
+    The sum over the pieces is then that of one batch, so the split does not change which updates overflow.
+    """
+    if "loss_scale" not in state.extra or pieces <= 1:
+        return state
+    held = state.extra["loss_scale"]
+    return state._replace(extra={**state.extra, "loss_scale": {**held, "scale": held["scale"] / pieces}})
 
 
 def _derivatives(
@@ -264,11 +279,6 @@ def _is_frozen(state: TrainState, name: str) -> bool:
     return state.module is not None and not state.module.get_parameter(name).requires_grad
 
 
-def _power_of_two(weight: Tensor) -> Tensor:
-    """The next one: what is scaled is the mean, but by a number that divides out exactly."""
-    return torch.exp2(torch.ceil(torch.log2(weight.clamp(min=1.0))))
-
-
 def detached(mean: Mean) -> Mean:
     return type(mean)(mean.total.detach(), mean.weight.detach())
 
@@ -326,12 +336,14 @@ def summed(
     state: TrainState,
     pieces: Iterable[tuple[Batch, int]],
     report: Callable[[], str],
+    count: int,
 ) -> Gradients:
-    """Add up the gradients of pieces of a batch, one at a time; the buffers are threaded through.
+    """Add up the gradients of ``count`` pieces of a batch, one at a time; the buffers are threaded through.
 
     Low-precision gradients are added in float32.
     """
     total: Gradients | None = None
+    state = _shared_scale(state, count)
     for piece, first_row in pieces:
         row = torch.full((), first_row, dtype=torch.int64, device=state.step.device)
         if total is None:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
@@ -95,7 +96,7 @@ class TrainStep:
         else:
             plan = None if self.plan is None or self.plan.world == 1 else self.plan
             pieces = self.pieces(batch) if plan is None else plan.pieces(state, batch, self.accumulate)
-            sums = summed(self.gradients, state, pieces, _empty_stream)
+            sums = summed(self.gradients, state, pieces, _empty_stream, self.count(batch))
         return self.advanced(state, sums)
 
     def advanced(self, state: TrainState, sums: Gradients) -> tuple[TrainState, Metrics]:
@@ -106,6 +107,10 @@ class TrainStep:
             if tree.is_traced(state.step):
                 raise
             return self.update(ask.prepared(state), sums)
+
+    def count(self, batch: Batch) -> int:
+        """The number of micro-batches of a batch; 1 for a stream that has neither a length nor a hint of one."""
+        return operator.length_hint(batch, 1) if self.accumulate == "stream" else self.accumulate
 
     def pieces(self, batch: Batch) -> Iterator[tuple[Batch, int]]:
         if self.accumulate != "stream":
@@ -236,7 +241,7 @@ def accumulate(
     if isinstance(step, TrainStep):
         return _accumulated(step, num)
     whole = _accumulated(TrainStep(gradients=step, update=lambda state, sums: (state, {})), num)
-    return lambda state, batch: summed(step, state, whole.pieces(batch), _empty_stream)
+    return lambda state, batch: summed(step, state, whole.pieces(batch), _empty_stream, whole.count(batch))
 
 
 def _accumulated(step: TrainStep, num: int | Literal["stream"]) -> TrainStep:

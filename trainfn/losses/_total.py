@@ -11,8 +11,8 @@ def total(parts: Mapping[str, Mean]) -> Mean:
     """The sum of several losses, each divided by its own weight: ``Σ total / weight``.
 
     ``ce + mse`` pools two means into one, as the rows of one loss; this adds two different losses. It is exact for any
-    split of the rows: the weights of all micro-batches and ranks are added before a term is divided by its own. A term
-    of weight 0 counts for nothing. The step reports each term among its metrics, under its name.
+    split of the rows: a term is divided once, by its weight over all micro-batches and ranks. A term of weight 0 counts
+    for nothing. The step reports each term among its metrics, under its name.
 
     With micro-batches or ranks there is a backward pass, and a copy of the gradients, for each term; without, there is
     one.
