@@ -5,9 +5,11 @@ import itertools
 import datasets
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, WeightedRandomSampler
 
+import trainfn
 from trainfn import Trainer, TrainingArguments
 
 
@@ -303,3 +305,56 @@ def test_a_batch_whose_rows_cannot_be_counted_says_so(tmp_path):
     trainer.args.remove_unused_columns = False
     with pytest.raises(TypeError, match=r"can't be counted.*return tfn.Mean.of\(values, weights\)"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"data_seed": 7},
+        {"train_sampling_strategy": "sequential"},
+        {"gradient_accumulation_steps": 2},
+        {"dataloader_drop_last": True},
+        {"dataloader_num_workers": 2},
+    ],
+    ids=str,
+)
+def test_the_data_order_of_transformers_gives_its_losses(options, tmp_path):
+    logs = []
+    for library in (transformers, trainfn):
+        mine = {"data_order": "transformers"} if library is trainfn else {}
+        args = library.TrainingArguments(
+            str(tmp_path), use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1,
+            per_device_train_batch_size=4, num_train_epochs=2, learning_rate=0.01, **options, **mine,
+        )  # fmt: skip
+        # Of a short micro-batch in an update, transformers takes a mean of means.
+        rows = points(16 if "gradient_accumulation_steps" in options else 14)
+        trainer = library.Trainer(Linear(), args, train_dataset=rows)
+        trainer.train()
+        logs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    size = {"gradient_accumulation_steps": 4, "dataloader_drop_last": 6}.get(next(iter(options), ""), 8)
+    assert [len(losses) for losses in logs] == [size, size]
+    assert logs[1] == pytest.approx(logs[0], rel=1e-6)
+
+
+def test_the_data_order_of_transformers_resumes(tmp_path):
+    def run(folder, **options):
+        args = arguments(tmp_path / folder, max_steps=7, save_strategy="steps", save_steps=5, data_order="transformers")
+        trainer = Noting(Linear(), args, train_dataset=points(14))
+        trainer.train(**options)
+        return trainer.seen
+
+    whole = run("whole")
+    assert run("again", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5")) == whole[5:]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data_order": "torch"}, "there are two orders of the training rows.*data_order='transformers'"),
+        ({"data_order": "transformers", "train_sampling_strategy": "group_by_length"}, "follows from the global"),
+    ],
+)
+def test_a_data_order_that_cannot_be_had(options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        Trainer(Linear(), arguments(tmp_path, **options))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import datasets
 import numpy as np
+from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data import Sampler as TorchSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -69,6 +70,8 @@ def dataloader(
         sampler = sampler_fn(dataset)
         if sampler is not None:
             return _with_sampler(trainer, dataset, sampler, batch_size, collate)
+    if is_training and trainer.args.data_order == "transformers" and _is_sized(dataset):
+        return _with_sampler(trainer, dataset, _order_of_transformers(trainer.args, dataset), batch_size, collate)
     size = together(trainer, batch_size)
     return (
         _training(trainer, dataset, size, collate)
@@ -80,6 +83,14 @@ def dataloader(
 _SAMPLERS = ("_get_train_sampler", "_get_eval_sampler")
 
 
+def _order_of_transformers(args: TrainingArguments, dataset: SizedDataset) -> TorchSampler[int]:
+    """The sampler that Accelerate puts in place of a `RandomSampler`: a permutation for each seed and epoch."""
+    if _strategy(args) == "sequential":
+        return SequentialSampler(dataset)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return SeedableRandomSampler(dataset, data_seed=seed)
+
+
 def _with_sampler(
     trainer: TrainerLike, dataset: Dataset, sampler: Iterable[Any], batch_size: int, collate: Collator
 ) -> Loader:
@@ -89,11 +100,8 @@ def _with_sampler(
     if isinstance(sampler, BatchSampler) or (hasattr(sampler, "batch_size") and hasattr(sampler, "drop_last")):
         how = {"batch_sampler": sampler}
     workers = args.dataloader_num_workers
-    more: Values = {"persistent_workers": True} if workers and args.dataloader_persistent_workers else {}
     factor = args.dataloader_prefetch_factor if workers else None
-    loader = DataLoader(
-        cast("Any", dataset), collate_fn=collate, num_workers=workers, prefetch_factor=factor, **how, **more
-    )
+    loader = DataLoader(cast("Any", dataset), collate_fn=collate, num_workers=workers, prefetch_factor=factor, **how)
     return dealt(trainer._trainfn.world, loader)
 
 
