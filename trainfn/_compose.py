@@ -16,9 +16,9 @@ def one_step(step: _Step) -> _Step:
     """Make one step of a function that calls several, such as a GAN's two phases or the epochs of PPO.
 
     A call advances ``state.step`` by 1, however many updates are inside. So `fit`, loaders, checkpoints and callbacks
-    count calls, and a run resumes at the right batch. Each phase draws numbers of its own: ``fold_in(key, step)`` of
-    the call is the key inside, with the phase's own step folded in, and the index of its loss from the second loss on.
-    Inside, ``state.step`` begins at the step of the call. Apply it before `trainfn.jit`.
+    count calls, and a run resumes at the right batch. Each phase draws numbers of its own: the key inside is
+    ``fold_in(key, step)`` of the call, into which a phase folds its own step. From the second loss on, the index of the
+    loss is folded in too. Inside, ``state.step`` begins at the step of the call. Apply it before `trainfn.jit`.
 
     Args:
         step: ``(state, batch) -> (state, metrics)``, which calls other steps. With a plan, ``function.plan = plan``.
