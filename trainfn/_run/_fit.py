@@ -130,10 +130,10 @@ def _check_clock(state: TrainState, n: int, *, first: bool) -> None:
     if not (first or state.step.device.type == "cpu") or (now := int(state.step)) == n + 1:
         return
     raise ValueError(
-        f"step(state, batch) has taken state.step from {n} to {now}, and a call is one step: batches, checkpoints and"
-        " callbacks count calls by it, so a run would end early or resume at other batches. A function that makes"
-        " several updates is one step by `step = tfn.one_step(function)`, before `tfn.jit`. One that returns a state"
-        " of its own advances it: `state._replace(step=state.step + 1)`."
+        f"step(state, batch) has taken state.step from {n} to {now}, and a call is one step. Batches, checkpoints and"
+        " callbacks count calls by it; a run would end early, or resume at other batches. A function that makes several"
+        " updates is one step by `step = tfn.one_step(function)`, before `tfn.jit`. A function that makes a state itself"
+        " advances it: `state._replace(step=state.step + 1)`."
     )
 
 
