@@ -132,8 +132,8 @@ def _check_clock(state: TrainState, n: int, *, first: bool) -> None:
     raise ValueError(
         f"step(state, batch) has taken state.step from {n} to {now}, and a call is one step. Batches, checkpoints and"
         " callbacks count calls by it; a run would end early, or resume at other batches. A function that makes several"
-        " updates is one step by `step = tfn.one_step(function)`, before `tfn.jit`. A function that makes a state itself"
-        " advances it: `state._replace(step=state.step + 1)`."
+        " updates is one step by `step = tfn.one_step(function)`, before `tfn.jit`. A function that makes a state"
+        " itself advances it: `state._replace(step=state.step + 1)`."
     )
 
 
