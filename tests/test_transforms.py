@@ -182,6 +182,39 @@ def test_the_scale_is_that_of_torchs_grad_scaler(good):
         assert fine or not tfn.diff(before.params, state.params)
 
 
+@pytest.mark.parametrize("how", ["number", "list", "iterator", "fit"])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_micro_batches_are_scaled_as_those_of_grad_scaler(k, how):
+    """Overflows of float16 are skipped at the same updates, whatever the split."""
+
+    def mean(w, x):
+        return (w.half() * x.half()).float().square()
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)
+    w = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([w], 0.01)
+    scaling = dynamic_loss_scale(2.0**22)
+    sgd = tfn.optim.sgd(0.01)
+    given = {"number": k}.get(how, "stream")
+    step = scaling(tfn.train_step(lambda p, x: tfn.Mean.of(mean(p["w"], x)), sgd, accumulate=given))
+    state, batch, skips = scaling.init(tfn.init({"w": torch.ones(4)}, sgd)), torch.full((8, 4), 8.0), 0
+    for _ in range(8):
+        optimizer.zero_grad()
+        for micro in batch.chunk(k):
+            scaler.scale(mean(w, micro).mean() / k).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        parts = list(batch.chunk(k))
+        if how == "fit":
+            state = tfn.fit(step, state, [iter(parts)])
+        else:
+            state, metrics = step(state, {"number": batch, "list": parts, "iterator": iter(parts)}[how])
+            skips += int(metrics["skipped"].value)
+        assert state.extra["loss_scale"]["scale"] == scaler.get_scale()
+    assert_close(state.params["w"], w.detach(), 1e-6)
+    assert scaler.get_scale() < 2.0**22 and (how == "fit" or skips > 0)
+
+
 def test_small_float16_gradients_survive():
     """1e-4 twice is below what float16 can hold."""
 

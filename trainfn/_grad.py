@@ -26,7 +26,7 @@ from trainfn._bound import Running, bound
 from trainfn._keyed import Randomness
 from trainfn._marks import backward_pass
 from trainfn._module import check_state
-from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, TrainState
+from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Total, TrainState
 from trainfn.errors import InexactLossWarning, UnreachedWarning
 
 _HOW_EXACT = (
@@ -74,21 +74,40 @@ def gradient_function(loss: Loss, common: Callable[[TrainState, Tensor], Tensor]
     """See `value_and_grad`; ``common`` makes of a weight one that all ranks have in common."""
     randomness, known = Randomness(), Passes()
 
-    def gradients(state: TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> Gradients:
+    def of_rows(state: TrainState, batch: Batch, first_row: Tensor | int, whole: bool) -> Gradients:
         check_state(state)
         rows, one = tree.row_count(batch), known.of(state)
 
         def sums() -> Gradients:
             with torch.enable_grad(), bound(state, training=True) as run:
                 mean, metrics = exact(loss(run.model, batch), rows)
-                grads = _derivatives(run, mean, _scale(state, mean, common), one, state)
+                terms = _terms(mean, whole)
+                scales = [_scale(state, term, common) for term in terms]
+                grads = _derivatives(run, terms, scales, one, state)
             torch.clear_autocast_cache()  # under a caller's autocast it would keep copies of these parameters
             means = {name: detached(metric) for name, metric in metrics.items()}
-            return Gradients(detached(mean), grads, means, run.buffers, run.written)
+            alone, several = (grads[0], ()) if len(grads) == 1 else ({}, tuple(grads))
+            return Gradients(detached(mean), alone, means, run.buffers, run.written, terms=several)
 
         return randomness(state, sums, rows=rows, first_row=first_row)
 
+    def gradients(state: TrainState, batch: Batch, first_row: Tensor | int = 0, /) -> Gradients:
+        return of_rows(state, batch, first_row, whole=False)
+
+    gradients.whole = lambda state, batch: of_rows(state, batch, 0, whole=True)  # type: ignore[attr-defined]
     return gradients
+
+
+def of_whole(gradients: GradientFunction) -> Callable[[TrainState, Batch], Gradients]:
+    """The gradients of a batch to which no other piece is added: a total of several means takes one backward pass."""
+    return getattr(gradients, "whole", gradients)
+
+
+def _terms(mean: Mean, whole: bool) -> list[Mean]:
+    """The means that a loss adds up, each of which takes a backward pass."""
+    if not isinstance(mean, Total) or len(mean.total) == 1:
+        return [mean if not isinstance(mean, Total) else mean.terms[0]]
+    return [Mean(mean.value, torch.ones_like(mean.value))] if whole else mean.terms
 
 
 class Pass:
@@ -118,40 +137,98 @@ class Passes:
 
 
 def _scale(state: TrainState, mean: Mean, common: Callable[[TrainState, Tensor], Tensor]) -> Tensor | None:
-    """By which to multiply the total, so that the mean is multiplied by the loss scale: almost."""
+    """By which to multiply the total, so that the mean is multiplied by the loss scale: almost.
+
+    It is the power of two at or below, which divides out exactly.
+    """
     if "loss_scale" not in state.extra:
         return None
-    return state.extra["loss_scale"]["scale"] / _power_of_two(common(state, mean.weight.detach()))
+    scale = state.extra["loss_scale"]["scale"] / common(state, mean.weight.detach()).clamp(min=1.0)
+    return torch.exp2(torch.floor(torch.log2(scale)))
+
+
+def _shared_scale(state: TrainState, pieces: int) -> TrainState:
+    """The state with one piece's share of the loss scale, as `torch.amp.GradScaler` has it of ``loss / pieces``.
+
+    The sum over the pieces is then that of one batch, so the split does not change which updates overflow.
+    """
+    if "loss_scale" not in state.extra or pieces <= 1:
+        return state
+    held = state.extra["loss_scale"]
+    return state._replace(extra={**state.extra, "loss_scale": {**held, "scale": held["scale"] / pieces}})
 
 
 def _derivatives(
-    run: Running, mean: Mean, scale: Tensor | None, one: Pass, state: TrainState
-) -> dict[str, Tensor | None]:
-    """The gradients of the total; with loss scaling, of a larger one on the way back, so that float16 holds them."""
-    if not mean.total.requires_grad:
+    run: Running, terms: list[Mean], scales: list[Tensor | None], one: Pass, state: TrainState
+) -> list[dict[str, Tensor | None]]:
+    """The gradients of each term's total."""
+    if not any(term.total.requires_grad for term in terms):
         raise ValueError(_NO_PARAMETER)
-    seed = mean.total if scale is None else mean.total.float() * scale
-    run.weight = mean.weight.detach() if scale is None else mean.weight.detach() * scale
-    strangers = list(_outside(mean.total, run)) if one.first or one.outside else []
+    strangers = list(_outside(terms, run)) if one.first or one.outside else []
     held = [x.grad for x in strangers]
-    with backward_pass():
-        torch.autograd.backward(seed)
+    last = max(i for i, term in enumerate(terms) if term.total.requires_grad)
+    pairs = enumerate(zip(terms, scales, strict=True))
+    found = [_backward(run, term, scale, keep=i != last) for i, (term, scale) in pairs]
     for x, grad in zip(strangers, held, strict=True):
         x.grad = grad
-    grads = {name: leaf.grad for name, leaf in run.leaves.items()}
     if one.first:
         one.first, one.outside = False, bool(strangers)
-        _check_first(grads, state)
+        _check_first(any_of(found), state)
+    return found
+
+
+def _backward(run: Running, term: Mean, scale: Tensor | None, *, keep: bool) -> dict[str, Tensor | None]:
+    """The gradients of one total; with loss scaling, of a larger one on the way back, so that float16 holds them."""
+    for leaf in run.leaves.values():
+        leaf.grad = None
+    if not term.total.requires_grad:  # a constant among the terms
+        return dict.fromkeys(run.leaves)
+    seed = term.total if scale is None else term.total.float() * scale
+    run.weight = term.weight.detach() if scale is None else term.weight.detach() * scale
+    with backward_pass():
+        torch.autograd.backward(seed, retain_graph=keep)
+    grads = {name: leaf.grad for name, leaf in run.leaves.items()}
     if scale is not None:
         grads = {name: None if grad is None else grad / scale for name, grad in grads.items()}
     return grads
 
 
-def _outside(total: Tensor, run: Running) -> Iterator[Tensor]:
+def any_of(terms: Iterable[dict[str, Tensor | None]]) -> dict[str, Tensor | None]:
+    """By name, the first gradient that is not None: what the terms reach together."""
+    found: dict[str, Tensor | None] = {}
+    for grads in terms:
+        found = {name: grad if found.get(name) is None else found[name] for name, grad in grads.items()}
+    return found
+
+
+def divided(sums: Gradients) -> Gradients:
+    """The gradients of a total of several means, each divided once, by the weight of all rows.
+
+    Sums of one mean are returned as they are.
+    """
+    if not sums.terms:
+        return sums
+    whole: dict[str, Tensor | None] = dict.fromkeys(any_of(sums.terms))
+    for grads, weight in zip(sums.terms, sums.loss.weight, strict=True):
+        mine = {name: grad for name, grad in grads.items() if grad is not None}
+        mine = tree.div(mine, torch.where(weight == 0, torch.ones_like(weight), weight))
+        for name, grad in mine.items():
+            whole[name] = grad if (before := whole[name]) is None else before + grad
+    return sums._replace(grads=whole, terms=())
+
+
+def divisor(loss: Mean) -> Tensor:
+    """By which the update divides `Gradients.grads`; 1 where nothing counted, for the sums are 0 too."""
+    weight = torch.ones_like(loss.weight[0]) if isinstance(loss, Total) and len(loss.weight) > 1 else loss.weight
+    weight = weight.reshape(())
+    return torch.where(weight == 0, torch.ones_like(weight), weight)
+
+
+def _outside(terms: Iterable[Mean], run: Running) -> Iterator[Tensor]:
     """The tensors that a loss depends on and that keep gradients, except for the stand-ins of parameters."""
     ours = {id(leaf) for leaf in run.leaves.values()}
     seen: set[Any] = set()
-    ahead = [total.grad_fn]
+    ahead: list[Any] = [term.total.grad_fn for term in terms]
     while ahead:
         node: Any = ahead.pop()
         if node is None or node in seen:
@@ -202,13 +279,8 @@ def _is_frozen(state: TrainState, name: str) -> bool:
     return state.module is not None and not state.module.get_parameter(name).requires_grad
 
 
-def _power_of_two(weight: Tensor) -> Tensor:
-    """The next one: what is scaled is the mean, but by a number that divides out exactly."""
-    return torch.exp2(torch.ceil(torch.log2(weight.clamp(min=1.0))))
-
-
 def detached(mean: Mean) -> Mean:
-    return Mean(mean.total.detach(), mean.weight.detach())
+    return type(mean)(mean.total.detach(), mean.weight.detach())
 
 
 def exact(output: object, rows: int) -> tuple[Mean, Metrics]:
@@ -234,7 +306,19 @@ def exact(output: object, rows: int) -> tuple[Mean, Metrics]:
             raise ValueError(f"loss(model, batch) returned a metric named {name!r}, which the step reports itself.")
         if not isinstance(metric, Mean):
             raise TypeError(f"metric {name!r} is a {type(metric).__name__}. Make it `tfn.Mean.of(values)`.")
-    return mean, metrics
+    return mean, _with_parts(mean, metrics)
+
+
+def _with_parts(mean: Mean, metrics: Metrics) -> Metrics:
+    if not isinstance(mean, Total):
+        return metrics
+    twice = next((name for name in mean.parts if name in metrics or name in _RESERVED), None)
+    if twice is not None:
+        raise ValueError(
+            f"loss(model, batch) returned a total with the term {twice!r}, which is a metric's name too. The step"
+            f" reports each term under its name; write another one: `tfn.losses.total({{'{twice}_term': ...}})`."
+        )
+    return {**mean.parts, **metrics}
 
 
 def _warn_inexact() -> None:
@@ -252,23 +336,29 @@ def summed(
     state: TrainState,
     pieces: Iterable[tuple[Batch, int]],
     report: Callable[[], str],
+    count: int,
 ) -> Gradients:
-    """Add up the gradients of pieces of a batch, one at a time; the buffers are threaded through.
+    """Add up the gradients of ``count`` pieces of a batch, one at a time; the buffers are threaded through.
 
     Low-precision gradients are added in float32.
     """
     total: Gradients | None = None
+    state = _shared_scale(state, count)
     for piece, first_row in pieces:
         row = torch.full((), first_row, dtype=torch.int64, device=state.step.device)
         if total is None:
             total = gradients(state, piece, row)
-            total = total._replace(grads={k: None if g is None else _own(g) for k, g in total.grads.items()})
+            total = total._replace(grads=_owned(total.grads), terms=tuple(map(_owned, total.terms)))
         else:
             params = {**state.params, **total.written}
             total = _add(total, gradients(state._replace(params=params, buffers=total.buffers), piece, row))
     if total is None:
         raise ValueError(report())
     return total
+
+
+def _owned(grads: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if grad is None else _own(grad) for name, grad in grads.items()}
 
 
 def _own(grad: Tensor) -> Tensor:
@@ -278,8 +368,16 @@ def _own(grad: Tensor) -> Tensor:
 
 
 def _add(total: Gradients, part: Gradients) -> Gradients:
-    grads, sums, more = total.grads, list[Tensor](), list[Tensor]()
-    for name, grad in part.grads.items():
+    for mine, more in zip((total.grads, *total.terms), (part.grads, *part.terms), strict=True):
+        _add_to(mine, more)
+    metrics = {name: mean + part.metrics[name] for name, mean in total.metrics.items()}
+    written = {**total.written, **part.written}
+    return total._replace(loss=total.loss + part.loss, metrics=metrics, buffers=part.buffers, written=written)
+
+
+def _add_to(grads: dict[str, Tensor | None], part: dict[str, Tensor | None]) -> None:
+    sums, more = list[Tensor](), list[Tensor]()
+    for name, grad in part.items():
         if grad is None:
             continue
         if (added := grads[name]) is None:
@@ -287,6 +385,5 @@ def _add(total: Gradients, part: Gradients) -> Gradients:
         else:
             sums.append(added)
             more.append(grad)
-    torch._foreach_add_(sums, more)  # we own the first list
-    metrics = {name: mean + part.metrics[name] for name, mean in total.metrics.items()}
-    return Gradients(total.loss + part.loss, grads, metrics, part.buffers, {**total.written, **part.written})
+    if sums:
+        torch._foreach_add_(sums, more)  # we own the first list

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
@@ -19,7 +20,17 @@ from torch import Tensor
 
 from trainfn import tree
 from trainfn._bound import bound
-from trainfn._grad import GradientFunction, detached, exact, gradient_function, summed, value_and_grad
+from trainfn._grad import (
+    GradientFunction,
+    detached,
+    divided,
+    divisor,
+    exact,
+    gradient_function,
+    of_whole,
+    summed,
+    value_and_grad,
+)
 from trainfn._keyed import Randomness
 from trainfn._module import check_state, check_whole
 from trainfn._reached import Unsettled, is_settled, kept
@@ -81,11 +92,11 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch, /) -> tuple[TrainState, Metrics]:
         """Return the next state and this batch's metrics."""
         if self.accumulate == 1:
-            sums = self.gradients(state, batch)
+            sums = of_whole(self.gradients)(state, batch)
         else:
             plan = None if self.plan is None or self.plan.world == 1 else self.plan
             pieces = self.pieces(batch) if plan is None else plan.pieces(state, batch, self.accumulate)
-            sums = summed(self.gradients, state, pieces, _empty_stream)
+            sums = summed(self.gradients, state, pieces, _empty_stream, self.count(batch))
         return self.advanced(state, sums)
 
     def advanced(self, state: TrainState, sums: Gradients) -> tuple[TrainState, Metrics]:
@@ -96,6 +107,10 @@ class TrainStep:
             if tree.is_traced(state.step):
                 raise
             return self.update(ask.prepared(state), sums)
+
+    def count(self, batch: Batch) -> int:
+        """The number of micro-batches of a batch; 1 for a stream that has neither a length nor a hint of one."""
+        return operator.length_hint(batch, 1) if self.accumulate == "stream" else self.accumulate
 
     def pieces(self, batch: Batch) -> Iterator[tuple[Batch, int]]:
         if self.accumulate != "stream":
@@ -158,6 +173,8 @@ def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
         check_whole(state)
         return function(state, *batch)
 
+    if hasattr(function, "whole"):
+        alone.whole = _alone(function.whole)  # type: ignore[attr-defined]
     return alone
 
 
@@ -165,8 +182,7 @@ def _update(optimizer: Transform) -> Update:
     frozen = frozen_by(optimizer)
 
     def update(state: TrainState, sums: Gradients) -> tuple[TrainState, Metrics]:
-        weight = sums.loss.weight
-        weight = torch.where(weight == 0, torch.ones_like(weight), weight)  # nothing counted: the sums are 0 too
+        sums, weight = divided(sums), divisor(sums.loss)
         state = state._replace(params={**state.params, **sums.written}) if sums.written else state
         grads = {name: grad for name, grad in sums.grads.items() if grad is not None}
         missed = {name: sums.reached.get(name) for name in state.params if name not in grads or name in sums.reached}
@@ -225,7 +241,7 @@ def accumulate(
     if isinstance(step, TrainStep):
         return _accumulated(step, num)
     whole = _accumulated(TrainStep(gradients=step, update=lambda state, sums: (state, {})), num)
-    return lambda state, batch: summed(step, state, whole.pieces(batch), _empty_stream)
+    return lambda state, batch: summed(step, state, whole.pieces(batch), _empty_stream, whole.count(batch))
 
 
 def _accumulated(step: TrainStep, num: int | Literal["stream"]) -> TrainStep:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ Tree: TypeAlias = Any  # dicts, lists, tuples and NamedTuples of tensors
 class Mean(NamedTuple):
     """A weighted mean that has not been divided yet: ``total / weight``.
 
-    Two means combine by ``+``, which is exact for any split of the rows; a mean of means can't be written.
+    Two means combine by ``+``, which is exact for any split of the rows; a mean of means can't be written. A number
+    times a mean, its negation, and its division by a number scale the total. `trainfn.losses.total` adds different
+    losses.
 
     Attributes:
         total: Sum of the weighted values, any shape (a scalar for a loss).
@@ -41,6 +43,8 @@ class Mean(NamedTuple):
     >>> ragged = Mean.of(torch.tensor([1.0, 1.0, 4.0])) + Mean.of(torch.tensor([10.0]))
     >>> ragged.value.item()
     4.0
+    >>> 0.5 * ragged
+    Mean(2 over weight 4)
     """
 
     total: Tensor
@@ -76,22 +80,138 @@ class Mean(NamedTuple):
         torch.float64
         """
         dtype = torch.float32 if self.total.device.type == "mps" else torch.float64
-        return Mean(self.total.detach().to(dtype, copy=True), self.weight.detach().to(dtype, copy=True))
+        return type(self)(self.total.detach().to(dtype, copy=True), self.weight.detach().to(dtype, copy=True))
+
+    def mapped(self, change: Callable[[Mean], Mean]) -> Mean:
+        """``change`` of this mean; of each of its terms, where it is a total of several."""
+        return change(self)
 
     def __add__(self, other: object) -> Mean:  # type: ignore[override]
-        """Combine two means of disjoint rows into the mean of all of them."""
-        if not isinstance(other, Mean):
-            return NotImplemented
-        return Mean(self.total + other.total, self.weight + other.weight)
+        """Combine two means of one loss over disjoint rows into the mean of all of them."""
+        if type(other) is not type(self):
+            raise self._refused("+", other)
+        mean = cast("Mean", other)
+        if mean.total.shape != self.total.shape:
+            raise ValueError(
+                f"Mean + Mean: the totals have the shapes {list(self.total.shape)} and {list(mean.total.shape)}. `+`"
+                " pools the rows of one loss or metric, so both must be of one kind: totals of equal shapes."
+            )
+        return type(self)(self.total + mean.total, self.weight + mean.weight)
 
     def __radd__(self, other: object) -> Mean:
         """So that ``sum(means)`` works, which starts from 0."""
-        return self if other == 0 else NotImplemented
+        if isinstance(other, int) and other == 0:
+            return self
+        raise self._refused("+", other)
+
+    def __mul__(self, factor: object) -> Mean:  # type: ignore[override]
+        """Scale the total by a number or a scalar tensor; the weight stays."""
+        if not _is_scalar(factor):
+            raise self._refused("*", factor)
+        return self.mapped(lambda mean: Mean(mean.total * factor, mean.weight))
+
+    def __rmul__(self, factor: object) -> Mean:  # type: ignore[override]
+        """See `__mul__`."""
+        return self * factor
+
+    def __truediv__(self, divisor: object) -> Mean:
+        """Divide the total by a number or a scalar tensor; the weight stays."""
+        if not _is_scalar(divisor):
+            raise self._refused("/", divisor)
+        return self.mapped(lambda mean: Mean(mean.total / divisor, mean.weight))
+
+    def __neg__(self) -> Mean:
+        """The mean of the negated values."""
+        return self * -1
+
+    def _refused(self, sign: str, other: object) -> TypeError:
+        return TypeError(
+            f"{type(self).__name__} {sign} {type(other).__name__}: a Mean is a sum that is not divided yet."
+            " `0.5 * mean`, `mean / 2` and `-mean` scale it, and `a + b` pools two parts of one loss. To add"
+            ' different losses, write `tfn.losses.total({"a": a, "b": b})`, and `-1 * b` for a difference. `mean.value`'
+            " is a tensor for everything else."
+        )
+
+    def __sub__(self, other: object) -> Mean:
+        raise self._refused("-", other)
+
+    def __rsub__(self, other: object) -> Mean:
+        raise self._refused("-", other)
+
+    def __rtruediv__(self, other: object) -> Mean:
+        raise self._refused("/", other)
+
+    def __pow__(self, other: object) -> Mean:
+        raise self._refused("**", other)
+
+    def __lt__(self, other: object) -> bool:  # type: ignore[override]
+        raise self._refused("<", other)
+
+    def __gt__(self, other: object) -> bool:  # type: ignore[override]
+        raise self._refused(">", other)
+
+    def __le__(self, other: object) -> bool:  # type: ignore[override]
+        raise self._refused("<=", other)
+
+    def __ge__(self, other: object) -> bool:  # type: ignore[override]
+        raise self._refused(">=", other)
+
+    def __float__(self) -> float:
+        raise TypeError("float(mean): a Mean is a sum that is not divided yet. Write `float(mean.value)`.")
 
     def __repr__(self) -> str:
         if self.total.numel() == 1 and not self.total.is_meta:
             return f"Mean({float(self.value.detach()):.6g} over weight {float(self.weight):g})"
         return f"Mean(total={self.total!r}, weight={self.weight!r})"
+
+
+def _is_scalar(x: object) -> TypeGuard[Tensor | float]:
+    return x.dim() == 0 if isinstance(x, Tensor) else isinstance(x, int | float) and not isinstance(x, bool)
+
+
+class Total(Mean):
+    """A sum of several means, each with a weight of its own, that have not been divided yet.
+
+    Two totals combine by ``+``, term by term, and each term is divided once. `trainfn.losses.total` makes one.
+
+    Attributes:
+        parts: The terms by name, where it is what a loss returns; empty in metrics.
+        total: ``total[terms]``.
+        weight: ``weight[terms]``.
+    """
+
+    parts: dict[str, Mean] = {}  # noqa: RUF012  (no field of the tuple: it is set by `joined`)
+
+    @classmethod
+    def joined(cls, parts: dict[str, Mean]) -> Total:
+        """The total of these means."""
+        made = cls(*(torch.stack([part[i] for part in parts.values()]) for i in (0, 1)))
+        made.parts = parts
+        return made
+
+    @property
+    def value(self) -> Tensor:
+        """The sum of the means, a tensor; a term of weight 0 counts for nothing."""
+        return torch.where(self.weight == 0, 0.0, self.total / _divisor(self.weight)).sum()
+
+    @property
+    def terms(self) -> list[Mean]:
+        """The means that are added."""
+        return list(self.parts.values()) or [Mean(*pair) for pair in zip(self.total, self.weight, strict=True)]
+
+    def mapped(self, change: Callable[[Mean], Mean]) -> Mean:
+        """The total of the changed terms."""
+        if not self.parts:
+            return type(self).joined({str(i): change(term) for i, term in enumerate(self.terms)})
+        return type(self).joined({name: change(part) for name, part in self.parts.items()})
+
+    def __repr__(self) -> str:
+        return f"Total({float(self.value.detach()):.6g} of {len(self.total)} means)"
+
+
+def _divisor(weight: Tensor) -> Tensor:
+    """The weight, or 1 where nothing counted: the sums are 0 too."""
+    return torch.where(weight == 0, torch.ones_like(weight), weight)
 
 
 Metrics: TypeAlias = dict[str, Mean]
@@ -144,11 +264,12 @@ class Gradients(NamedTuple):
     Attributes:
         loss: Total and weight of the loss.
         grads: d loss.total / d params, by name: a sum, not yet divided by the weight. None for a parameter that the
-            loss does not reach.
+            loss does not reach. For a total of several means it is the gradient of its value, or ``terms`` has them.
         metrics: The loss function's metrics.
         buffers: The module's buffers and frozen parameters after the forward pass.
         written: The parameters that the forward pass itself wrote to, by name.
         reached: Whether the rows of any rank reach a parameter that this rank's rows do not, ``bool[]`` by name.
+        terms: The ``grads`` of each term of a total of several means, which are divided after the last piece.
     """
 
     loss: Mean
@@ -157,6 +278,7 @@ class Gradients(NamedTuple):
     buffers: Buffers
     written: Params = NOTHING
     reached: Params = NOTHING
+    terms: tuple[dict[str, Tensor | None], ...] = ()
 
 
 class Transform(NamedTuple):

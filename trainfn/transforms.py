@@ -115,7 +115,7 @@ def skip_nonfinite() -> StepTransform:
     """
 
     def change(old: TrainState, new: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
-        finite = torch.isfinite(metrics["loss"].total)
+        finite = torch.isfinite(metrics["loss"].total).all()
         if "grad_norm" in metrics:
             finite = finite & torch.isfinite(metrics["grad_norm"].total)
         kept = tree.where(finite, new._replace(step=old.step, key=old.key), old)
@@ -133,7 +133,8 @@ def dynamic_loss_scale(
     The gradients that come out are those of the loss itself. A step whose gradients are NaN or infinite changes no
     parameter, buffer or optimizer state, as with `skip_nonfinite`, and lowers the scale. After so many good steps it
     rises. The scale is in ``state.extra["loss_scale"]``, and among the metrics. Only for losses that compute in
-    float16: bfloat16 has the range of float32.
+    float16: bfloat16 has the range of float32. With k micro-batches each is scaled by ``scale / k``, as
+    GradScaler scales ``loss / k``; a stream of them needs a length, as a list or its iterator has.
 
     Args:
         initial: The first scale, a power of two.

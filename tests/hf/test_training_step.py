@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from tests.hf.models import HEADS
@@ -71,6 +72,10 @@ class Undivided(Trainer):
         return loss.detach()
 
 
+class TheirOwn(Trainer):
+    training_step = transformers.Trainer.training_step
+
+
 def updated(kind, folder, **options):
     torch.manual_seed(0)
     model = HEADS["bert classes"][0]()
@@ -80,7 +85,7 @@ def updated(kind, folder, **options):
     return nn.utils.parameters_to_vector(model.parameters()).detach(), trainer.state.log_history[0]["loss"]
 
 
-@pytest.mark.parametrize("kind", [ByArguments, ByCurrent, ByANumber, ByANumberOfTheHead, Undivided])
+@pytest.mark.parametrize("kind", [ByArguments, ByCurrent, ByANumber, ByANumberOfTheHead, Undivided, TheirOwn])
 def test_a_training_step_may_divide_by_the_accumulation(kind, tmp_path):
     weights, loss = updated(Trainer, tmp_path, per_device_train_batch_size=16)
     own, own_loss = updated(kind, tmp_path, gradient_accumulation_steps=4)

@@ -223,6 +223,28 @@ def split_llama():
 ADAMW = tfn.optim.chain(tfn.optim.clip_by_global_norm(0.5), tfn.optim.adamw(0.01))
 
 
+def two_losses(model, batch):
+    """Two losses whose weights differ on each rank and in each micro-batch."""
+    found = model(batch["x"])
+    near = tfn.Mean.of((found - batch["y"]).abs(), batch["w"] > 0.7)
+    return tfn.losses.total({"square": squared(model, batch), "near": 3 * near})
+
+
+def total_case(plan, accumulate):
+    optimizer = tfn.optim.adamw(1e-2)
+    one, state = tfn.init(net(), optimizer), tfn.shard(tfn.init(net(), optimizer), plan)
+    alone_, step = (
+        tfn.train_step(two_losses, optimizer, **options) for options in ({}, {"plan": plan, "accumulate": accumulate})
+    )
+    worst = 0.0
+    with torch.no_grad():
+        for n in range(3):
+            one, expected = alone_(one, rows(9, n))
+            state, metrics = step(state, mine(rows(9, n), plan, cuts=[4]))
+            worst = max(worst, *(float((metrics[k].value - m.value).abs()) for k, m in expected.items()))
+    return max(worst, deviation(tfn.gather(state).params, one.params))
+
+
 SCALED, AVERAGED = tfn.transforms.dynamic_loss_scale(), tfn.transforms.ema(0.9)
 
 
@@ -242,6 +264,7 @@ def of_two():
         for name, optimizer, _ in OPTIMIZERS:
             yield f"{plan_name}: {name}", Case(2, partial(optimizer_case, optimizer, plan), name in quick)
         yield from ((f"{plan_name}: {name}", Case(2, case)) for name, case in of_models(plan))
+        yield f"{plan_name}: a total of losses", Case(2, partial(total_case, plan, 2 if plan.stage in (0, 3) else 1))
         if plan_name in ("replicated", "zero 3"):
             yield from ((f"driving, {plan_name}: {name}", Case(2, case)) for name, case in driving.cases(plan))
     for plan_name, other in (("replicated", "zero 1"), ("zero 3", "zero 1")):

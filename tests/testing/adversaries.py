@@ -54,6 +54,28 @@ def summed(model, b):
     return F.cross_entropy(model(b["x"]), b["y"], reduction="sum", ignore_index=-100)
 
 
+def two_pooled(model, b):
+    return exact(model, b) + 0.1 * tfn.losses.mse(model(b["x"])[:, 0], b["x"][:, 0])
+
+
+def two_added(model, b):
+    near = tfn.losses.mse(model(b["x"])[:, 0], b["x"][:, 0])
+    return tfn.losses.total({"exact": exact(model, b), "near": 0.1 * near})
+
+
+def heads_pooled(model, b):
+    return sum(tfn.losses.cross_entropy(head(b["x"]), b["y"]) for head in model)
+
+
+def heads_in_chunks(model, b):
+    """One loss, of which the rows come in chunks."""
+    pairs = zip(b["x"].chunk(2), b["y"].chunk(2), strict=True)
+    return sum((tfn.losses.cross_entropy(model[0](x) + model[1](x), y) for x, y in pairs), tfn.Mean.of(torch.zeros(0)))
+
+
+TWO_HEADS = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+
 def counted(b):
     return (b["y"] != -100).sum().float()
 
@@ -212,6 +234,9 @@ LOSSES = [
     Adversary("loss divided twice", additive, divided_twice, exact, "The loss is divided twice"),
     Adversary("weight that does not count", additive, weight_does_not_count, exact, "the weight does not count"),
     Adversary("0 / 0 inside the loss", accumulates, zero_by_zero, exact, "nothing to count.* 0 / 0 inside the loss"),
+    Adversary("two losses pooled by +", additive, two_pooled, two_added, "adds their totals and their weights"),
+    Adversary("two heads pooled by +", of_loss(tt.check_row_additive, TWO_HEADS, PLAIN), heads_pooled, heads_in_chunks,
+              "adds their totals and their weights"),
     Adversary("forgotten ignore_index", pads_rows, forgotten_ignore_index, exact, "`ignore_index` or the mask"),
     Adversary("forgotten ignore_index, on ranks", spreads_padded, forgotten_ignore_index, exact, "padded with count"),
     Adversary(

@@ -22,6 +22,7 @@ from trainfn._compile._report import Report
 from trainfn._compile._sizes import Dynamic, check_dynamic
 from trainfn._compile._structure import Function
 from trainfn._compile._warm import Warm, check_warm
+from trainfn._grad import of_whole
 from trainfn._module import check_whole
 from trainfn._reached import without_late
 from trainfn._step import TrainStep
@@ -122,7 +123,7 @@ def _programs(step: Function, settings: Settings, donate: bool) -> list[Program]
         return [gradients, Program(step.update, exact, donate=donate, name="update")]
     if isinstance(step, TrainStep):
         parts = step
-        run = lambda s, b: parts.advanced(s, parts.gradients(s, b))  # noqa: E731
+        run = lambda s, b: parts.advanced(s, of_whole(parts.gradients)(s, b))  # noqa: E731
         return [Program(run, settings, donate=donate, name="step")]
     return [Program(step, settings, donate=donate, name=getattr(step, "__name__", "step").strip("<>"))]
 

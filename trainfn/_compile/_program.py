@@ -95,10 +95,10 @@ class Program:
         if late and not is_settled(given[0].opt_state, late):  # this step is the first that misses some parameters
             old, form = flatten((given[0]._replace(opt_state=settled(given[0].opt_state, late)), *given[1:]))
             donated = self._donated(form)
-        new = donation(donated, form, old, out)
+        new, made = donation(donated, form, old, out)
         overwrite(donated, old, new)
         first.retire(state)
-        return flatten(out)[1].build(iter(new))
+        return made.build(iter(new))
 
     def ahead(self, state: Any, *rest: Any) -> Any:
         """Run eagerly. What would be compiled for these arguments is captured, and given to `helper` once."""

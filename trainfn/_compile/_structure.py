@@ -157,6 +157,8 @@ class Other(NamedTuple):
 
 Structure = Leaf | Dict | Row | Other
 
+_LEAF = Leaf()
+
 
 def structure(tree: Any) -> Structure:
     """Return the structure of a tree.
@@ -165,7 +167,11 @@ def structure(tree: Any) -> Structure:
     3
     """
     kind = type(tree)
+    if issubclass(kind, Tensor):
+        return _LEAF
     if kind is dict:
+        if all(issubclass(each, Tensor) for each in set(map(type, tree.values()))):
+            return Dict(tuple(tree), (), len(tree))  # as most of a state is: no look at each value
         children = tuple(structure(value) for value in tree.values())
         plain = all(isinstance(child, Leaf) for child in children)
         return Dict(tuple(tree), () if plain else children, sum(child.size for child in children))
@@ -173,7 +179,7 @@ def structure(tree: Any) -> Structure:
         children = tuple(structure(value) for value in tree)
         return Row(kind, children, sum(child.size for child in children))
     spec = optree.tree_structure(tree)  # pyright: ignore[reportArgumentType]
-    return Leaf() if spec.is_leaf() else Other(spec, spec.num_leaves)
+    return _LEAF if spec.is_leaf() else Other(spec, spec.num_leaves)
 
 
 def flatten(tree: Any) -> tuple[Leaves, Structure]:

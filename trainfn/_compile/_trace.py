@@ -21,8 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from trainfn._compile._donate import check_result, check_same, overwrite
 from trainfn._compile._graph import canonical, lift_constants, name_inputs
 from trainfn._compile._lines import Lines
-from trainfn._compile._structure import Function, Leaves, Structure, flatten, leaf_names, structure
+from trainfn._compile._structure import Function, Leaves, Structure, flatten, leaf_names
 from trainfn._dtensor import Spec, held, spec_of
+from trainfn._keyed import phases
 
 
 class Output(NamedTuple):
@@ -85,10 +86,11 @@ class _Run:
             whole[i] = whole[i] if layout is None else layout.of_local(whole[i])
         leaves = [whole.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         out = self.fn(*self.structure.build(iter(leaves)))
-        new, self.result = flatten(out)
         if self.donated:
-            new = donation(self.donated, self.structure, leaves, out)
+            new, self.result = donation(self.donated, self.structure, leaves, out)
             overwrite(self.donated, leaves, new)
+        else:
+            new, self.result = flatten(out)
         return self._flat(leaves, new)
 
     def _flat(self, old: Leaves, new: Leaves) -> list[Tensor]:
@@ -108,16 +110,16 @@ class _Run:
         return tensors
 
 
-def donation(donated: list[bool], given: Structure, old: Sequence[Any], out: Any) -> Leaves:
-    """Return the leaves of a donating step's result.
+def donation(donated: list[bool], given: Structure, old: Sequence[Any], out: Any) -> tuple[Leaves, Structure]:
+    """Return the leaves of a donating step's result, and its structure.
 
     Raises:
         TypeError, ValueError: If the new state can't take the old one's place.
     """
     check_result(out)
-    new = flatten(out)[0] if structure(out[0]) == given.children[0] else []  # type: ignore[union-attr]
-    check_same(donated, old, new)
-    return new
+    new, form = flatten(out)
+    check_same(donated, old, new if form.children[0] == given.children[0] else [])  # type: ignore[union-attr]
+    return new, form
 
 
 def trace(
@@ -190,7 +192,14 @@ def _conditions(mode: Any) -> Generator[None]:
         # One thread for the backward pass, since modes are per thread.
         # With symbols for sizes, torch's decompositions in Python: some of those in C++ ask for numbers.
         symbols = contextlib.nullcontext() if mode.shape_env is None else enable_python_dispatcher()
-        with mode, symbols, _uncompiled(), torch.autograd.set_multithreading_enabled(False), torch.no_grad():
+        with (
+            mode,
+            symbols,
+            phases(apart=False),
+            _uncompiled(),
+            torch.autograd.set_multithreading_enabled(False),
+            torch.no_grad(),
+        ):
             yield
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)

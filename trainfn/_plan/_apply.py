@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainfn import tree
 from trainfn._dtensor import Spec, full, is_distributed, local, spread_like
+from trainfn._grad import any_of, divided
 from trainfn._plan._layout import Layout
 from trainfn._plan._no_rows import Idle
 from trainfn._plan._place import gradient_placements, is_sharded, placements
@@ -45,8 +46,11 @@ def gradients_on(plan: Layout, gradients: Callable[..., Gradients]) -> Callable[
             sums = gradients(state, batch, first_row)
         if isinstance(batch, Idle):
             sums = sums._replace(buffers=state.buffers)
-        kept = {n: None if g is None else _kept(plan, state.params[n], g) for n, g in sums.grads.items()}
-        return sums._replace(grads=kept)
+        kept, *terms = (
+            {n: None if g is None else _kept(plan, state.params[n], g) for n, g in grads.items()}
+            for grads in (sums.grads, *sums.terms)
+        )
+        return sums._replace(grads=kept, terms=tuple(terms))
 
     return of_this_rank
 
@@ -80,19 +84,21 @@ def _over_ranks(plan: Layout, state: TrainState, sums: Gradients) -> Gradients:
     Each rank knows which parameters its own rows reach, and asks all ranks for the others. The question is a row of
     zeros and ones. It goes along with the losses, so it costs no further message.
     """
-    missed = {name: i for i, (name, grad) in enumerate(sums.grads.items()) if grad is None}
+    known = any_of(sums.terms) if sums.terms else sums.grads
+    missed = {name: i for i, (name, grad) in enumerate(known.items()) if grad is None}
     if not is_settled(state.opt_state, frozenset(missed)):
         raise Unsettled(missed)  # before the first message, for other ranks may miss nothing
-    flags = torch.ones(len(sums.grads), device=state.step.device)
+    flags = torch.ones(len(known), device=state.step.device)
     for i in missed.values():
         flags[i] = 0.0
     reduced = reduce_means(plan, state, {"loss": sums.loss, **sums.metrics, _REACHED: Mean(flags, flags[:1])})
     found = reduced.pop(_REACHED).total > 0
     if plan.stage >= 2 and missed and not tree.is_traced(state.step):
         _check_alike(plan, [name for name, i in missed.items() if found[i]])
+    sums = divided(sums._replace(loss=reduced.pop("loss")))  # each rank divides its part by the weights of all ranks
     grads = {name: _zeros(plan, state.params[name]) if name in missed else g for name, g in sums.grads.items()}
     reached = {name: found[i] for name, i in missed.items()}
-    return sums._replace(loss=reduced.pop("loss"), metrics=reduced, buffers={}, grads=grads, reached=reached)
+    return sums._replace(metrics=reduced, buffers={}, grads=grads, reached=reached)
 
 
 def _check_alike(plan: Layout, others: list[str]) -> None:
@@ -242,7 +248,7 @@ def reduce_means(plan: Layout, state: TrainState, means: Metrics) -> Metrics:
         flat = _sum(plan, state, torch.cat([leaves[key].reshape(-1) for key in keys]))
         sizes = [leaves[key].numel() for key in keys]
         done.update({key: x.reshape(leaves[key].shape) for key, x in zip(keys, flat.split(sizes), strict=True)})
-    return {name: Mean(done[name, 0], done[name, 1]) for name in means}
+    return {name: type(mean)(done[name, 0], done[name, 1]) for name, mean in means.items()}
 
 
 def _mean_buffers(plan: Layout, state: TrainState, mine: Gradients, total: Gradients) -> dict[str, Tensor]:
@@ -253,7 +259,7 @@ def _mean_buffers(plan: Layout, state: TrainState, mine: Gradients, total: Gradi
     if not names:
         return buffers
     even, weight = 1.0 / plan.data_size, total.loss.weight
-    share = torch.where(weight > 0, mine.loss.weight / torch.where(weight > 0, weight, 1.0), even).float()
+    share = torch.where(weight > 0, mine.loss.weight / torch.where(weight > 0, weight, 1.0), even).float().mean()
     # The bytes of all floating-point buffers in float32, one all-reduce a step. Without it each rank would keep the
     # statistics of its own rows. A model without such buffers does not pay it.
     flat = _sum(plan, state, share * torch.cat([buffers[name].float().reshape(-1) for name in names]))

@@ -89,4 +89,6 @@ def idle(loss: Loss) -> Loss:
 
 
 def _nothing(mean: Mean) -> Mean:
-    return Mean(mean.total * 0.0, mean.weight * 0.0)  # a product, so that the backward pass runs its collectives
+    return mean.mapped(
+        lambda m: Mean(m.total * 0.0, m.weight * 0.0)
+    )  # a product, so that the backward pass runs its collectives

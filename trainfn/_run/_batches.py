@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -57,9 +58,25 @@ def start_anywhere(batches: Batches) -> bool:
 def placed(batch: Batch, device: torch.device) -> Batch:
     """A batch on the device; NumPy arrays become tensors."""
     if isinstance(batch, Iterator):  # a stream of micro-batches
-        return (placed(micro, device) for micro in cast("Iterator[Any]", batch))
+        return _Stream(cast("Iterator[Any]", batch), device)
     recognize(batch)
     return optree.tree_map(lambda x: _tensor(x, device), batch, is_leaf=_moves_itself)
+
+
+class _Stream:
+    """Micro-batches, each of which goes to the device when its turn comes."""
+
+    def __init__(self, stream: Iterator[Any], device: torch.device) -> None:
+        self._stream, self._device = stream, device
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return placed(next(self._stream), self._device)
+
+    def __length_hint__(self) -> int:
+        return operator.length_hint(self._stream, 1)
 
 
 def _tensor(x: Any, device: torch.device) -> Any:

@@ -47,7 +47,7 @@ def steps(
     Raises:
         NonFiniteError: If the loss of a step is NaN or infinite, with the step's number.
         RuntimeError: If several processes were launched and the step has no plan: each would train by itself.
-        ValueError: If the batches never end and there is no ``until``.
+        ValueError: If the batches never end and there is no ``until``, or a call does not advance ``state.step`` by 1.
 
     >>> import torch, trainfn as tfn
     >>> optimizer = tfn.optim.sgd(0.1)
@@ -88,7 +88,8 @@ def _run(
 ) -> Iterator[StepInfo]:
     """`steps`, with what it keeps for `fit`: the latest state, and the requests to stop."""
     begin, feed = latest.complete(), feed_of(step)
-    n, device = int(begin.step), begin.step.device  # waits for the device, once
+    n, device = int(begin.step), begin.step.device  # waits for the device, here and after the first step
+    begun = n
     feed.check(begin, until)
     del begin  # or its memory would be held for the whole run
     part = feed.part(batches)
@@ -107,6 +108,7 @@ def _run(
             with uninterrupted() as ctrl_c, explained(f", in step {n + 1},"):
                 state, metrics = step(latest.take(), batch)
                 latest.state = state
+            _check_clock(state, n, first=n == begun)
             n += 1
             requests.interrupted |= ctrl_c.arrived
             watch.see(n, metrics)
@@ -121,6 +123,18 @@ def _run(
     watch.report(wait=True)
     if until is not None and n < until:
         warnings.warn(f"the batches ended at step {n}, before until={until}.", stacklevel=3)
+
+
+def _check_clock(state: TrainState, n: int, *, first: bool) -> None:
+    """Raise if a call did not advance ``state.step`` by 1; on an accelerator, only the first call is looked at."""
+    if not (first or state.step.device.type == "cpu") or (now := int(state.step)) == n + 1:
+        return
+    raise ValueError(
+        f"step(state, batch) has taken state.step from {n} to {now}, and a call is one step. Batches, checkpoints and"
+        " callbacks count calls by it; a run would end early, or resume at other batches. A function that makes several"
+        " updates is one step by `step = tfn.one_step(function)`, before `tfn.jit`. A function that makes a state"
+        " itself advances it: `state._replace(step=state.step + 1)`."
+    )
 
 
 def fit(

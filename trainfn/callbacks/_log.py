@@ -86,7 +86,7 @@ class window(Callback):
 
 def _sum(held: Mean, new: Mean) -> Mean:
     # A restored sum is on the CPU until a step says where the metrics are.
-    return Mean(held.total.to(new.total), held.weight.to(new.weight)) + new
+    return type(new)(held.total.to(new.total), held.weight.to(new.weight)) + new
 
 
 class Sum:

@@ -18,7 +18,7 @@ from torch import Tensor
 from trainfn import random, tree
 from trainfn._grad import detached, exact
 from trainfn._keyed import keyed
-from trainfn._types import Batch, Loss, Mean, Metrics
+from trainfn._types import Batch, Loss, Mean, Metrics, Total
 from trainfn.deepspeed._engine import EngineState, Run, alive
 
 Step = Callable[[EngineState, Batch], tuple[EngineState, Metrics]]
@@ -143,6 +143,11 @@ def _rows(run: Run, rows: int, before: int = 0) -> tuple[int, int]:
 def _forward(run: Run, loss: Loss, piece: Batch, rows: int) -> tuple[Mean, Metrics]:
     model = Model(run.engine)
     mean, metrics = exact(loss(model, piece), rows)
+    if isinstance(mean, Total):
+        raise ValueError(
+            "step(state, batch): the loss is a total of several means, and DeepSpeed's engine takes one backward pass"
+            " for each micro-batch. Return one `tfn.Mean`, or train with `tfn.train_step` and a `tfn.Plan`."
+        )
     if not mean.total.requires_grad:
         raise ValueError(
             "step(state, batch): the loss does not depend on any parameter. Compute it from the `model` argument: a"
@@ -197,7 +202,9 @@ def _over_ranks(run: Run, means: Metrics) -> Metrics:
     torch.distributed.all_reduce(flat, group=run.group)
     sums = iter(flat.split([part.numel() for part in parts]))
     return {
-        name: Mean(*(next(sums).view(part.shape).to(torch.promote_types(part.dtype, torch.float32)) for part in mean))
+        name: type(mean)(
+            *(next(sums).view(part.shape).to(torch.promote_types(part.dtype, torch.float32)) for part in mean)
+        )
         for name, mean in means.items()
     }
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence, Sized
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,11 @@ from trainfn.hf._parallel._layout import world_of
 from trainfn.hf._reporting import _logs
 from trainfn.hf._reporting._methods import Reporting
 from trainfn.hf._reporting._trackers import tracker_callbacks
-from trainfn.hf._run import _data, _loop, _setup, _summary
+from trainfn.hf._run import _loop, _setup, _summary
+from trainfn.hf._run._loading import Loading
 from trainfn.hf._run._methods import Running
 from trainfn.hf._run._record import Record
-from trainfn.hf._step import _counting, _loss, _manual
+from trainfn.hf._step import _loss, _manual
 from trainfn.hf._types import (
     Batch,
     Callback,
@@ -53,7 +53,7 @@ logger = logging.get_logger(__name__)
 
 
 @_names.without_missing
-class Trainer(Running, Optimizing, Checkpointing, Reporting):
+class Trainer(Loading, Running, Optimizing, Checkpointing, Reporting):
     """Train, evaluate and predict with a model, as transformers' Trainer does; every method may be overridden.
 
     The step is `trainfn.train_step`: pure, the same update for every split into micro-batches, resumable to the bit.
@@ -169,54 +169,6 @@ class Trainer(Running, Optimizing, Checkpointing, Reporting):
         """The old name of `processing_class`."""
         return self.processing_class
 
-    # --- data -----------------------------------------------------------------------------------------------------
-
-    def get_train_dataloader(self) -> Loader:
-        """One epoch of micro-batches; an override may return any iterable of dicts."""
-        return _data.train_loader(self)
-
-    def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> Loader:
-        """The batches of ``eval_dataset``, by default the Trainer's; a string names one in a dict."""
-        dataset: Datasets | str | None = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if isinstance(eval_dataset, str):
-            dataset = cast("dict[str, Dataset]", self.eval_dataset)[eval_dataset]
-        if dataset is None:
-            raise ValueError(
-                "`trainer.evaluate()` can't work: there is no evaluation set. Write `trainer.evaluate(dataset)`, or"
-                " `Trainer(model, args, eval_dataset=dataset)`."
-            )
-        return _data.eval_loader(self, cast("Dataset", dataset), "evaluation")
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> Loader:
-        """The batches of ``test_dataset``."""
-        return _data.eval_loader(self, test_dataset, "test")
-
-    def num_examples(self, dataloader: Loader) -> int | None:
-        """The rows of a loader's dataset, if it has a length."""
-        dataset = getattr(dataloader, "dataset", None)
-        return len(dataset) if isinstance(dataset, Sized) else None
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Fill in ``_signature_columns``: the names that the model takes, and those of labels."""
-        if self._signature_columns is None:
-            self._signature_columns = [*_setup.arguments_of(self.model), *{"label", "label_ids", *self.label_names}]
-
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """A collator's batch as a dict of tensors on the device."""
-        return _data.prepared_inputs(self, inputs)
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | None]:
-        """The micro-batches of the next update, and the number of labels that they count."""
-        samples = list(itertools.islice(epoch_iterator, num_batches))
-        return samples, self._get_num_items_in_batch(samples, device)
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """The number that means over these micro-batches divide by; it is asked for each one alone."""
-        counts = [_counting.rule(self).of(self, batch).to(device) for batch in batch_samples]
-        return torch.stack(counts).sum() if counts else None
-
     # --- loss and step --------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -317,10 +269,3 @@ class Trainer(Running, Optimizing, Checkpointing, Reporting):
         """
         with _parameters.whole(self):
             yield self.model
-
-
-for _method in (
-    *(Trainer.training_step, Trainer.compute_loss, Trainer.prediction_step),
-    *(Trainer._get_num_items_in_batch, Trainer.get_batch_samples),
-):
-    _method.not_overridden = True  # type: ignore[attr-defined]  # so that overrides are recognized

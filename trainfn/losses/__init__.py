@@ -16,7 +16,8 @@ loss                     takes                        the weight counts
 ======================== ============================ ==================================
 
 A row is one index of the leading dimensions ``...``. Totals are summed in float32, or in float64 for such
-inputs. ``weights`` multiply both the total and the weight, so a mask is a weight of 0 and 1.
+inputs. `total` adds several losses, each divided by its own weight.
+``weights`` multiply both the total and the weight, so a mask is a weight of 0 and 1.
 """
 
 from trainfn.losses._categorical import cross_entropy as cross_entropy
@@ -28,3 +29,4 @@ from trainfn.losses._elementwise import huber as huber
 from trainfn.losses._elementwise import mae as mae
 from trainfn.losses._elementwise import mse as mse
 from trainfn.losses._linear import linear_cross_entropy as linear_cross_entropy
+from trainfn.losses._total import total as total

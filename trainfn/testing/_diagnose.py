@@ -53,7 +53,7 @@ def _padding(subject: Subject, batch: Batch, split: Split, pad: Mapping[str, flo
 def _nothing(subject: Subject, pieces: list[Piece]) -> tuple[str, str] | None:
     for piece in pieces:
         sums, error = attempt(lambda p=piece: subject.sums(p.batch, p.first_row))
-        if error is None and not bool(torch.isfinite(sums.total)):
+        if error is None and not bool(torch.isfinite(sums.total).all()):
             return (
                 "a piece with nothing to count (every target ignored, every weight 0) gives NaN or infinity: 0 / 0"
                 " inside the loss.",
@@ -66,6 +66,8 @@ def _doubled(subject: Subject, batch: Batch) -> tuple[str, str] | None:
     """Every row twice must double both the total and the weight."""
     rows = list(range(tree.row_count(batch)))
     once, twice = subject.sums(batch), subject.sums(take(batch, rows + rows))
+    if once.total.dim():
+        return None  # a total of several means, of which any may be wrong
     total, weight = _ratio(twice.total, once.total), _ratio(twice.weight, once.weight)
     if total == 1 and weight == 2:
         return (

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from trainfn import random, tree
 from trainfn._grad import value_and_grad
-from trainfn._types import Batch, Gradients, Loss, Params, TrainState
+from trainfn._types import Batch, Gradients, Loss, Params, Total, TrainState
 from trainfn.errors import UnreachedWarning
 from trainfn.testing._search import counterexample
-from trainfn.testing._sums import Sample, Subject, whole_grads
+from trainfn.testing._sums import Sample, Subject, of_whole, whole_grads
 from trainfn.testing._things import random_like
 from trainfn.testing._violation import violation
 
@@ -101,7 +101,7 @@ def _slopes(subject: Subject, batch: Batch, key: Tensor) -> list[_Slope]:
     names = list(subject.state.params)
     some = [names[int(i)] for i in random.permutation(key, len(names))[:_AT_A_TIME]]
     directions = random_like({name: subject.state.params[name] for name in some}, key)
-    grads = whole_grads(_at(subject, batch, subject.state.params).grads, subject.state.params)
+    grads = whole_grads(_at(subject, batch, subject.state.params), subject.state.params)
     return [_slope(subject, batch, name, directions[name], grads[name]) for name in some]
 
 
@@ -110,7 +110,7 @@ def _slope(subject: Subject, batch: Batch, name: str, direction: Tensor, grad: T
 
     def difference(width: float) -> float:
         ahead, behind = (
-            _at(subject, batch, {**subject.state.params, name: subject.state.params[name] + h * direction}).loss.total
+            _total(_at(subject, batch, {**subject.state.params, name: subject.state.params[name] + h * direction}))
             for h in (width, -width)
         )
         return float((ahead.double() - behind.double()) / (2 * width))
@@ -118,11 +118,16 @@ def _slope(subject: Subject, batch: Batch, name: str, direction: Tensor, grad: T
     return _Slope(name, float((grad * direction).sum()), difference(_STEP), difference(4 * _STEP))
 
 
+def _total(sums: Gradients) -> Tensor:
+    """The number of which ``grads`` are the derivatives."""
+    return sums.loss.value if isinstance(sums.loss, Total) else sums.loss.total
+
+
 def _at(subject: Subject, batch: Batch, params: Params) -> Gradients:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnreachedWarning)
-            return value_and_grad(subject.loss)(subject.state._replace(params=params), batch)
+            return of_whole(value_and_grad(subject.loss))(subject.state._replace(params=params), batch)
     except Exception as error:
         error.add_note("check_gradients computes in float64: a model or loss that casts to another dtype can't follow.")
         raise

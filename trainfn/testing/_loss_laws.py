@@ -15,6 +15,7 @@ from trainfn._step import eval_step
 from trainfn._types import Batch, Loss, Params, Tree
 from trainfn.testing._batches import ROWS
 from trainfn.testing._diagnose import NOT_LEFT_OUT, batch_statistics, diagnose
+from trainfn.testing._pooled import pooled
 from trainfn.testing._search import counterexample
 from trainfn.testing._splits import Split, check_pad, padded, splits, take
 from trainfn.testing._sums import Gap, Sample, Subject, Sums, add, attempt, gap, magnitudes
@@ -117,6 +118,22 @@ def check_row_additive(
     subject = Subject("check_row_additive", loss, model, batches)
     by_row = subject.samples(2).map(lambda s: (s, Split(((1,) * tree.row_count(s.batch),))))
     _check_pieces(subject, by_row, lambda sums: sums.sum, "the loss is not a sum over the rows.", tolerance, seed)
+    _check_pooled(subject, seed)
+
+
+def _check_pooled(subject: Subject, seed: int) -> None:
+    """Raise if the loss adds two different losses by ``+``, which pools their totals and their weights."""
+    found = counterexample(subject.samples(1, 1), lambda sample: pooled(subject, sample.batch) is not None, seed)
+    if found is not None:
+        a, b = pooled(subject, found.batch) or ("", "")
+        raise violation(
+            subject.law,
+            "two different losses are pooled by `+`.",
+            {"batch": repr(found), "added": f"{a} + {b}"},
+            "`a + b` of two `Mean`s adds their totals and their weights. For two losses of the same rows that is"
+            " neither the sum of the losses nor their mean.",
+            '`tfn.losses.total({"a": a, "b": b})` adds two losses, each divided by its own weight',
+        )
 
 
 def _check_pieces(
@@ -155,7 +172,7 @@ def _check_pieces(
 
 def _total_weight(parts: list[Sums], view: Callable[[Sums], Params]) -> Tensor:
     """The divisor of each part, once all are added up; parts that are not divided keep their own."""
-    weight = torch.stack([part.weight for part in parts]).sum()
+    weight = torch.stack([part.weight for part in parts]).sum(0)
     return weight if "the loss" in view(parts[0]) else parts[0].weight
 
 

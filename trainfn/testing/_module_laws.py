@@ -18,6 +18,7 @@ from trainfn._step import train_step
 from trainfn._types import Batch, Gradients, Loss, Mean, TrainState
 from trainfn.errors import CaptureError, InexactLossWarning, UnreachedWarning, shortened
 from trainfn.optim import add_decayed_weights, chain, scale_by_learning_rate, trace
+from trainfn.testing._sums import of_whole
 from trainfn.testing._violation import violation
 
 _RATE, _MOMENTUM, _DECAY = 1e-2, 0.9, 0.1
@@ -135,7 +136,7 @@ def _by_steps(
     optimizer = chain(add_decayed_weights(_DECAY), trace(_MOMENTUM), scale_by_learning_rate(_RATE))
     state = init(model, optimizer)
     made = train_step(loss, optimizer)
-    sums = made.gradients(state, batch)
+    sums = of_whole(made.gradients)(state, batch)
     found: list[dict[str, Tensor]] = []
     step = way(made)
     for _ in range(steps):

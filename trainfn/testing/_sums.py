@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainfn import tree
 from trainfn._grad import value_and_grad
 from trainfn._module import init
-from trainfn._types import Batch, Loss, Params, TrainState
+from trainfn._types import Batch, Gradients, Loss, Params, TrainState
 from trainfn.errors import InexactLossWarning, UnreachedWarning
 from trainfn.optim import sgd
 from trainfn.testing._batches import ROWS, picks
@@ -32,8 +32,11 @@ class Sums(NamedTuple):
     @property
     def mean(self) -> Params:
         """Loss and gradients, divided by the weight as a step would."""
-        weight = self.weight if self.weight != 0 else torch.ones_like(self.weight)
-        return {"the loss": self.total / weight, **{_of(k): g / weight for k, g in self.grads.items()}}
+        weight = torch.where(self.weight == 0, 1.0, self.weight)
+        grads = {
+            _of(k): g / weight.reshape(weight.shape + (1,) * (g.dim() - weight.dim())) for k, g in self.grads.items()
+        }
+        return {"the loss": self.total / weight, **grads}
 
     @property
     def sum(self) -> Params:
@@ -45,15 +48,26 @@ class Sums(NamedTuple):
         }
 
     def __repr__(self) -> str:
-        return (
-            f"loss {float(self.mean['the loss']):.6g} (total {float(self.total):.6g} over weight"
-            f" {float(self.weight):g})"
-        )
+        loss, total, weight = (_numbers(x) for x in (self.mean["the loss"], self.total, self.weight))
+        return f"loss {loss} (total {total} over weight {weight})"
 
 
-def whole_grads(grads: dict[str, Tensor | None], params: Params) -> Params:
-    """The gradients, with zeros for the parameters that the loss does not reach."""
-    return {name: torch.zeros_like(params[name]) if g is None else g for name, g in grads.items()}
+def _numbers(x: Tensor) -> str:
+    return f"{float(x):.6g}" if x.dim() == 0 else "[" + ", ".join(f"{float(one):.6g}" for one in x) + "]"
+
+
+def of_whole(gradients: Any) -> Callable[[TrainState, Batch], Gradients]:
+    """The gradients of a batch to which no other piece is added, of a total of several means too."""
+    return getattr(gradients, "whole", gradients)
+
+
+def whole_grads(found: Gradients, params: Params) -> Params:
+    """The gradients, with zeros for the parameters that the loss does not reach; those of all terms, stacked."""
+    terms = [
+        {name: torch.zeros_like(params[name]) if g is None else g for name, g in grads.items()}
+        for grads in found.terms or (found.grads,)
+    ]
+    return {name: torch.stack([term[name] for term in terms]) for name in params} if found.terms else terms[0]
 
 
 def _of(name: str) -> str:
@@ -119,7 +133,7 @@ class Subject:
                 self.inexact = True
             elif not issubclass(warning.category, UnreachedWarning):
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        found_grads = whole_grads(found.grads, self.state.params)
+        found_grads = whole_grads(found, self.state.params)
         grads = {name: g.double() for name, g in found_grads.items()}
         self.slack = {_of(name): _slack(g.dtype) for name, g in found_grads.items()}
         return Sums(found.loss.total.double(), found.loss.weight.double(), grads)

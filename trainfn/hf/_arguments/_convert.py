@@ -39,7 +39,11 @@ def as_ours(args: transformers.TrainingArguments) -> TrainingArguments:
         values.setdefault(old, values[new])
     made = cast("TrainingArguments", object.__new__(_with_ours(type(args))))
     vars(made).update(
-        legacy_arguments=None, torch_compile_given=bool(args.torch_compile), restores_callbacks=True, **values
+        legacy_arguments=None,
+        data_order="trainfn",
+        torch_compile_given=bool(args.torch_compile),
+        restores_callbacks=True,
+        **values,
     )
     same_names(made)
     return made

@@ -159,6 +159,21 @@ REFUSED: tuple[Refused, ...] = (
         "Leave `torch_empty_cache_steps` out; `gradient_accumulation_steps` and `activation_checkpointing` save memory",
     ),
     Refused(
+        "data_order",
+        lambda value, args: value not in ("trainfn", "transformers"),
+        "there are two orders of the training rows",
+        "Write `data_order='transformers'`, or leave it out",
+    ),
+    Refused(
+        "data_order",
+        lambda value, args: (
+            value == "transformers"
+            and str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)) == "group_by_length"
+        ),
+        "the order of grouped rows there follows from the global generator, and not from the seed alone",
+        "Leave `train_sampling_strategy='group_by_length'` out while runs are compared",
+    ),
+    Refused(
         "train_sampling_strategy",
         lambda value, _: value == "batch_rebalance",
         "it moves rows between processes so that each has as many tokens, and here the rows of an update are divided in"
@@ -192,13 +207,13 @@ _READ: dict[str, tuple[str, ...]] = {
         "logging_nan_inf_filter",
     ),
     "_run/_loop.py as matmul_precision": ("tf32",),
-    "_run/_data.py": (
-        *("num_train_epochs", "max_steps", "gradient_accumulation_steps", "data_seed", "dataloader_drop_last"),
+    "_run/_data.py": (*("num_train_epochs", "max_steps", "gradient_accumulation_steps"),),
+    "_run/_loaders.py": (
         *("dataloader_num_workers", "dataloader_prefetch_factor", "remove_unused_columns", "train_sampling_strategy"),
-        "length_column_name",
+        *("data_seed", "dataloader_drop_last", "length_column_name", "data_order"),
     ),
-    "_run/_data.py as train_batch_size": ("per_device_train_batch_size",),
-    "_run/_data.py as eval_batch_size": ("per_device_eval_batch_size",),
+    "_run/_loaders.py as train_batch_size": ("per_device_train_batch_size",),
+    "_run/_loaders.py as eval_batch_size": ("per_device_eval_batch_size",),
     "_run/_setup.py": ("seed", "label_smoothing_factor", "use_cache"),
     "_run/_setup.py as device": ("use_cpu",),
     "_step/_loss.py": ("bf16",),

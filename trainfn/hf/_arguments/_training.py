@@ -132,6 +132,11 @@ class TrainingArguments(Arguments, metaclass=_Named):
         default="info",
         metadata=dict(transformers.TrainingArguments.__dataclass_fields__["log_level"].metadata),
     )
+    data_order: str = dataclasses.field(
+        default="trainfn",
+        kw_only=True,
+        metadata={"help": "The order of training rows: 'trainfn', or 'transformers' to compare runs loss by loss."},
+    )
     legacy_arguments: str | None = _old_options(set(RULES))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -280,7 +285,8 @@ class TrainingArguments(Arguments, metaclass=_Named):
     def to_dict(self) -> Values:
         """All fields as plain values, with tokens masked; ``TrainingArguments(**…)`` takes them."""
         fields = super().to_dict()
-        return {name: value for name, value in fields.items() if name != "legacy_arguments"}
+        ours = {"legacy_arguments": fields.get("legacy_arguments"), "data_order": "trainfn"}
+        return {name: value for name, value in fields.items() if name not in ours or value != ours[name]}
 
     def __repr__(self) -> str:
         shown = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))

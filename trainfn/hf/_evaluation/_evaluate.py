@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 from transformers import EvalPrediction
-from transformers.trainer_pt_utils import EvalLoopContainer, find_batch_size, nested_detach
+from transformers.trainer_pt_utils import EvalLoopContainer, nested_detach
 from transformers.trainer_utils import (
     EvalLoopOutput,
     PredictionOutput,
@@ -30,11 +30,12 @@ from trainfn.hf._evaluation._concatenate import PADDING, check_tensors, merged
 from trainfn.hf._evaluation._gather import all_batches, one_batch
 from trainfn.hf._evaluation._prediction import gives_loss, mean_of
 from trainfn.hf._evaluation._totals import Totals
+from trainfn.hf._names import overridden
 from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._parallel._world import World
 from trainfn.hf._run._data import prepared_inputs, together
 from trainfn.hf._step._additive import examine, share_findings
-from trainfn.hf._step._counting import find_shift, overridden, rule
+from trainfn.hf._step._counting import find_shift, row_count, rule
 from trainfn.hf._step._modes import as_found, eval_mode
 from trainfn.hf._types import Batch, Dataset, Datasets, Loader, Metrics, Nested, TrainerLike
 
@@ -69,8 +70,9 @@ def evaluate(
             prefix = f"{metric_key_prefix}_{name}"
             metrics |= trainer.evaluate(part if given else name, ignore_keys=ignore_keys, metric_key_prefix=prefix)
         return metrics
-    _check_name(trainer, dataset)
-    _check_rows(dataset, "evaluate")
+    if not overridden(trainer, "get_eval_dataloader"):
+        _check_name(trainer, dataset)
+        _check_rows(dataset, "evaluate")
     loader = trainer.get_eval_dataloader(dataset)
     start = time.time()
     # Only `compute_metrics` reads the predictions here; without it they would take memory for nothing.
@@ -198,7 +200,7 @@ class _Batch(NamedTuple):
 def _batch(trainer: TrainerLike, inputs: Batch, loss_only: bool, ignore_keys: list[str] | None) -> _Batch:
     loss, predictions, labels = trainer.prediction_step(trainer.model, inputs, loss_only, ignore_keys=ignore_keys)
     mean = None if loss is None else mean_of(trainer, loss, inputs)
-    rows = find_batch_size(inputs) or 0
+    rows = _rows(inputs)
     wanted = trainer.args.include_for_metrics
     losses = None if loss is None or "loss" not in wanted else _each_row(loss, rows)
     labels, predictions = nested_detach(labels), nested_detach(predictions)
@@ -218,6 +220,13 @@ def _examine(trainer: TrainerLike, batches: list[Batch]) -> None:
         find_shift(trainer, batches[0])
         examine(trainer, batches, training=False)
     share_findings(trainer)
+
+
+def _rows(inputs: Batch) -> int:
+    try:
+        return row_count(inputs)
+    except TypeError:
+        return 0
 
 
 def _has_none(world: World, inputs: Batch) -> bool:

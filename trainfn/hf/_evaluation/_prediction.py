@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import find_batch_size, nested_detach
 
 import trainfn as tfn
 from trainfn.hf._evaluation._concatenate import no_tensor
+from trainfn.hf._names import overridden
 from trainfn.hf._step import _terms
 from trainfn.hf._step._counting import counted, find_shift
 from trainfn.hf._step._loss import autocast, exact_loss
@@ -49,7 +50,9 @@ def prediction_step(
     labelled = gives_loss(trainer, inputs)
     inputs = trainer._prepare_inputs(inputs)
     ignored = _ignored(trainer) if ignore_keys is None else ignore_keys
-    labels = _labels(trainer, inputs) if labelled else None  # before a `compute_loss` can pop them
+    labels = (
+        _labels(trainer, inputs) if labelled and not prediction_loss_only else None
+    )  # before a `compute_loss` can pop them
     with torch.no_grad():
         if labelled:
             find_shift(trainer, inputs)
@@ -114,13 +117,20 @@ def _has_labels(trainer: TrainerLike, inputs: Batch) -> bool:
 
 
 def gives_loss(trainer: TrainerLike, inputs: Batch) -> bool:
-    """Whether a batch has a loss: it has all labels, or the model makes its own labels, as CLIP does."""
+    """Whether a batch has a loss: it has all labels, or the model makes its own labels, as CLIP does.
+
+    Only an override of `compute_loss` knows the labels of a batch that is not a mapping.
+    """
+    if not isinstance(inputs, Mapping):
+        return overridden(trainer, "compute_loss")
     asked = inputs.get("return_loss")
     makes_own = not trainer.label_names and bool(trainer.can_return_loss if asked is None else asked)
     return _has_labels(trainer, inputs) or makes_own
 
 
 def _labels(trainer: TrainerLike, inputs: Batch) -> Nested:
+    if not isinstance(inputs, Mapping):
+        return None
     labels = cast("tuple[Nested, ...]", nested_detach(tuple(inputs.get(name) for name in trainer.label_names)))
     return labels[0] if len(labels) == 1 else labels
 

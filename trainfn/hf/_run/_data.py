@@ -7,148 +7,25 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sized
-from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-import datasets
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
-from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.hf._callbacks._events import event
-from trainfn.hf._parallel._sharding import dealt
+from trainfn.hf._names import overridden
+from trainfn.hf._run._loaders import together as together
+from trainfn.hf._step._held import held
 from trainfn.hf._step._terms import with_update
-from trainfn.hf._types import Batch, Collator, Dataset, Loader, Nested, SizedDataset, TrainerLike, Values
+from trainfn.hf._types import Batch, Loader, Nested, TrainerLike
 
 if TYPE_CHECKING:
     from trainfn.hf._arguments._training import TrainingArguments
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
-
-
-def train_loader(trainer: TrainerLike) -> Loader:
-    """One epoch of micro-batches, or of this rank's rows. Each epoch has its own order, unless it is sequential."""
-    args, dataset = trainer.args, trainer.train_dataset
-    if dataset is None:
-        raise ValueError(
-            "`Trainer(train_dataset=None)` can't work: training needs rows. Write"
-            " `Trainer(model, args, train_dataset=dataset)`."
-        )
-    seed = args.seed if args.data_seed is None else args.data_seed
-    dataset, collate = prepared(trainer, dataset, "training")
-    last = "drop" if args.dataloader_drop_last else "short"
-    size = together(trainer, args.train_batch_size)
-    _check_enough(trainer, dataset, "training", "per_device_train_batch_size", last, size)
-    if not _is_sized(dataset):
-        stream = tfn.data.stream(dataset, size, last=last, seed=seed, collate=collate, **_reader(args))
-        return dealt(trainer._trainfn.world, stream)
-    n = len(dataset)
-    strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
-    if strategy == "group_by_length":
-        sampler = tfn.data.grouped_by_length(lengths(trainer, dataset), size, seed=seed, last=last)
-    elif strategy == "sequential":
-        sampler = tfn.data.sequential(n, size, last=last)
-    else:
-        sampler = tfn.data.shuffled(n, size, seed=seed, last=last)
-    loader = tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args))
-    return dealt(trainer._trainfn.world, loader)
-
-
-def eval_loader(trainer: TrainerLike, dataset: Dataset, description: str) -> Loader:
-    """A dataset's batches in its own order, or this rank's rows of each."""
-    args = trainer.args
-    size = together(trainer, args.eval_batch_size)
-    dataset, collate = prepared(trainer, dataset, description)
-    last = "drop" if args.dataloader_drop_last and _is_sized(dataset) else "short"
-    _check_enough(trainer, dataset, description, "per_device_eval_batch_size", last, size)
-    world = trainer._trainfn.world
-    if not _is_sized(dataset):
-        return dealt(world, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
-    sampler = tfn.data.sequential(len(dataset), size, last=last)
-    return dealt(world, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
-
-
-def together(trainer: TrainerLike, size: int) -> int:
-    """The rows of a micro-batch on all ranks: ``size`` for each rank, or ``size`` in all with ``split_batches``."""
-    split = getattr(trainer.args.accelerator_config, "split_batches", False)
-    return size if split else size * trainer._trainfn.world.parts
-
-
-def _is_sized(dataset: Dataset) -> TypeGuard[SizedDataset]:
-    return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
-
-
-def _check_enough(trainer: TrainerLike, dataset: Dataset, description: str, name: str, last: str, size: int) -> None:
-    """Raise if a dataset has too few rows for one batch; ``name`` is the argument that set the batch size."""
-    ranks = trainer._trainfn.world.parts
-    rows = len(dataset) if isinstance(dataset, Sized) else None
-    if rows == 0:
-        raise ValueError(
-            f"Trainer: the {description} set has no rows, so it gives no batch. Pass a dataset with at least one row."
-        )
-    if rows is not None and last == "drop" and rows < size:
-        given, on = getattr(trainer.args, name), f" on {ranks} ranks" if ranks > 1 else ""
-        raise ValueError(
-            f"`TrainingArguments({name}={given}, dataloader_drop_last=True)`{on} can't work: the {description} set has"
-            f" {rows} row{'s' if rows > 1 else ''}, fewer than one batch, and an incomplete batch is dropped. Write"
-            f" `dataloader_drop_last=False`, or a {name} of at most {max(rows // ranks, 1)}."
-        )
-
-
-def _workers(args: TrainingArguments) -> Values:
-    workers = args.dataloader_num_workers
-    return {"num_workers": workers, "prefetch": args.dataloader_prefetch_factor if workers else None}
-
-
-def _reader(args: TrainingArguments) -> Values:
-    """The options of a stream, which at most one worker reads."""
-    options = _workers(args)
-    if options["num_workers"] > 1:
-        logger.warning_once(
-            f"`TrainingArguments(dataloader_num_workers={options['num_workers']})`: an iterable dataset is read by one"
-            " worker, because its order would depend on the number of them. Write `dataloader_num_workers=1`, or pass"
-            " a dataset with rows by number."
-        )
-    return {**options, "num_workers": min(options["num_workers"], 1)}
-
-
-def prepared(trainer: TrainerLike, dataset: Dataset, description: str) -> tuple[Dataset, Collator]:
-    """The dataset and the collator, without the columns that the model does not take."""
-    collate = trainer.data_collator
-    if not trainer.args.remove_unused_columns:
-        return dataset, collate
-    trainer._set_signature_columns_if_needed()
-    wanted = trainer._signature_columns or []
-    if not isinstance(dataset, datasets.Dataset):
-        name = type(trainer.model).__name__
-        return dataset, RemoveColumnsCollator(collate, wanted, logger, description=description, model_name=name)
-    unused = [column for column in dataset.column_names if column not in wanted]
-    if len(unused) == len(dataset.column_names):
-        raise ValueError(
-            f"Trainer: none of the {description} set's columns {unused} is an argument of"
-            f" {type(trainer.model).__name__}.forward ({', '.join(wanted)}). Tokenize the set:"
-            " write `dataset.map(lambda row: tokenizer(row['text']))`; or keep all columns: write"
-            " `remove_unused_columns=False`."
-        )
-    return dataset.remove_columns(unused), collate
-
-
-def lengths(trainer: TrainerLike, dataset: SizedDataset) -> np.ndarray:
-    """The length of each row, from its column or from the input ids."""
-    column = trainer.args.length_column_name
-    if isinstance(dataset, datasets.Dataset) and column in dataset.column_names:
-        return np.asarray(dataset[column])
-    name = str((getattr(trainer.processing_class, "model_input_names", None) or ["input_ids"])[0])
-    if name not in dataset[0]:
-        raise ValueError(
-            "`TrainingArguments(train_sampling_strategy='group_by_length')` can't work: it needs the column"
-            f" {column!r} or {name!r}, and a row has {sorted(dataset[0])}. Name the column with the lengths: write"
-            ' `length_column_name="..."`.'
-        )
-    return np.asarray([len(dataset[i][name]) for i in range(len(dataset))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,10 +111,12 @@ class Windows:
                 event(trainer, "on_epoch_begin")
             self.micro_done = min(self.window * length.accumulate, length.micro_counted)
             with contextlib.closing(self._micro(self.epoch, self.micro_done)) as micro:
-                while window := list(_take(micro, length.accumulate)):
+                while given := self._taken(micro):
                     self.window += 1
-                    self.micro_done += len(window)
+                    self.micro_done += len(given)
+                    trainer.current_gradient_accumulation_steps = len(given)
                     event(trainer, "on_step_begin")
+                    window = [self._prepared(batch) for batch in given]
                     self.first = window[0]
                     self.begun(window)
                     yield self._given(window)
@@ -254,8 +133,25 @@ class Windows:
                 break
         raise Ended
 
+    def _taken(self, micro: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of the next update, as the loader gives them."""
+        trainer, count = self.trainer, self.length.accumulate
+        if not overridden(trainer, "get_batch_samples"):
+            return list(_take(micro, count))
+        # Its number is not needed: `_get_num_items_in_batch` is asked for each micro-batch alone.
+        return list(trainer.get_batch_samples(micro, count, torch.device(trainer.args.device))[0])
+
+    def _prepared(self, batch: Batch) -> Batch:
+        """A micro-batch on the device. An overridden `training_step` calls `_prepare_inputs` by itself."""
+        trainer = self.trainer
+        own = overridden(trainer, "training_step") and overridden(trainer, "_prepare_inputs")
+        inputs = prepared_inputs(trainer, batch) if own else trainer._prepare_inputs(batch)
+        self._count(inputs)
+        return inputs
+
     def _given(self, window: list[Batch]) -> Batch | list[Batch] | Iterator[Batch]:
         plan = self.trainer._trainfn.world.plan
+        window = [held(micro) for micro in window]
         if self.length.accumulate == 1 and not self.trainer.args.auto_find_batch_size:
             return window[0] if plan is None else with_update(self.trainer, window)[0]
         window = with_update(self.trainer, window)
@@ -287,9 +183,7 @@ class Windows:
                     " one, and no tensor to make an empty batch from. Return tensors from the collator:"
                     ' `{"input_ids": ..., "labels": ...}`.'
                 )
-            inputs = self.trainer._prepare_inputs(batch)
-            self._count(inputs)
-            yield inputs
+            yield batch
 
     def _count(self, inputs: Batch) -> None:
         """Count floating-point operations and tokens."""
@@ -300,6 +194,8 @@ class Windows:
 
     def count_tokens(self, inputs: Batch) -> None:
         """Count tokens, with ``include_num_input_tokens_seen``."""
+        if not isinstance(inputs, Mapping):
+            return
         given = self.trainer.args.include_num_input_tokens_seen
         kind = str(getattr(given, "value", given))
         tokens = inputs.get(getattr(self.trainer.model, "main_input_name", "input_ids"))
@@ -334,8 +230,7 @@ def _seeded(loader: Loader, seed: int, epoch: int, skip: int) -> Generator[Batch
 
     Such a loader draws from the global generators. For each batch they have its states, and afterwards their own.
     """
-    parts = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset")]
-    for shuffles in (loader, *parts, getattr(parts[1], "sampler", None)):  # a `DistributedSampler`, say
+    for shuffles in _shufflers(loader):
         if callable(set_epoch := getattr(shuffles, "set_epoch", None)):
             set_epoch(epoch)
     if isinstance(own := getattr(loader, "generator", None), torch.Generator):
@@ -351,6 +246,15 @@ def _seeded(loader: Loader, seed: int, epoch: int, skip: int) -> Generator[Batch
                 return
         if n >= skip:  # skipped batches are read too, so that the generators advance as in the first run
             yield batch
+
+
+def _shufflers(loader: Loader) -> list[object]:
+    """A loader and what it draws its order from, such as a `DistributedSampler` in a batch sampler."""
+    found: list[object] = [loader, getattr(loader, "dataset", None)]
+    batches = getattr(loader, "batch_sampler", None)
+    for owner in (loader, batches, getattr(batches, "batch_sampler", None)):
+        found += [getattr(owner, "sampler", None), getattr(owner, "batch_sampler", None)]
+    return [each for n, each in enumerate(found) if all(each is not other for other in found[:n])]
 
 
 def _number(seed: int, epoch: int) -> int:
@@ -378,23 +282,33 @@ class _Generators:
 
 
 def prepared_inputs(trainer: TrainerLike, inputs: Batch) -> Batch:
-    """A collator's batch as a plain dict of tensors on the device."""
+    """A collator's batch with its tensors on the device; a mapping becomes a plain dict.
+
+    Raises:
+        TypeError: If the model would be called with something else than a mapping.
+    """
     if not isinstance(inputs, Mapping):
+        if overridden(trainer, "compute_loss") or overridden(trainer, "training_step"):
+            return trainer._prepare_input(inputs)
         raise TypeError(
             f"`Trainer(data_collator=...)` can't work: the data collator returned a {type(inputs).__name__}, and the"
-            ' model is called with keywords. Return a dict: `{"input_ids": ..., "labels": ...}`.'
+            ' model is called with keywords. Return a dict: `{"input_ids": ..., "labels": ...}`; or take the batch as'
+            " it is in an override of `compute_loss`."
         )
-    device = trainer.args.device
-    return {name: _moved(value, device) for name, value in inputs.items()}
+    return {name: trainer._prepare_input(value) for name, value in inputs.items()}
 
 
-def _moved(value: Nested, device: torch.device) -> Nested:
+def moved(value: Nested, device: torch.device) -> Nested:
+    """Tensors, also those in dicts, lists, tuples and objects with ``to()``, on the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return torch.as_tensor(value).to(device)
     if isinstance(value, Mapping):
-        return {name: _moved(item, device) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_moved(item, device) for item in value]
-    return value
+        items = {name: moved(item, device) for name, item in value.items()}
+        return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]
+    if isinstance(value, list | tuple):
+        parts = [moved(item, device) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    to: Callable[[torch.device], Nested] | None = getattr(value, "to", None)
+    return to(device) if callable(to) and not isinstance(value, type | torch.nn.Module) else value

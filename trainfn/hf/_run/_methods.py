@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,9 +13,9 @@ from transformers.trainer_utils import BestRun, TrainOutput
 
 from trainfn.hf._optim import _resolve
 from trainfn.hf._parallel import _accelerator
-from trainfn.hf._run import _actions, _search, _setup, _torch_loader
+from trainfn.hf._run import _actions, _search, _setup
 from trainfn.hf._run._record import current_run
-from trainfn.hf._types import Batch, Dataset, Loader, Metrics, Nested, TrainerLike, Trial, Values
+from trainfn.hf._types import Batch, Metrics, Nested, TrainerLike, Trial, Values
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,18 +84,6 @@ class Running:
         """Return a context that does nothing; an override's is entered around each loss."""
         return contextlib.nullcontext()
 
-    def _get_dataloader(
-        self: TrainerLike,
-        dataset: Dataset,
-        description: str,
-        batch_size: int,
-        sampler_fn: Callable[[Dataset], Iterable[int] | None] | None = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> Loader:
-        """Return a loader of torch, whose rows are in the order of ``sampler_fn(dataset)``."""
-        return _torch_loader.torch_loader(self, dataset, description, batch_size, sampler_fn)
-
     # --- sizes and counts ---------------------------------------------------------------------------------------------
 
     def get_total_train_batch_size(self: TrainerLike, args: Any) -> int:
@@ -118,7 +106,8 @@ class Running:
 
     def floating_point_ops(self: TrainerLike, inputs: Batch) -> int:
         """An estimate for a batch: six operations for each token and parameter, without embeddings."""
-        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        held: Values = inputs if isinstance(inputs, Mapping) else {}
+        tokens = held.get(getattr(self.model, "main_input_name", "input_ids"))
         if not isinstance(tokens, Tensor) or not hasattr(self.model, "num_parameters"):
             return 0
         if self._trainfn.parameter_count is None:

@@ -6,17 +6,20 @@ A head of transformers returns a mean, and its class says over what. A loss of a
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import optree
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 import trainfn as tfn
+from trainfn.hf._names import overridden
 from trainfn.hf._step._modes import eval_mode
-from trainfn.hf._types import Batch, TrainerLike
+from trainfn.hf._types import Batch, Nested, TrainerLike
 
 IGNORED = -100
 
@@ -42,11 +45,6 @@ def counted(trainer: TrainerLike, inputs: Batch) -> Tensor:
         if own is not None:
             return torch.as_tensor(own, dtype=torch.float32, device=trainer.args.device)
     return rule(trainer).of(trainer, inputs)
-
-
-def overridden(trainer: TrainerLike, name: str) -> bool:
-    """Whether a subclass has a method of its own in place of ours."""
-    return not getattr(getattr(type(trainer), name), "not_overridden", False)
 
 
 def rule(trainer: TrainerLike) -> Count:
@@ -143,7 +141,7 @@ SUM = Count("nothing", _one, sums=True)
 CANDIDATES = (LABELS, ROWS, FRAMES, BOXES, PATCHES, TOKENS, SUM)
 
 
-def row_count(inputs: Any) -> int:
+def row_count(inputs: Nested) -> int:
     """The rows of a batch of any kind.
 
     The labels say it, if they are a tensor; else the first tensor with a dimension, those inside of other values last.
@@ -156,10 +154,9 @@ def row_count(inputs: Any) -> int:
         for x in (inputs.get("labels"), *inputs.values()):
             if isinstance(x, Tensor) and x.dim():
                 return x.shape[0]
-    try:
+    if has_tensor(inputs):
         return tfn.tree.row_count(inputs)
-    except TypeError:
-        found = _first_list(inputs)
+    found = _first_list(inputs)
     if found is None:
         raise TypeError(
             f"`trainer.compute_loss(...)` returned a mean, but the rows of this batch, a {type(inputs).__name__}, can't"
@@ -167,6 +164,20 @@ def row_count(inputs: Any) -> int:
             " `return tfn.Mean.of(values, weights)` in compute_loss."
         )
     return len(found)
+
+
+def has_tensor(inputs: Nested) -> bool:
+    """Whether there is a tensor in a batch of any kind, also in an object with ``to()``."""
+    if isinstance(inputs, Mapping) and any(isinstance(x, Tensor) for x in inputs.values()):
+        return True
+    _recognized(inputs)
+    leaves: list[object] = optree.tree_leaves(inputs)  # type: ignore[arg-type]
+    return any(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+def _recognized(inputs: Nested) -> None:
+    with contextlib.suppress(TypeError):
+        tfn.tree.row_count(inputs)  # optree learns the batch's own types by it
 
 
 def _first_list(inputs: object) -> Sequence[object] | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import trainfn as tfn
 from trainfn.hf._step import _terms
 from trainfn.hf._step._counting import counted, shifts_labels
+from trainfn.hf._step._held import opened
 from trainfn.hf._types import Batch, Loss, Outputs, TrainerLike, Values
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ def exact_loss(
     Raises:
         TypeError: If `compute_loss` returns something else.
     """
-    update, inputs = _counts(inputs if of_update is None else of_update), without_update(inputs)
-    count = counted(trainer, inputs)
+    update, inputs = _counts(inputs if of_update is None else of_update), without_update(opened(inputs))
+    count, uncounted = _count(trainer, inputs)
     outputs_too = outputs_too or update is not None
     takes = takes_of(trainer) if takes is None else takes
     with autocast(trainer.args, count.device), trainer.compute_loss_context_manager():
@@ -58,6 +59,8 @@ def exact_loss(
         loss, outputs = _computed(trainer, model, given, count, takes if outputs_too else takes - _OUTPUTS)
     if isinstance(loss, tfn.Mean):
         return loss, outputs
+    if uncounted is not None:
+        raise uncounted
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         kind = f"a Tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise TypeError(
@@ -69,6 +72,14 @@ def exact_loss(
     # A mean over no labels is 0 / 0. Its gradient is 0, but its value, NaN, would spoil the sum.
     total = torch.where(count > 0, loss.float() * count, 0.0)
     return tfn.Mean(total, count), outputs
+
+
+def _count(trainer: TrainerLike, inputs: Batch) -> tuple[Tensor, TypeError | None]:
+    """The number that a mean over a batch divides by; or 1 and an error, for a loss that is not an exact mean."""
+    try:
+        return counted(trainer, inputs), None
+    except TypeError as error:
+        return torch.ones((), device=trainer.args.device), error
 
 
 def scalar_loss(trainer: TrainerLike, model: nn.Module, inputs: Batch) -> Loss:

@@ -15,9 +15,11 @@ from torch.distributed.tensor import DTensor, Partial
 
 import trainfn as tfn
 from trainfn.hf import _names
+from trainfn.hf._names import overridden
 from trainfn.hf._parallel._parameters import whole
 from trainfn.hf._run._record import trained_of
-from trainfn.hf._step._counting import counted, overridden
+from trainfn.hf._step._counting import counted
+from trainfn.hf._step._held import opened
 from trainfn.hf._step._loss import exact_loss, head_loss, without_update
 from trainfn.hf._types import Batch, Outputs, TrainerLike
 
@@ -59,7 +61,7 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
         if tfn.data.is_empty(batch):
             zero = torch.zeros((), device=state.step.device)
             return tfn.Gradients(tfn.Mean(zero, zero), dict.fromkeys(state.params), {}, state.buffers)
-        rest = without_update(batch)
+        rest = without_update(opened(batch))
         count, trained = counted(trainer, rest), trained_of(trainer)
         trained.zero_grad(set_to_none=True)
         try:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import trainfn as tfn
-from trainfn.hf._step._counting import IGNORED, base_of, items, overridden, row_count, rule
+from trainfn.hf._names import overridden
+from trainfn.hf._step._counting import IGNORED, base_of, items, row_count, rule
 from trainfn.hf._types import Batch, Outputs, TrainerLike, Values
 
 UPDATE = "trainfn: counts of the update"
