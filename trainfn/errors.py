@@ -23,6 +23,8 @@ why that can't work, and the line to write instead; `nearest` and `shortened` he
 
 from __future__ import annotations
 
+from typing import Any
+
 from trainfn._text import nearest as nearest
 from trainfn._text import shortened as shortened
 
@@ -52,7 +54,13 @@ class RandomnessError(TrainfnError):
 
 
 class NonFiniteError(TrainfnError):
-    """The loss of a step is NaN or infinite."""
+    """The loss of a step is NaN or infinite.
+
+    Attributes:
+        state: The `trainfn.TrainState` before that step; None if it was donated.
+    """
+
+    state: Any = None
 
 
 class CheckpointError(TrainfnError):
