@@ -23,8 +23,6 @@ why that can't work, and the line to write instead; `nearest` and `shortened` he
 
 from __future__ import annotations
 
-from typing import Any
-
 from trainfn._text import nearest as nearest
 from trainfn._text import shortened as shortened
 
@@ -60,7 +58,7 @@ class NonFiniteError(TrainfnError):
         state: The `trainfn.TrainState` before that step; None if it was donated.
     """
 
-    state: Any = None
+    state: object = None
 
 
 class CheckpointError(TrainfnError):

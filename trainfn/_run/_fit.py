@@ -9,6 +9,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import cast
 
 from trainfn._checkpoint import Checkpoints, ranks_of
 from trainfn._ranks._errors import explained
@@ -219,7 +220,7 @@ def _kept(error: Exception, newest: TrainState, checkpoints: Checkpoints | None)
     if error.state is None and checkpoints is not None:
         found = checkpoints.restore(like=newest)
         return None if found is None else found[0]
-    return error.state
+    return cast("TrainState | None", error.state)
 
 
 def _loop(session: Session, callbacks: Sequence[Callback], run: Iterator[StepInfo]) -> None:
