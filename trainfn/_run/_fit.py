@@ -9,6 +9,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import cast
 
 from trainfn._checkpoint import Checkpoints, ranks_of
 from trainfn._ranks._errors import explained
@@ -18,6 +19,7 @@ from trainfn._run._nonfinite import Policy, Watch
 from trainfn._run._session import Session
 from trainfn._types import Callback, Step, StepInfo, Stop, TrainState
 from trainfn.callbacks._plain import callback_of
+from trainfn.errors import NonFiniteError
 from trainfn.process import Requests, uninterrupted
 
 
@@ -105,13 +107,15 @@ def _run(
                     batch = placed(next(stream), device)
             except StopIteration:
                 break
+            before = latest.take()
             with uninterrupted() as ctrl_c, explained(f", in step {n + 1},"):
-                state, metrics = step(latest.take(), batch)
+                state, metrics = step(before, batch)
                 latest.state = state
             _check_clock(state, n, first=n == begun)
             n += 1
             requests.interrupted |= ctrl_c.arrived
-            watch.see(n, metrics)
+            watch.see(n, metrics, before)
+            del before  # or its memory would be held while callbacks run
             now = time.perf_counter()
             yield StepInfo(n, state, metrics, now - last, until)
             last = now
@@ -150,7 +154,8 @@ def fit(
     """Run a step over batches, call the callbacks after each step, and return the last state.
 
     Ctrl-C ends the run after the current step and returns its state. A second Ctrl-C ends it at once, with a
-    ``KeyboardInterrupt`` and no state. An error that ends the run has the last complete state as its ``state``.
+    ``KeyboardInterrupt`` and no state. An error that ends the run has the last complete state as its ``state``. Where a
+    loss is not finite, that is the state before its step; if it was donated, the newest checkpoint, or None.
 
     With checkpoints, a fresh state is replaced by the newest saved one, and callbacks get back their saved states. Each
     change of the run since then is printed with its consequence. A finished run does nothing. The last state is always
@@ -203,9 +208,19 @@ def fit(
             session.finish(latest.complete())
     except Exception as error:
         if latest.state is not None:
-            error.state = latest.state  # type: ignore[attr-defined]
+            error.state = _kept(error, latest.state, checkpoints)  # type: ignore[attr-defined]
         raise
     return latest.complete()
+
+
+def _kept(error: Exception, newest: TrainState, checkpoints: Checkpoints | None) -> TrainState | None:
+    """The last good state: the newest; where its loss is not finite, the one before it, or that of a checkpoint."""
+    if not isinstance(error, NonFiniteError):
+        return newest
+    if error.state is None and checkpoints is not None:
+        found = checkpoints.restore(like=newest)
+        return None if found is None else found[0]
+    return cast("TrainState | None", error.state)
 
 
 def _loop(session: Session, callbacks: Sequence[Callback], run: Iterator[StepInfo]) -> None:
