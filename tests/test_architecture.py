@@ -20,7 +20,7 @@ LAYERS = {
     **dict.fromkeys(("_types", "tree", "_batch_types", "_dtensor", "errors", "_marks", "_text"), 0),
     **dict.fromkeys(("random", "_keyed", "_audit", "_module", "_changes", "_hooks", "_bound"), 1),
     **dict.fromkeys(("losses", "metrics", "optim", "schedules"), 1),
-    **dict.fromkeys(("_reached", "_adapt", "_grad", "_step", "transforms"), 2),
+    **dict.fromkeys(("_reached", "_adapt", "_grad", "_step", "_compose", "transforms"), 2),
     **dict.fromkeys(("_compile", "_ranks", "_plan", "process"), 3),
     **dict.fromkeys(("_checkpoint", "_value", "data"), 4),
     **dict.fromkeys(("_run", "callbacks"), 5),

@@ -223,3 +223,19 @@ def test_a_misspelt_metric_is_found_before_the_first_step():
     with pytest.raises(ValueError, match=r"early_stopping\('eval_los'\).*\['eval_loss'\].*Did you mean 'eval_loss'\?"):
         run(evaluation, lambda info: seen.append(info.n))
     assert seen == []
+
+
+def test_metrics_of_several_numbers_are_shown_one_by_one(capsys):
+    def loss(p, b):
+        logits = b["x"] * p["w"]
+        return tfn.losses.cross_entropy(logits, b["y"]), {"acc": tfn.metrics.per_class_accuracy(logits, b["y"])}
+
+    optimizer, lines = tfn.optim.sgd(0.1), []
+    b = {"x": torch.eye(3).repeat(2, 1), "y": torch.tensor([0, 1, 2, 0, 0, 0])}
+    state, step = tfn.init({"w": torch.ones(3)}, optimizer), tfn.train_step(loss, optimizer)
+    bar = tfn.callbacks.progress(seconds=0.0)
+    tfn.fit(step, state, [b] * 2, callbacks=[tfn.callbacks.log(2, lines.append), bar])
+    assert "acc/0 0.5  acc/1 1  acc/2 1" in lines[0]
+    assert "acc/0=0.5" in capsys.readouterr().err
+    grid = tfn.Mean(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(()))
+    assert tfn.callbacks.values({"m": grid}) == {"m/0/0": 1.0, "m/0/1": 2.0, "m/1/0": 3.0, "m/1/1": 4.0}

@@ -38,6 +38,7 @@ from trainfn._compile import LoadedStep as LoadedStep
 from trainfn._compile import Report as Report
 from trainfn._compile import jit as jit
 from trainfn._compile import load_step as load_step
+from trainfn._compose import one_step as one_step
 from trainfn._grad import value_and_grad as value_and_grad
 from trainfn._keyed import keyed as keyed
 from trainfn._module import export as export

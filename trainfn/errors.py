@@ -52,7 +52,13 @@ class RandomnessError(TrainfnError):
 
 
 class NonFiniteError(TrainfnError):
-    """The loss of a step is NaN or infinite."""
+    """The loss of a step is NaN or infinite.
+
+    Attributes:
+        state: The `trainfn.TrainState` before that step; None if it was donated.
+    """
+
+    state: object = None
 
 
 class CheckpointError(TrainfnError):

@@ -134,6 +134,27 @@ def test_a_nonfinite_loss_raises_at_its_step():
     assert seen == [1, 2]
 
 
+@pytest.mark.parametrize("run", ["fit", "steps"])
+def test_the_error_of_a_nonfinite_loss_holds_the_state_before_its_step(run):
+    with pytest.raises(tfn.errors.NonFiniteError) as caught:
+        if run == "fit":
+            tfn.fit(STEP, fresh(), poisoned, until=5)
+        else:
+            list(tfn.steps(STEP, fresh(), poisoned, until=5))
+    assert bits(caught.value.state) == bits(tfn.fit(STEP, fresh(), [batch(0), batch(1)]))
+
+
+def test_the_error_of_a_donating_step_holds_the_newest_checkpoint_or_no_state(tmp_path):
+    step = tfn.jit(STEP, compile=False, donate=True)
+    with pytest.raises(tfn.errors.NonFiniteError) as caught:
+        tfn.fit(step, fresh(), poisoned, until=5)
+    assert caught.value.state is None
+    assert "The state before step 3 was donated" in caught.value.__notes__[0]
+    with pytest.raises(tfn.errors.NonFiniteError) as caught:
+        tfn.fit(step, fresh(), poisoned, until=5, checkpoints=tfn.Checkpoints(tmp_path, every=1))
+    assert bits(caught.value.state) == bits(tfn.fit(STEP, fresh(), [batch(0), batch(1)]))
+
+
 def test_a_skipping_step_continues_as_if_the_batch_had_not_been():
     skipping = tfn.transforms.skip_nonfinite()(STEP)
     with pytest.warns(tfn.errors.NonFiniteWarning, match=r"step 3 is NaN or infinite; the step was skipped"):

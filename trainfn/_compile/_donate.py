@@ -48,9 +48,14 @@ class _Donated:
 DONATED = _Donated()
 
 
+def is_alive(state: object) -> bool:
+    """Whether ``state`` is a state that no donating step has consumed."""
+    return isinstance(state, TrainState) and next(iter(state.params.values()), None) is not DONATED
+
+
 def check_alive(state: object) -> None:
     """Raise if ``state`` was consumed by a donating step."""
-    if isinstance(state, TrainState) and next(iter(state.params.values()), None) is DONATED:
+    if isinstance(state, TrainState) and not is_alive(state):
         raise DonatedStateError(f"step(state, batch): {_MESSAGE}")
 
 

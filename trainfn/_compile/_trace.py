@@ -23,6 +23,7 @@ from trainfn._compile._graph import canonical, lift_constants, name_inputs
 from trainfn._compile._lines import Lines
 from trainfn._compile._structure import Function, Leaves, Structure, flatten, leaf_names
 from trainfn._dtensor import Spec, held, spec_of
+from trainfn._keyed import phases
 
 
 class Output(NamedTuple):
@@ -191,7 +192,14 @@ def _conditions(mode: Any) -> Generator[None]:
         # One thread for the backward pass, since modes are per thread.
         # With symbols for sizes, torch's decompositions in Python: some of those in C++ ask for numbers.
         symbols = contextlib.nullcontext() if mode.shape_env is None else enable_python_dispatcher()
-        with mode, symbols, _uncompiled(), torch.autograd.set_multithreading_enabled(False), torch.no_grad():
+        with (
+            mode,
+            symbols,
+            phases(apart=False),
+            _uncompiled(),
+            torch.autograd.set_multithreading_enabled(False),
+            torch.no_grad(),
+        ):
             yield
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)

@@ -6,3 +6,4 @@ from trainfn._keyed._draws import keyed as keyed
 from trainfn._keyed._functions import HANDLERS as HANDLERS
 from trainfn._keyed._functions import draws as draws
 from trainfn._keyed._steps import Randomness as Randomness
+from trainfn._keyed._steps import phases as phases

@@ -7,8 +7,10 @@ is pure, runs again under the mode.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 import torch
@@ -27,8 +29,24 @@ T = TypeVar("T")
 _AGAIN = 64
 
 
+# The losses that have run in a step that several losses make up, in their order; None outside of such a step.
+_PHASES: contextvars.ContextVar[list[Randomness] | None] = contextvars.ContextVar("phases", default=None)
+
+
+@contextlib.contextmanager
+def phases(*, apart: bool = True) -> Generator[None]:
+    """Give each loss that runs in the block draws of its own; not ``apart``, those that it has alone."""
+    token = _PHASES.set([] if apart else None)
+    try:
+        yield
+    finally:
+        _PHASES.reset(token)
+
+
 class Randomness:
     """Runs one function of states, keyed by ``fold_in(state.key, state.step)``.
+
+    In a block of `phases` the index of the function is folded in too, from the second one on.
 
     >>> import torch, trainfn as tfn
     >>> state = tfn.init({"w": torch.ones(1)}, tfn.optim.sgd(0.1))
@@ -57,7 +75,7 @@ class Randomness:
                 Python's generator.
         """
         if type(state) in self._elsewhere and _elsewhere.can_be_keyed(state.key):
-            key = random.fold_in(random.fold_in(state.key, state.step), first_row)
+            key = random.fold_in(self._key(state), first_row)
             with _elsewhere.keyed(key):
                 return self._run(state, body, rows, first_row)
         first = _elsewhere.positions()
@@ -89,11 +107,20 @@ class Randomness:
         doubts = self._doubts.get(type(state))
         if doubts is None:
             doubts = self._doubts[type(state)] = Doubts()
-        draws = Draws(random.fold_in(state.key, state.step), rows, first_row, doubts, state.module)
+        draws = Draws(self._key(state), rows, first_row, doubts, state.module)
         with rerouted(draws):
             out = body()
         self._quiet[type(state)] = 0 if draws.drew else runs + 1
         return out
+
+    def _key(self, state: TrainState) -> Tensor:
+        key, known = random.fold_in(state.key, state.step), _PHASES.get()
+        if known is None:
+            return key
+        index = next((i for i, phase in enumerate(known) if phase is self), len(known))
+        if index == len(known):
+            known.append(self)
+        return random.fold_in(key, index) if index else key
 
 
 def _without_mode(body: Callable[[], T]) -> tuple[T, bool]:

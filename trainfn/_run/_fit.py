@@ -9,6 +9,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import cast
 
 from trainfn._checkpoint import Checkpoints, ranks_of
 from trainfn._ranks._errors import explained
@@ -18,6 +19,7 @@ from trainfn._run._nonfinite import Policy, Watch
 from trainfn._run._session import Session
 from trainfn._types import Callback, Step, StepInfo, Stop, TrainState
 from trainfn.callbacks._plain import callback_of
+from trainfn.errors import NonFiniteError
 from trainfn.process import Requests, uninterrupted
 
 
@@ -47,7 +49,7 @@ def steps(
     Raises:
         NonFiniteError: If the loss of a step is NaN or infinite, with the step's number.
         RuntimeError: If several processes were launched and the step has no plan: each would train by itself.
-        ValueError: If the batches never end and there is no ``until``.
+        ValueError: If the batches never end and there is no ``until``, or a call does not advance ``state.step`` by 1.
 
     >>> import torch, trainfn as tfn
     >>> optimizer = tfn.optim.sgd(0.1)
@@ -88,7 +90,8 @@ def _run(
 ) -> Iterator[StepInfo]:
     """`steps`, with what it keeps for `fit`: the latest state, and the requests to stop."""
     begin, feed = latest.complete(), feed_of(step)
-    n, device = int(begin.step), begin.step.device  # waits for the device, once
+    n, device = int(begin.step), begin.step.device  # waits for the device, here and after the first step
+    begun = n
     feed.check(begin, until)
     del begin  # or its memory would be held for the whole run
     part = feed.part(batches)
@@ -104,12 +107,15 @@ def _run(
                     batch = placed(next(stream), device)
             except StopIteration:
                 break
+            before = latest.take()
             with uninterrupted() as ctrl_c, explained(f", in step {n + 1},"):
-                state, metrics = step(latest.take(), batch)
+                state, metrics = step(before, batch)
                 latest.state = state
+            _check_clock(state, n, first=n == begun)
             n += 1
             requests.interrupted |= ctrl_c.arrived
-            watch.see(n, metrics)
+            watch.see(n, metrics, before)
+            del before  # or its memory would be held while callbacks run
             now = time.perf_counter()
             yield StepInfo(n, state, metrics, now - last, until)
             last = now
@@ -121,6 +127,18 @@ def _run(
     watch.report(wait=True)
     if until is not None and n < until:
         warnings.warn(f"the batches ended at step {n}, before until={until}.", stacklevel=3)
+
+
+def _check_clock(state: TrainState, n: int, *, first: bool) -> None:
+    """Raise if a call did not advance ``state.step`` by 1; on an accelerator, only the first call is looked at."""
+    if not (first or state.step.device.type == "cpu") or (now := int(state.step)) == n + 1:
+        return
+    raise ValueError(
+        f"step(state, batch) has taken state.step from {n} to {now}, and a call is one step. Batches, checkpoints and"
+        " callbacks count calls by it; a run would end early, or resume at other batches. A function that makes several"
+        " updates is one step by `step = tfn.one_step(function)`, before `tfn.jit`. A function that makes a state"
+        " itself advances it: `state._replace(step=state.step + 1)`."
+    )
 
 
 def fit(
@@ -136,7 +154,8 @@ def fit(
     """Run a step over batches, call the callbacks after each step, and return the last state.
 
     Ctrl-C ends the run after the current step and returns its state. A second Ctrl-C ends it at once, with a
-    ``KeyboardInterrupt`` and no state. An error that ends the run has the last complete state as its ``state``.
+    ``KeyboardInterrupt`` and no state. An error that ends the run has the last complete state as its ``state``. Where a
+    loss is not finite, that is the state before its step; if it was donated, the newest checkpoint, or None.
 
     With checkpoints, a fresh state is replaced by the newest saved one, and callbacks get back their saved states. Each
     change of the run since then is printed with its consequence. A finished run does nothing. The last state is always
@@ -189,9 +208,19 @@ def fit(
             session.finish(latest.complete())
     except Exception as error:
         if latest.state is not None:
-            error.state = latest.state  # type: ignore[attr-defined]
+            error.state = _kept(error, latest.state, checkpoints)  # type: ignore[attr-defined]
         raise
     return latest.complete()
+
+
+def _kept(error: Exception, newest: TrainState, checkpoints: Checkpoints | None) -> TrainState | None:
+    """The last good state: the newest; where its loss is not finite, the one before it, or that of a checkpoint."""
+    if not isinstance(error, NonFiniteError):
+        return newest
+    if error.state is None and checkpoints is not None:
+        found = checkpoints.restore(like=newest)
+        return None if found is None else found[0]
+    return cast("TrainState | None", error.state)
 
 
 def _loop(session: Session, callbacks: Sequence[Callback], run: Iterator[StepInfo]) -> None:

@@ -5,6 +5,7 @@ A metric becomes a number in `values` alone, when it is shown. No other function
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,21 @@ from trainfn.callbacks._plain import callback_of
 def values(metrics: Metrics) -> dict[str, float]:
     """The metrics as numbers. Waits for the device.
 
+    A metric of several numbers, such as one for each class, has an entry for each: ``name/0``, ``name/1``, ….
+
     >>> import torch, trainfn as tfn
     >>> values({"loss": tfn.Mean.of(torch.tensor([1.0, 3.0]))})
     {'loss': 2.0}
     """
-    return {name: float(mean.value) for name, mean in metrics.items()}
+    return {key: number for name, mean in metrics.items() for key, number in _numbers(name, mean).items()}
+
+
+def _numbers(name: str, mean: Mean) -> dict[str, float]:
+    value = mean.value
+    if value.dim() == 0:
+        return {name: float(value)}
+    places = itertools.product(*map(range, value.shape))
+    return {"/".join([name, *map(str, at)]): x for at, x in zip(places, value.flatten().tolist(), strict=True)}
 
 
 def every(n: int, fn: Callable[[StepInfo], object]) -> Callable[[StepInfo], None]:
