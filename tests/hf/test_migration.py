@@ -1,12 +1,15 @@
 """Small habits of scripts that were written for transformers."""
 
 import json
+import logging
 import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tests.hf.models import gpt2, tokens
 from trainfn import Trainer, TrainingArguments
@@ -143,3 +146,54 @@ def test_batch_samplers_are_given_the_epoch(tmp_path):
     Own(gpt2(), arguments(tmp_path, max_steps=-1, num_train_epochs=3), train_dataset=rows).train()
     assert sampler.epochs == [0, 1, 2]
     assert multiprocessing.active_children() == []
+
+
+# --- what the tokenizer says ----------------------------------------------------------------------------------------
+
+
+def tokenizer(**names):
+    words = {name: n for n, name in enumerate(["<pad>", "<end>", "<first>", *"abcdefgh"])}
+    made = Tokenizer(WordLevel(words, unk_token="a"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+def run_of(folder, model, rows, **options):
+    args = {"max_steps": 1, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none"}
+    held = options.pop("processing_class")
+    made = Trainer(
+        model, TrainingArguments(str(folder), use_cpu=True, disable_tqdm=True, **args, **options), train_dataset=rows,
+        processing_class=held, data_collator=transformers.default_data_collator,
+    )  # fmt: skip
+    made.train()
+    return made
+
+
+def test_the_tokenizers_special_tokens_are_in_the_model_that_was_trained(tmp_path):
+    model, held = gpt2(), tokenizer(pad_token="<pad>", eos_token="<end>")
+    assert (model.config.pad_token_id, model.config.eos_token_id, model.config.bos_token_id) == (None, 0, 0)
+    trainer = run_of(tmp_path, model, tokens(), processing_class=held)
+    trainer.save_model()
+    for kind in (transformers.GPT2Config, transformers.GenerationConfig):
+        saved = kind.from_pretrained(tmp_path)
+        ends = saved.eos_token_id if isinstance(saved.eos_token_id, list) else [saved.eos_token_id]
+        assert saved.pad_token_id == 0 and 1 in ends
+        assert saved.bos_token_id == 0, "a token that the tokenizer lacks stays the model's"
+
+
+@pytest.mark.parametrize(
+    ("masked", "pad", "counted"), [(True, None, 10), (True, "<pad>", 10), (False, "<pad>", 9), (False, None, 24)]
+)
+def test_padding_is_not_counted(masked, pad, counted, tmp_path, caplog):
+    ids = torch.tensor([[3, 4, 0, 0, 0, 0], [3, 4, 5, 0, 0, 0], [3, 4, 5, 0, 0, 0], [3, 0, 0, 0, 0, 0]])
+    mask = (ids != 0).long()
+    mask[0, 2] = 1  # the mask goes before the padding token
+    rows = [
+        {"input_ids": x, "labels": x, **({"attention_mask": m} if masked else {})}
+        for x, m in zip(ids, mask, strict=True)
+    ]
+    held = tokenizer(**({"pad_token": pad} if pad else {}))
+    options = {"include_num_input_tokens_seen": "non_padding", "processing_class": held}
+    with caplog.at_level(logging.WARNING, "trainfn"):
+        assert run_of(tmp_path, gpt2(), rows, **options).state.num_input_tokens_seen == counted
+    told = "no padding token is known, so all tokens are counted. Pass `processing_class=tokenizer`"
+    assert (told in caplog.text) == (not masked and pad is None)

@@ -1,5 +1,6 @@
 """A run that goes on with other batches: after the same rows, and it says what differs."""
 
+import contextlib
 import logging
 import re
 from types import SimpleNamespace
@@ -22,6 +23,16 @@ ROWS = 12
 @pytest.fixture(autouse=True)
 def heard(caplog):
     caplog.set_level(logging.WARNING, "trainfn")
+
+
+@contextlib.contextmanager
+def heard_by(name, caplog):
+    """Hear a logger that does not pass its messages on."""
+    logging.getLogger(name).addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        logging.getLogger(name).removeHandler(caplog.handler)
 
 
 class Stop(TrainerCallback):
@@ -150,6 +161,21 @@ def test_what_two_ranks_write_for_the_batch_of_one(caplog):
     caplog.clear()
     go_to(place(2, 1, 6, World(plan=tfn.Plan.replicated(), ranks=Second())), {**then, "micro": 1}, skip=True)
     assert not caplog.records  # rank 0 tells
+
+
+def test_other_intervals_than_the_checkpoints_are_told(tmp_path, caplog):
+    trainer(Noting, tmp_path, 2, 1, 2, save_strategy="steps", save_steps=2).train()
+    again = trainer(Noting, tmp_path, 2, 1, 4, save_strategy="steps", save_steps=4)
+    with heard_by("transformers", caplog):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "save_steps: 4 (from args) != 2" in caplog.text
+    assert "per_device_train_batch_size" not in caplog.text
+    assert again.state.save_steps == 4
+
+    caplog.clear()
+    with heard_by("transformers", caplog):
+        trainer(Noting, tmp_path, 2, 1, 6, save_strategy="steps", save_steps=4).train(resume_from_checkpoint=True)
+    assert "from args" not in caplog.text
 
 
 def test_rows_of_somebody_elses_loader():

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 from transformers.utils import logging
 
 import trainfn as tfn
@@ -254,6 +255,8 @@ def resume(trainer: TrainerLike, run: TrainingRun, folder: str) -> None:
     # A checkpoint of another version of transformers may have fields that this one's TrainerState lacks.
     known = {field.name for field in dataclasses.fields(TrainerState)}
     trainer.state = TrainerState(**{name: value for name, value in state.items() if name in known})
+    if fresh.is_world_process_zero and trainer.state.train_batch_size:
+        compare_trainer_and_checkpoint_args(trainer.args, trainer.state)
     for name in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size"):
         setattr(trainer.state, name, getattr(fresh, name))  # from the arguments, never from the checkpoint
     trainer.state.is_local_process_zero = fresh.is_local_process_zero

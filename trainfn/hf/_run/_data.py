@@ -200,8 +200,21 @@ class Windows:
         kind = str(getattr(given, "value", given))
         tokens = inputs.get(getattr(self.trainer.model, "main_input_name", "input_ids"))
         if kind != "no" and isinstance(tokens, torch.Tensor):
-            mask = inputs.get("attention_mask") if kind == "non_padding" else None
+            mask = self._mask(inputs, tokens) if kind == "non_padding" else None
             self.counted[1] += int(mask.sum()) if mask is not None else tokens.numel()
+
+    def _mask(self, inputs: Batch, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Where a batch has no padding: from its mask, or from the padding token; None if neither is known."""
+        if inputs.get("attention_mask") is not None:
+            return inputs["attention_mask"]
+        pad = getattr(self.trainer.processing_class, "pad_token_id", None)
+        if pad is not None:
+            return tokens != pad
+        logger.warning_once(
+            "`TrainingArguments(include_num_input_tokens_seen='non_padding')`: batches have no `attention_mask`, and no"
+            " padding token is known, so all tokens are counted. Pass `processing_class=tokenizer`."
+        )
+        return None
 
     def take_counts(self, counted: list[float]) -> None:
         """Add the operations and tokens of all ranks since the last call to those of the Trainer."""

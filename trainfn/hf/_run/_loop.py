@@ -28,7 +28,7 @@ from trainfn.hf._reporting._logs import LossWindow
 from trainfn.hf._run._actions import act, agree, trial_of
 from trainfn.hf._run._data import Ended, Windows, arithmetic
 from trainfn.hf._run._record import TrainingRun, newest_state, trained_of
-from trainfn.hf._run._setup import is_quantized, new_model, smoother
+from trainfn.hf._run._setup import align_tokens, is_quantized, new_model, smoother
 from trainfn.hf._step import _manual
 from trainfn.hf._step._halving import Halving
 from trainfn.hf._step._look import Look
@@ -57,6 +57,7 @@ def train(
     folder = _folders.to_resume(trainer, resume_from_checkpoint)
     if trainer.model_init is not None:
         new_model(trainer)
+    align_tokens(trainer)
     if trial is not None:
         trainer.label_smoother = smoother(trainer.args, trainer.model)
     if trainer.args.use_liger_kernel:  # it replaces layers for good; a second call changes nothing

@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase, default_data_collator
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    default_data_collator,
+)
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import TrainerMemoryTracker
+from transformers.trainer_utils import TrainerMemoryTracker, align_special_tokens
 from transformers.utils import is_liger_kernel_available
 
 from trainfn.hf._step._counting import base_of
@@ -62,6 +68,16 @@ def first_model(trainer: TrainerLike, model: nn.Module | None) -> nn.Module:
         )
     check_quantized(model)
     return model
+
+
+def align_tokens(trainer: TrainerLike) -> None:
+    """Set the tokenizer's first, end and padding tokens in the model's configurations, where they differ.
+
+    They are saved with the model, so the text that it generates later ends where training ended it.
+    """
+    held, configured = trainer.processing_class, getattr(trainer.model, "config", None)
+    if isinstance(held, PreTrainedTokenizerBase | ProcessorMixin) and isinstance(configured, PreTrainedConfig):
+        align_special_tokens(trainer.model, held)
 
 
 def is_quantized(model: nn.Module) -> bool:
