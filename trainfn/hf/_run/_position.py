@@ -105,8 +105,8 @@ def go_to(windows: Windows, then: Values, *, skip: bool) -> None:
         )
     if (readers := then.get("readers", 1)) != _readers(windows.loader) and windows.window:
         said.append(
-            f"{_readers(windows.loader)} workers give the rows of a stream in another order than {readers}; some of this"
-            " epoch are seen again, others not at all"
+            f"{_readers(windows.loader)} workers give the rows of a stream in another order than {readers}; some of"
+            " this epoch are seen again, others not at all"
         )
     if said and windows.trainer._trainfn.world.ranks.rank == 0:
         said += _remedy(windows, then, rows)
