@@ -155,12 +155,18 @@ def test_batchnorm_buffers_are_those_of_the_micro_batches_in_sequence(k):
     assert_close(state.params, {name: p.detach() - 0.5 * p.grad / weight for name, p in twin.named_parameters()})
 
 
+def plain(state, batch):
+    return state, {}
+
+
 def test_accumulation_is_checked():
     net = MLP_NET
     state = tfn.init(net.module(), SGD)
     for num in (0, -1, 2.0, True, "all"):
         with pytest.raises(ValueError, match=r'accumulate=.*: give a number of micro-batches, 1 or more, or "stream"'):
             tfn.train_step(net.loss, SGD, accumulate=num)
+    with pytest.raises(TypeError, match=r"accumulate\(plain, num\).*tfn\.train_step\(loss, optimizer, accumulate=2\)"):
+        tfn.accumulate(plain, 2)
     with pytest.raises(ValueError, match=r"accumulate=4 needs at least 4 rows, and this batch has 3"):
         tfn.train_step(net.loss, SGD, accumulate=4)(state, net.batch(3))
     with pytest.raises(ValueError, match=r"batch\['y'\] 2, with the shape \[2\]"):

@@ -151,3 +151,14 @@ def test_rows():
 
 def test_patterns():
     assert tree.matches("Blocks.0.LN1.weight", r"ln\d\.weight$") and not tree.matches("head.bias", "weight")
+
+
+def test_states_of_two_modules_are_not_mapped_together():
+    import trainfn as tfn
+
+    one, other = (tfn.init(torch.nn.Linear(2, 1), tfn.optim.sgd(0.1)) for _ in range(2))
+    with pytest.raises(
+        ValueError, match=r"the states are of two modules.*tfn\.tree\.map\(fn, state\.params, other\.params\)"
+    ):
+        tree.map(torch.add, one, other)
+    assert_close(tree.map(torch.add, one, one).params, tree.mul(one.params, 2.0))

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
@@ -240,8 +241,22 @@ def accumulate(
     """
     if isinstance(step, TrainStep):
         return _accumulated(step, num)
+    _check_takes_rows(step)
     whole = _accumulated(TrainStep(gradients=step, update=lambda state, sums: (state, {})), num)
     return lambda state, batch: summed(step, state, whole.pieces(batch), _empty_stream, whole.count(batch))
+
+
+def _check_takes_rows(gradients: Any) -> None:
+    """Raise if a function is not one of `value_and_grad`, which takes the number of the first row."""
+    try:
+        inspect.signature(gradients).bind(None, None, 0)
+    except (TypeError, ValueError) as error:
+        name = getattr(gradients, "__name__", type(gradients).__name__)
+        raise TypeError(
+            f"accumulate({name}, num): it takes a `TrainStep` or a gradient function, whose sums add up over"
+            " micro-batches; of a function that updates, the updates would. Split the step inside:"
+            " `tfn.train_step(loss, optimizer, accumulate=2)`."
+        ) from error
 
 
 def _accumulated(step: TrainStep, num: int | Literal["stream"]) -> TrainStep:

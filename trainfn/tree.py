@@ -30,7 +30,7 @@ from trainfn._dtensor import on_full as on_full
 from trainfn._dtensor import split_like as split_like
 from trainfn._dtensor import sum_over as sum_over
 from trainfn._text import shortened
-from trainfn._types import Tree
+from trainfn._types import TrainState, Tree
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -39,7 +39,24 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     >>> map(lambda x: x + 1, {"a": 1, "b": (2, 3)})
     {'a': 2, 'b': (3, 4)}
     """
-    return optree.tree_map(fn, tree, *rest)
+    try:
+        return optree.tree_map(fn, tree, *rest)
+    except ValueError as error:
+        if (said := _of_other_states([tree, *rest])) is None:
+            raise
+        raise ValueError(said) from error
+
+
+def _of_other_states(trees: list[Tree]) -> str | None:
+    """How to go on, where the trees are states of different modules."""
+    kinds = {type(tree) for tree in trees}
+    if len(kinds) < 2 or not all(issubclass(kind, TrainState) for kind in kinds):
+        return None
+    return (
+        "tree.map(fn, state, other): the states are of two modules, and a state's type stands for its module. Map what"
+        " they have in common: `tfn.tree.map(fn, state.params, other.params)`. States of one module come from one"
+        " `tfn.init`, by `tfn.copy(state)`, `tfn.fork(state, 1)` or `state._replace(...)`."
+    )
 
 
 def _flat(like: Tree, tree: Tree) -> list[Any]:

@@ -132,6 +132,34 @@ def test_a_worker_changes_nothing(untouched_rng):
     assert all(itertools.starmap(same, itertools.zip_longest(here.start(2), there.start(2))))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # of torch, on a machine with few cores
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("last", ["short", "drop"])
+def test_a_stream_resumes_by_its_state(workers, last, untouched_rng):
+    """After every batch; the state is that of the rows so far, though workers read ahead."""
+    stream = data.stream(_huggingface(), 4, num_workers=workers, last=last, transform=jitter)
+    whole, states = [], [None]
+    batches = stream.start()
+    for batch in batches:
+        whole.append(batch)
+        states.append(json.loads(json.dumps(batches.state())))
+    rows = [int(y) for batch in whole for y in batch["y"]]
+    assert len(set(rows)) == len(rows) and (last == "drop" or len(rows) == N)
+    for step in (1, 3, len(whole)):
+        again = list(stream.start(step, states[step]))
+        assert len(again) == len(whole) - step and all(map(same, again, whole[step:]))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("source", [_huggingface, Iterated])
+def test_workers_take_turns_as_in_torch(source):
+    ours = data.stream(source(), 4, num_workers=3, last="short")
+    theirs = list(torch.utils.data.DataLoader(source(), 4, num_workers=3, collate_fn=data.stack))
+    assert [batch["y"].tolist() for batch in ours] == [batch["y"].tolist() for batch in theirs]
+    with pytest.warns(UserWarning, match="2 batches are read and dropped"):
+        assert [batch["y"].tolist() for batch in ours.start(2)] == [batch["y"].tolist() for batch in theirs[2:]]
+
+
 def test_shards_of_the_source():
     parts = [data.stream(_huggingface(), 4).shard(rank, 2, by="shards") for rank in range(2)]
     seen = [int(y) for part in parts for batch in part for y in batch["y"]]
@@ -168,12 +196,15 @@ def generator():
     yield {"x": np.zeros(2)}
 
 
+THREE = {"readers": [None] * 3, "next": 0}
 ERRORS = [
     (lambda: data.stream(generator(), 2), TypeError, r"a generator can be read once.*stream\(read_rows, ...\)"),
     (lambda: data.stream(3, 2), TypeError, "a int can be read once at most"),
     (lambda: data.stream(Iterated(), 0), ValueError, "batch_size=0 is not 1 or more"),
     (lambda: data.stream(Iterated(), 2, last="x"), ValueError, 'handled by last="drop", "pad" or "short", not \'x\''),
-    (lambda: data.stream(Iterated(), 2, num_workers=2), ValueError, "one reader.*Say num_workers=1"),
+    (lambda: data.stream(Iterated(), 2, num_workers=2, epochs=2), ValueError, "of its own.*Say num_workers=1"),
+    (lambda: data.stream(Iterated(), 2, num_workers=2, length=23), ValueError, "epochs=1 without a length"),
+    (lambda: data.stream(Iterated(), 2).start(1, THREE), ValueError, "is that of 3 readers.*Write `num_workers=3`"),
     (lambda: data.stream(Iterated(), 2, epochs=None), ValueError, "is not known.*Say length=100_000"),
     (lambda: data.stream([1], 2), ValueError, "a pass of 1 rows has no batch"),
     (lambda: list(data.stream(Iterated(), 2, length=40)), ValueError, "ended after 23 rows. Say length=23"),

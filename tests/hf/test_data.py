@@ -1,6 +1,7 @@
 """Samplers and loaders of subclasses, streams, and batches of other kinds than dicts of tensors."""
 
 import itertools
+import random
 
 import datasets
 import pytest
@@ -199,18 +200,134 @@ def test_streams(kind, own, workers, tmp_path):
         Own(Linear(), arguments(tmp_path, max_steps=-1), train_dataset=kind()).train()
 
 
-@pytest.mark.filterwarnings("ignore:stream.*rows are read and dropped")
-def test_a_stream_of_hugging_face_resumes(tmp_path):
-    rows = datasets.Dataset.from_dict({"x": [[0.0, 1.0, 2.0]] * 32, "labels": [float(i) for i in range(32)]})
+class Counted(IterableDataset):
+    """A stream with a state, which draws from its own generator and counts its reads."""
+
+    def __init__(self, plain=True):
+        self.plain, self.reads, self.place, self.draw = plain, 0, 0, random.Random(0)
+
+    def __iter__(self):
+        while self.place < 16:
+            self.reads, self.place = self.reads + 1, self.place + 1
+            drawn = self.draw.randrange(10**6)
+            self.value = (self.place - 1) * 10**6 + drawn
+            yield {"x": torch.full((3,), self.place / 16), "labels": torch.tensor(float(self.value % 1000))}
+        self.place = 0
+
+    def set_epoch(self, epoch):
+        self.draw.seed(epoch)
+
+    def state_dict(self):
+        version, numbers, normal = self.draw.getstate()
+        return {"place": self.place, "draw": [version, list(numbers) if self.plain else numbers, normal]}
+
+    def load_state_dict(self, state):
+        version, numbers, normal = state["draw"]
+        self.place = state["place"]
+        self.draw.setstate((version, tuple(numbers), normal))
+
+
+def noted(library):
+    """A Trainer of a library, which notes the labels of each micro-batch once."""
+
+    class Noted(library.Trainer):
+        def _prepare_inputs(self, inputs):
+            self.__dict__.setdefault("seen", []).append([int(x) for x in inputs["labels"]])
+            return super()._prepare_inputs(inputs)
+
+    return Noted
+
+
+Preparing = noted(trainfn)
+
+
+class InTorchs(Preparing):
+    """Has a loader of torch."""
+
+    def get_train_dataloader(self):
+        size = self.args.train_batch_size
+        return DataLoader(self.train_dataset, batch_size=size, collate_fn=self.data_collator)
+
+
+def own():
+    stream = Counted()
+    return stream, lambda: stream.reads
+
+
+def of_huggingface():
+    rows, reads = {"x": [[i / 16] * 3 for i in range(16)], "labels": [float(i) for i in range(16)]}, []
+    stream = datasets.Dataset.from_dict(rows).to_iterable_dataset(num_shards=2)
+    return stream.map(lambda row: reads.append(row["labels"]) or row), lambda: len(reads)
+
+
+@pytest.mark.parametrize("make", [own, of_huggingface])
+@pytest.mark.parametrize("kind", [Preparing, InTorchs])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("at", [1, 3, 4, 6])
+def test_a_stream_resumes_by_its_own_state(make, kind, accumulate, at, tmp_path):
+    """No row is read again: neither in the first epoch, of four updates, nor in the second."""
 
     def run(folder, **options):
-        args = arguments(tmp_path / folder, save_strategy="steps", save_steps=2)
-        trainer = Noting(Linear(), args, train_dataset=rows.to_iterable_dataset(num_shards=2))
+        stream, reads = make()
+        how = {"per_device_train_batch_size": 4 // accumulate, "gradient_accumulation_steps": accumulate}
+        args = arguments(tmp_path / folder, max_steps=7, save_strategy="steps", save_steps=1, **how)
+        trainer = kind(Linear(), args, train_dataset=stream)
+        trainer.train(**options)
+        return trainer.seen, reads()
+
+    (whole, all_reads), done = run("whole"), at * accumulate
+    seen, reads = run("again", resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{at}"))
+    assert seen == whole[done:]
+    assert reads == all_reads - at * 4
+
+
+def test_the_workers_of_a_stream_give_the_rows_of_transformers(tmp_path, caplog):
+    """In two epochs, of batches that end unevenly; and the run resumes, without reading a row again."""
+
+    def run(library, folder, workers=2, **options):
+        args = library.TrainingArguments(
+            str(tmp_path / folder), use_cpu=True, disable_tqdm=True, report_to="none", save_steps=3, max_steps=10,
+            per_device_train_batch_size=3, dataloader_num_workers=workers,
+        )  # fmt: skip
+        trainer = noted(library)(Linear(), args, train_dataset=of_huggingface()[0])
+        trainer.train(**options)
+        return trainer.seen
+
+    ours = run(trainfn, "ours")
+    assert ours == run(transformers, "theirs")
+    folder = str(tmp_path / "ours" / "checkpoint-")
+    for at in (3, 9):
+        assert run(trainfn, f"again{at}", resume_from_checkpoint=f"{folder}{at}") == ours[at:]
+    with caplog.at_level("WARNING", "trainfn"):
+        run(trainfn, "other", 1, resume_from_checkpoint=f"{folder}3")
+    assert "1 workers give the rows of a stream in another order than 2" in caplog.text
+    assert "write `dataloader_num_workers=2`" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:stream.*rows are read and dropped")
+def test_a_state_that_is_not_json_is_not_kept(tmp_path, caplog):
+    def run(folder, **options):
+        stream = Counted(plain=False)
+        args = arguments(tmp_path / folder, save_strategy="steps", save_steps=1)
+        trainer = Noting(Linear(), args, train_dataset=stream)
+        with caplog.at_level("WARNING", "trainfn"):
+            trainer.train(**options)
+        return trainer.seen, stream.reads
+
+    whole, reads = run("whole")
+    assert caplog.text.count("is not plain JSON, so checkpoints don't hold it") == 1
+    assert run("again", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")) == (whole[2:], reads)
+
+
+def test_a_stream_with_a_buffer_skips_rows(tmp_path):
+    def run(folder, **options):
+        stream = of_huggingface()[0].shuffle(seed=1, buffer_size=5)
+        args = arguments(tmp_path / folder, save_strategy="steps", save_steps=1)
+        trainer = Noting(Linear(), args, train_dataset=stream)
         trainer.train(**options)
         return trainer.seen
 
     whole = run("whole")
-    assert [x for batch in whole for x in batch] == list(range(16))
     assert run("again", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")) == whole[2:]
 
 

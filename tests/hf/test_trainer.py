@@ -544,8 +544,8 @@ def test_plateau_follows_the_metric(tmp_path):
                               ).train(), ValueError, r"returned no loss",
         ),
         (
-            lambda f: Trainer(gpt2(), arguments(f, max_steps=1), train_dataset=tokens(),
-                              optimizers=(torch.optim.ASGD(gpt2().parameters()), None)).train(),
+            lambda f: Trainer(model := gpt2(), arguments(f, max_steps=1), train_dataset=tokens(),
+                              optimizers=(torch.optim.ASGD(model.parameters()), None)).train(),
             ValueError, r"ASGD.*can't be part of a pure step",
         ),
         (

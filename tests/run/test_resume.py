@@ -162,6 +162,51 @@ def test_what_changed_is_reported_with_its_consequence(then, now, match, tmp_pat
     assert "until was 2, is 4: the run ends at another step" in err
 
 
+def edited(folder, *, rate=0.01, seed=0, until=4, smooth=0.0, inject=False, other=False):
+    """The cell of a notebook, with a run in it."""
+
+    def loss(model, b):
+        return tfn.losses.cross_entropy(model(b["x"]), b["y"], label_smoothing=smooth)
+
+    def another(model, b):
+        return 2 * tfn.losses.cross_entropy(model(b["x"]), b["y"], label_smoothing=smooth)
+
+    optimizer = (tfn.optim.inject_hyperparams(tfn.optim.adamw) if inject else tfn.optim.adamw)(rate)
+    step = tfn.jit(tfn.train_step(another if other else loss, optimizer), compile=False)
+    state = tfn.init(NET.module(), optimizer, seed=seed)
+    return tfn.fit(step, state, lambda n: NET.batch(4, n), until=until, checkpoints=tfn.Checkpoints(folder, every=2))
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "match"),
+    [
+        ({}, {"rate": 0.1}, r"changed: step\.rate was 0\.01, is 0\.1: the steps from here on are those of this run"),
+        ({}, {"smooth": 0.5}, r"changed: step\.loss\.smooth was 0\.0, is 0\.5"),
+        ({}, {"other": True}, r"changed: step\.loss was 'edited.*loss \(\w+\)', is 'edited.*another \(\w+\)'"),
+        ({}, {"seed": 1}, r"changed: seed was .* is .*: the saved run's key is kept"),
+        (
+            {"inject": True},
+            {"inject": True, "rate": 0.1},
+            r"hyperparams\.learning_rate was 0\.01, is 0\.1: the saved state's",
+        ),
+    ],
+)
+def test_what_changed_in_a_step_or_a_state_is_reported(then, now, match, tmp_path, capsys):
+    edited(tmp_path, **then)
+    assert edited(tmp_path, **now, until=6).step == 6
+    lines = [line for line in capsys.readouterr().err.splitlines() if "changed: " in line]
+    assert len(lines) == 2 and re.search(match, "\n".join(lines)), lines
+
+
+def test_a_finished_run_says_so(tmp_path, capsys):
+    edited(tmp_path)
+    capsys.readouterr()
+    assert edited(tmp_path).step == 4
+    said = capsys.readouterr().err
+    assert re.search(r"the run is finished: the state is at step 4, and until=4\. Nothing is trained", said)
+    assert "changed" not in said
+
+
 def test_an_unchanged_run_reports_nothing(tmp_path, capsys):
     with pytest.raises(RuntimeError):
         go(tmp_path, 4, callbacks=[fails_at(3)])

@@ -341,6 +341,22 @@ def test_all_broken_laws_are_reported():
         tt.check_step(writes_batch_in_place, start(0), rows(0))
 
 
+def test_a_step_that_other_laws_crash_on_is_reported_all_the_same():
+    inner = tfn.train_step(lambda p, b: tfn.losses.mse(b["x"] @ p["w"], b["y"]), tfn.optim.sgd(0.1))
+
+    def widened(state, batch):
+        new, metrics = inner(state, batch)
+        return new._replace(params={name: p.double() for name, p in new.params.items()}), metrics
+
+    def grown(state, batch):
+        new, metrics = inner(state, batch)
+        return new._replace(extra={"average": metrics["loss"].value}), metrics
+
+    for step in (widened, grown):
+        with pytest.raises(tt.LawViolation, match="check_dtype_stable: the step returns a state of another make"):
+            tt.check_step(step, start(0), rows(0))
+
+
 def writes_batch_in_place(state, batch):
     batch["y"].mul_(1.5)
     return base(state, batch)

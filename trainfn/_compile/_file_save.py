@@ -25,6 +25,7 @@ from trainfn._compile._buckets import Buckets
 from trainfn._compile._capture import Call, compiler_error
 from trainfn._compile._donate import check_alive
 from trainfn._compile._file_format import Description
+from trainfn._compile._onefile import known_instructions
 from trainfn._compile._outside import ENVIRONMENT
 from trainfn._compile._program import Program
 from trainfn._compile._structure import Arguments, Function, Leaves, Structure, flatten
@@ -265,7 +266,7 @@ def _compiled(found: Trace, inputs: list[Tensor], settings: Settings) -> list[Pa
     options = {**wrapper.config, "aot_inductor.package": True}
     options.pop("triton.cudagraphs", None)  # a library launches its kernels one by one
     try:
-        with _quiet():
+        with _quiet(), known_instructions():
             files: Any = inductor.aot_compile(found.graph, tuple(inputs), options=options)
     except Exception as error:
         raise compiler_error(error) from error

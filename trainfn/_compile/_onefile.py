@@ -158,7 +158,7 @@ def few_files() -> Generator[None]:
         stack.enter_context(config.patch({k: v for k, v in settings.items() if hasattr(config, k)}))
         stack.enter_context(_patched(AsyncCompile, "cpp_pybinding", lambda _self, types, code: files.add(types, code)))
         stack.enter_context(_patched(AsyncCompile, "wait", wait_less))
-        stack.enter_context(_known_instructions())
+        stack.enter_context(known_instructions())
         yield
         files.finish()
 
@@ -174,7 +174,7 @@ def _patched(owner: object, name: str, value: object) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _known_instructions() -> Generator[None]:
+def known_instructions() -> Generator[None]:
     """Ask the compiler whether it knows a set of instructions; inductor compiles and loads a program for each set."""
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler

@@ -10,9 +10,12 @@ from typing import Any, Self
 
 from trainfn import tree
 from trainfn._checkpoint import Checkpoints
+from trainfn._dtensor import full
 from trainfn._run._batches import Batches, start_anywhere
+from trainfn._run._describe import described
 from trainfn._types import Callback, StepInfo, TrainState
 from trainfn.callbacks._evaluation import SavedBest
+from trainfn.optim import get_hyperparams
 from trainfn.process import Requests
 
 _OTHER_ROWS = "from here on the steps see other rows than the saved run would have seen"
@@ -21,6 +24,9 @@ _CONSEQUENCES = {
     "batches": _OTHER_ROWS,
     "accumulate": "the same rows per step and the same update, but for the order of floating-point additions",
     "until": "the run ends at another step; a schedule made from its length is another one",
+    "step": "the steps from here on are those of this run",
+    "seed": "the saved run's key is kept; for the new seed, give another folder",
+    "hyperparams": "the saved state's value is kept; `tfn.optim.set_hyperparams(state, ...)` changes it",
 }
 
 
@@ -48,6 +54,7 @@ class Session:
         self.step, self.batches, self.requests = step, batches, requests
         self.saved: int | None = None
         self.until: int | None = None
+        self._given: dict[str, Any] = {}  # what the run's description says of the state that `fit` was given
         self.best: SavedBest | None = None
         if checkpoints is None:
             return
@@ -82,6 +89,11 @@ class Session:
             self._stack.enter_context(callback)
         info = StepInfo(int(state.step), state, {}, 0.0, until)
         if info.until is not None and info.n >= info.until:
+            if self.checkpoints is not None:
+                self.say(
+                    f"the run is finished: the state is at step {info.n}, and until={info.until}. Nothing is trained."
+                    " To train on, give a larger `until`; to start anew, give another folder."
+                )
             return  # a finished run does nothing
         self._check_best([name for callback in self.callbacks for name in callback.begin(info) or ()])
 
@@ -90,6 +102,7 @@ class Session:
         self.until = until
         if self.checkpoints is None:
             return state
+        self._given = _of_state(state)
         if not isinstance(state, TrainState):
             raise TypeError(
                 f"fit(..., checkpoints=...): the state is a {type(state).__name__}, and only states of `tfn.init` can"
@@ -185,10 +198,13 @@ class Session:
             "batches": describe() if describe is not None else {"function": name},
             "accumulate": getattr(inner, "accumulate", 1),
             "until": self.until,
+            "step": described(self.step),
+            **self._given,
         }
 
     def _say_changes(self, then: dict[str, Any]) -> None:
-        was, now = _flat(then), _flat(self._description())
+        current = {name: value for name, value in self._description().items() if name in then}
+        was, now = _flat(then), _flat(current)
         for name in {**was, **now}:
             if was.get(name) != now.get(name):
                 why = next((text for start, text in _CONSEQUENCES.items() if name.startswith(start)), "")
@@ -217,6 +233,17 @@ class Session:
         """Print a line on rank 0."""
         if self.requests.ranks.rank == 0:
             print(f"trainfn: {text}", file=sys.stderr)
+
+
+def _of_state(state: TrainState) -> dict[str, Any]:
+    """The seed and the hyperparameters of the state that `fit` was given, which a restored one replaces."""
+    if not isinstance(state, TrainState):
+        return {}
+    try:
+        numbers = {name: float(f"{float(full(value)):.7g}") for name, value in get_hyperparams(state).items()}
+    except ValueError:  # the optimizer has none in its state
+        numbers = {}
+    return {"seed": str([int(x) for x in full(state.key)]), "hyperparams": numbers}
 
 
 def _flat(description: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,8 @@ from trainfn.data._orders import weighted as weighted
 from trainfn.data._packing import Packing as Packing
 from trainfn.data._packing import pack_rows as pack_rows
 from trainfn.data._packing import packed as packed
+from trainfn.data._reading import Reading as Reading
+from trainfn.data._reading import has_state as has_state
 from trainfn.data._rows import concat as concat
 from trainfn.data._sampler import Rows as Rows
 from trainfn.data._sampler import Sampler as Sampler

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Sized
@@ -16,6 +16,7 @@ from trainfn._types import Batch
 from trainfn.data import _batch, _bits, _seeding, _workers
 from trainfn.data._batch import Transform
 from trainfn.data._collate import Collate, stack
+from trainfn.data._reading import Cursor, Reading, has_state
 from trainfn.data._rows import is_huggingface
 from trainfn.data._sampler import Last, described, filled, named, natural, seeded
 
@@ -68,14 +69,20 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         return self.start(0)
 
-    def start(self, step: int = 0) -> Iterator[Batch]:
+    def start(self, step: int = 0, state: Any = None) -> Reading:
         """The batches of step ``step`` and all later ones.
 
         Costs what the source's own skipping costs, and the reading of less than ``shuffle`` rows. A source that can't
         skip is read up to there, which a warning says.
+
+        Args:
+            step: The number of the first batch.
+            state: The `Reading.state` after the batch before it. The source resumes by it, and no earlier row is read.
+
+        Raises:
+            ValueError: If the state is that of another number of workers.
         """
-        step = natural("stream.start(step)", "step", step, least=0)
-        return _workers.streamed(functools.partial(self._batches, step), self.num_workers, self.prefetch)
+        return Reading(self, natural("stream.start(step)", "step", step, least=0), state)
 
     def __call__(self, n: int) -> Batch:
         """Batch ``n`` by itself, read in this process.
@@ -83,7 +90,8 @@ class Stream:
         Raises:
             IndexError: If there are not so many.
         """
-        for batch in self._batches(natural("stream(n)", "n", n, least=0)):
+        n = natural("stream(n)", "n", n, least=0)
+        for batch in self.batches(n) if self.num_workers <= 1 else self.start(n):
             return batch
         raise IndexError(f"stream({n}): the source ends before this batch.")
 
@@ -129,12 +137,19 @@ class Stream:
             "collate": described(self.collate),
         }
 
-    def _batches(self, step: int) -> Iterator[Batch]:
+    def batches(self, step: int, cursor: Cursor | None = None) -> Iterator[Batch]:
+        """The batches from a step on, read in this process.
+
+        Args:
+            step: The number of the first batch.
+            cursor: The place in the source: the state that it resumes by, and later the source itself.
+        """
+        cursor = Cursor() if cursor is None else cursor
         per_epoch = self.steps_per_epoch
         epoch, number = (0, step) if per_epoch is None else divmod(step, per_epoch)
         epoch += self.first_epoch
         while self.epochs is None or epoch < self.first_epoch + self.epochs:
-            rows = self._rows(epoch, number * self.batch_size)
+            rows = self._rows(epoch, number * self.batch_size, cursor)
             while read := list(itertools.islice(rows, self.batch_size)):
                 if len(read) == self.batch_size or self.last != "drop":
                     yield self._batch(epoch, number, step, read)
@@ -162,12 +177,18 @@ class Stream:
             raise
         return _batch.weighted(batch, rows.weights, self.weights) if self.last == "pad" else batch
 
-    def _rows(self, epoch: int, first: int) -> Iterator[Any]:
+    def part_of_worker(self, worker: int) -> Stream:
+        """The stream of one worker among several: a pass over the rows that the source gives to it."""
+        seed = int(_bits.fold_in(_bits.key(self.seed), worker)[0])  # row 0 of each worker is another row
+        return dataclasses.replace(self, seed=seed, length=None, epochs=1)
+
+    def _rows(self, epoch: int, first: int, cursor: Cursor) -> Iterator[Any]:
         """The rows of an epoch from the first-th on, shuffled in blocks if asked to."""
         size = self.shuffle or self.batch_size
         block, skip = divmod(first, size)
         draws = not is_huggingface(self.source)
-        source, start = opened(self.source, epoch, block * size)
+        source, start = opened(self.source, epoch, block * size, cursor)
+        cursor.exact = not self.shuffle  # rows of a block are read before they are used
         if start < block * size:
             _warn(block * size)
         for k in range(start // size, block):
@@ -196,17 +217,24 @@ class Stream:
         return rows
 
 
-def opened(source: Any, epoch: int, first: int) -> tuple[Iterator[Any], int]:
+def opened(source: Any, epoch: int, first: int, cursor: Cursor) -> tuple[Iterator[Any], int]:
     """The source from row ``first`` on if it can start there, else from row 0; and which of the two."""
+    state, cursor.state = cursor.state, None
     if not hasattr(source, "__iter__"):
         if _batch.takes(source, "first"):
             return iter(source(first=first)), first
-        source = source()
-    if hasattr(source, "set_epoch"):
+        source, cursor.has_epoch = source(), False
+    if hasattr(source, "set_epoch") and not cursor.has_epoch:
         source.set_epoch(epoch)
-    if first > 0 and hasattr(source, "skip"):
+    if state is not None:
+        # Hugging Face's streams keep the state for all later passes with this epoch's number, so it goes to a copy.
+        source = copy.copy(source) if is_huggingface(source) else source
+        source.load_state_dict(state)
+    cursor.source = source if has_state(source) else None
+    if state is None and first > 0 and hasattr(source, "skip"):
+        cursor.source = None  # its state would be that of the result of `skip`
         return iter(source.skip(first)), first
-    return iter(source), 0
+    return iter(source), 0 if state is None else first
 
 
 def _warn(rows: int) -> None:
@@ -252,12 +280,16 @@ def stream(
         transform: See `loader`, as for ``collate`` and ``weights``.
         collate: The same.
         weights: The same.
-        num_workers: 1 to read and transform in another process, which overlaps with the step; 0 for not.
-        prefetch: Batches it is ahead, 2 by default.
+        num_workers: 1 to read and transform in another process, which overlaps with the step; 0 for not. Each of
+            several workers iterates over the source and makes batches of its own, which come in turn, as from torch's
+            ``DataLoader``. The source divides its rows by ``torch.utils.data.get_worker_info()``, as Hugging Face's
+            streams do with files; a source that does not gives each row once for each worker.
+        prefetch: Batches a worker is ahead, 2 by default.
 
     Raises:
         TypeError: If the source can be read only once.
-        ValueError: If there is more than one worker, or the number of rows is needed and not known.
+        ValueError: If there are several workers, and several passes or a length; or if the number of rows is needed and
+            not known.
 
     >>> batches = stream([{"x": i} for i in range(6)], 2, shuffle=6, seed=1)
     >>> sorted(int(x) for batch in batches for x in batch["x"])
@@ -272,10 +304,10 @@ def stream(
     batch_size, shuffle = natural(call, "batch_size", batch_size), natural(call, "shuffle", shuffle, least=0)
     epochs = None if epochs is None else natural(call, "epochs", epochs)
     ahead = _workers.checked(call, num_workers, prefetch)
-    if num_workers > 1:
-        raise ValueError(f"`{call}`: a stream has one reader, or its order would depend on the workers. Say"
-                         " num_workers=1, or use a `loader` on a dataset with rows by number.")  # fmt: skip
-    if length is None and isinstance(source, Sized):
+    if num_workers > 1 and (epochs, length) != (1, None):
+        raise ValueError(f"`{call}`: of several workers each ends at a step of its own, so no step of a later pass is"
+                         " known. Say num_workers=1, or epochs=1 without a length.")  # fmt: skip
+    if length is None and isinstance(source, Sized) and num_workers <= 1:
         length = len(source)
     if last not in ("drop", "pad", "short"):
         raise ValueError(f'`{call}`: the end of a pass is handled by last="drop", "pad" or "short", not {last!r}.')

@@ -1,7 +1,8 @@
 """Batches made ahead of time, in other processes: torch's ``DataLoader`` asked for batch numbers.
 
-A worker gets a number and returns that batch, so what it makes can't depend on which worker it is. Batches come out
-in order, epochs included: there is no end of an epoch at which workers would stop or start.
+A worker of a loader gets a number and returns that batch, so what it makes can't depend on which worker it is. Batches
+come out in order, epochs included: there is no end of an epoch at which workers would stop or start. The workers of a
+stream have a source each, and their batches come in turn.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from trainfn._types import Batch
 from trainfn.data._sampler import natural
@@ -33,12 +34,14 @@ class _Numbered(Dataset[Batch]):
         return self.make(n)
 
 
-class _Streamed(IterableDataset[Batch]):
-    def __init__(self, make: Callable[[], Iterator[Batch]]) -> None:
+class _Streamed(IterableDataset[Any]):
+    def __init__(self, make: Callable[[int], Iterator[Any]]) -> None:
         self.make = make
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self.make()
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        assert info is not None
+        return self.make(info.id)
 
 
 def each(make: Callable[[int], Batch], numbers: Iterable[int], num_workers: int, prefetch: int) -> Iterator[Batch]:
@@ -48,9 +51,9 @@ def each(make: Callable[[int], Batch], numbers: Iterable[int], num_workers: int,
     return _loaded(_Numbered(make), num_workers, prefetch, sampler=numbers)
 
 
-def streamed(make: Callable[[], Iterator[Batch]], num_workers: int, prefetch: int) -> Iterator[Batch]:
-    """The values that ``make()`` yields, in this process or in one worker."""
-    return make() if num_workers == 0 else _loaded(_Streamed(make), num_workers, prefetch)
+def streamed(make: Callable[[int], Iterator[Any]], num_workers: int, prefetch: int) -> Iterator[Any]:
+    """The values that ``make(worker)`` yields in each worker, in turn; a worker that has ended is left out."""
+    return _loaded(_Streamed(make), num_workers, prefetch)
 
 
 def _loaded(dataset: Any, num_workers: int, prefetch: int, **options: Any) -> Iterator[Batch]:

@@ -115,6 +115,7 @@ def absent(owner: object, name: str) -> AttributeError:
 def table(ours: type, theirs: type) -> dict[str, tuple[str, str]]:
     """Return, for each method of transformers' Trainer, what happens to an override, and the line to write instead.
 
+    >>> import transformers
     >>> from trainfn.hf import Trainer
     >>> table(Trainer, transformers.Trainer)["evaluate"]
     ('called', '')

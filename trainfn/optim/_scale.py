@@ -141,7 +141,12 @@ def scale_by_learning_rate(learning_rate: Rate) -> Transform:
     nonnegative("scale_by_learning_rate", learning_rate=learning_rate)
     if callable(learning_rate):
         return scale_by_schedule(lambda count: -learning_rate(count))
-    return scale(-learning_rate)
+    rate: Scalar = learning_rate
+
+    def update(updates: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
+        return times(updates, -rate), state  # not `scale`: a rerun names the number by this closure
+
+    return Transform(scale(-rate).init, update)
 
 
 def trace(decay: Scalar, *, nesterov: bool = False, dampening: Scalar = 0.0) -> Transform:

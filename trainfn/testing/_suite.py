@@ -77,21 +77,25 @@ def check_step(
     ]
     if _streams(step):
         laws = [law for law in laws if law[0] in ("check_dtype_stable", "check_roundtrip")]
-    held, broken = list[str](), list[LawViolation]()
+    held, broken, crashed = list[str](), list[LawViolation](), list[Exception]()
     for name, law in laws:
         try:
             law()
             held.append(name)
         except LawViolation as error:
             broken.append(error)
-        except (CaptureError, RecompileError):
-            if not any(str(error).startswith("check_single_graph") for error in broken):
-                raise
+        except (CaptureError, RecompileError) as error:
+            if not any(str(one).startswith("check_single_graph") for one in broken):
+                crashed.append(error)
+        except Exception as error:  # perhaps the consequence of a law that is broken, and that says more
+            crashed.append(error)
     if len(broken) == 1:
         raise broken[0]
     if broken:
         numbered = (f"({n}) {error}" for n, error in zip(itertools.count(1), broken, strict=False))
         raise LawViolation(f"check_step: {len(broken)} laws are broken.\n\n" + "\n\n".join(numbered))
+    if crashed:
+        raise crashed[0]
     return Laws(tuple(held))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sized
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -16,6 +15,7 @@ from transformers.utils import logging
 import trainfn as tfn
 from trainfn.hf._callbacks._events import event
 from trainfn.hf._names import overridden
+from trainfn.hf._run._foreign import Foreign
 from trainfn.hf._run._loaders import together as together
 from trainfn.hf._step._held import held
 from trainfn.hf._step._terms import with_update
@@ -102,6 +102,8 @@ class Windows:
         self.micro_done = 0  # in this epoch
         self.first: Batch = {}  # micro-batch of the newest window
         self.counted = [0.0, 0.0]  # operations and tokens of this rank that are not yet added up
+        self.reading: tfn.data.Reading | Foreign | None = None  # the epoch that is being read, of a stream
+        self.resumed: Nested = None  # the state of a stream that the next epoch resumes by
 
     def start(self, step: int) -> Iterator[Batch | list[Batch] | Iterator[Batch]]:
         """Yield the windows from ``(epoch, window)`` on; this position decides, and ``step`` is not read."""
@@ -164,17 +166,16 @@ class Windows:
         self.ended()
 
     def _micro(self, epoch: int, first: int) -> Generator[Batch]:
-        loader = self.loader
+        loader, state, self.resumed = self.loader, self.resumed, None
         if isinstance(loader, tfn.data.Loader):
             assert self.length.micro_per_epoch is not None
             begin = epoch * self.length.micro_per_epoch
             endless = dataclasses.replace(loader, epochs=None)
             batches = _limited(endless.start(begin + first), self.length.micro_per_epoch - first)
         elif isinstance(loader, tfn.data.Stream):
-            batches = dataclasses.replace(loader, first_epoch=epoch).start(first)
+            batches = self.reading = dataclasses.replace(loader, first_epoch=epoch).start(first, state)
         else:
-            seed = self.trainer.args.seed
-            batches = _seeded(loader, seed if seed is not None else 0, epoch, first)
+            batches = self.reading = Foreign(loader, self.trainer.args.seed or 0, epoch, first, state)
         for batch in batches:
             if isinstance(batch, tfn.data.NoRows):
                 size = self.trainer._trainfn.world.parts
@@ -236,62 +237,6 @@ def _limited(batches: Iterator[T], count: int) -> Generator[T]:
         yield from _take(batches, count)
     finally:
         batches.close()  # type: ignore[attr-defined]
-
-
-def _seeded(loader: Loader, seed: int, epoch: int, skip: int) -> Generator[Batch]:
-    """One epoch of a loader that is not trainfn's, whose order and augmentation follow from (seed, epoch).
-
-    Such a loader draws from the global generators. For each batch they have its states, and afterwards their own.
-    """
-    for shuffles in _shufflers(loader):
-        if callable(set_epoch := getattr(shuffles, "set_epoch", None)):
-            set_epoch(epoch)
-    if isinstance(own := getattr(loader, "generator", None), torch.Generator):
-        own.manual_seed(_number(seed, epoch))
-    lent = _Generators(seed, epoch)
-    with lent:
-        batches = iter(loader)
-    for n in range(2**62):
-        with lent:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-        if n >= skip:  # skipped batches are read too, so that the generators advance as in the first run
-            yield batch
-
-
-def _shufflers(loader: Loader) -> list[object]:
-    """A loader and what it draws its order from, such as a `DistributedSampler` in a batch sampler."""
-    found: list[object] = [loader, getattr(loader, "dataset", None)]
-    batches = getattr(loader, "batch_sampler", None)
-    for owner in (loader, batches, getattr(batches, "batch_sampler", None)):
-        found += [getattr(owner, "sampler", None), getattr(owner, "batch_sampler", None)]
-    return [each for n, each in enumerate(found) if all(each is not other for other in found[:n])]
-
-
-def _number(seed: int, epoch: int) -> int:
-    return int(tfn.random.fold_in(tfn.random.key(seed), epoch)[0]) % 2**32
-
-
-class _Generators:
-    """A loader's states of the global generators, in place for the time of a block."""
-
-    def __init__(self, seed: int, epoch: int) -> None:
-        number = _number(seed, epoch)
-        with tfn.process.generators_kept():
-            torch.default_generator.manual_seed(number)  # `torch.manual_seed` reseeds those of devices too
-            np.random.seed(number)
-            random.seed(number)
-            self._mine = tfn.process.Generators.now()
-
-    def __enter__(self) -> None:
-        self._theirs = tfn.process.Generators.now()
-        self._mine.restore()
-
-    def __exit__(self, *_: object) -> None:
-        self._mine = tfn.process.Generators.now()
-        self._theirs.restore()
 
 
 def prepared_inputs(trainer: TrainerLike, inputs: Batch) -> Batch:

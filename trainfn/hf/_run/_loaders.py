@@ -111,7 +111,7 @@ def _training(trainer: TrainerLike, dataset: Dataset, size: int, collate: Collat
     last = "drop" if args.dataloader_drop_last else "short"
     _check_enough(trainer, dataset, "training", "per_device_train_batch_size", last, size)
     if not _is_sized(dataset):
-        stream = tfn.data.stream(dataset, size, last=last, seed=seed, collate=collate, **_reader(args))
+        stream = tfn.data.stream(dataset, size, last=last, seed=seed, collate=collate, **_workers(args))
         return dealt(trainer._trainfn.world, stream)
     n = len(dataset)
     strategy = _strategy(args)
@@ -130,7 +130,7 @@ def _eval(trainer: TrainerLike, dataset: Dataset, size: int, collate: Collator, 
     last = "drop" if args.dataloader_drop_last and _is_sized(dataset) else "short"
     _check_enough(trainer, dataset, description, "per_device_eval_batch_size", last, size)
     if not _is_sized(dataset):
-        return dealt(world, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
+        return dealt(world, tfn.data.stream(dataset, size, last=last, collate=collate, **_workers(args)))
     sampler = tfn.data.sequential(len(dataset), size, last=last)
     return dealt(world, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
 
@@ -165,18 +165,6 @@ def _check_enough(trainer: TrainerLike, dataset: Dataset, description: str, name
 def _workers(args: TrainingArguments) -> Values:
     workers = args.dataloader_num_workers
     return {"num_workers": workers, "prefetch": args.dataloader_prefetch_factor if workers else None}
-
-
-def _reader(args: TrainingArguments) -> Values:
-    """The options of a stream, which at most one worker reads."""
-    options = _workers(args)
-    if options["num_workers"] > 1:
-        logger.warning_once(
-            f"`TrainingArguments(dataloader_num_workers={options['num_workers']})`: an iterable dataset is read by one"
-            " worker, because its order would depend on the number of them. Write `dataloader_num_workers=1`, or pass"
-            " a dataset with rows by number."
-        )
-    return {**options, "num_workers": min(options["num_workers"], 1)}
 
 
 def prepared(trainer: TrainerLike, dataset: Dataset, description: str) -> tuple[Dataset, Collator]:

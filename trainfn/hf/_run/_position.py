@@ -11,7 +11,8 @@ from transformers.utils import logging
 import trainfn as tfn
 from trainfn.hf._parallel._sharding import Dealt
 from trainfn.hf._run._data import Windows, together
-from trainfn.hf._types import Loader, Values
+from trainfn.hf._run._foreign import owner_of_state
+from trainfn.hf._types import Loader, Nested, Values
 
 logger = logging.get_logger(__name__)
 
@@ -24,11 +25,44 @@ def position(windows: Windows) -> Values:
     ``of``                micro-batches of an epoch, or None if the loader has no length
     ``rows``              rows of a micro-batch, on all ranks together; see `rows_of`
     ``accumulate``        micro-batches of an update
+    ``readers``           workers that read a stream, or 1
+    ``streams``           the state of each rank's stream, if it has one; see `_streams`
     ===================== ===========================================================================================
     """
     length = windows.length
     place = {"epoch": windows.epoch, "micro": windows.window and windows.micro_done}
-    return {**place, "of": length.micro_per_epoch, "rows": rows_of(windows), "accumulate": length.accumulate}
+    sizes = {"of": length.micro_per_epoch, "rows": rows_of(windows), "accumulate": length.accumulate}
+    kept = {"readers": _readers(windows.loader), "streams": _streams(windows) if windows.window else None}
+    return {**place, **sizes, **kept}
+
+
+def _readers(loader: Loader) -> int:
+    return max(loader.num_workers, 1) if isinstance(loader, tfn.data.Stream) else 1
+
+
+def _streams(windows: Windows) -> list[Nested] | None:
+    """The states of the ranks' streams after the rows that updates have seen; every rank calls this."""
+    if windows.reading is None:
+        return None
+    state = windows.reading.state()
+    if not _is_json(state):
+        logger.warning_once(
+            f"Trainer: the state of {type(windows.loader).__name__} is not plain JSON, so checkpoints don't hold it: a"
+            " resumed run reads and drops the rows before. Return numbers, strings, lists and dicts with string keys"
+            " from `state_dict()`."
+        )
+        state = None
+    states = windows.trainer._trainfn.world.ranks.gathered(state)
+    return None if any(each is None for each in states) else states
+
+
+def _is_json(value: Nested) -> bool:
+    """Whether a value comes back from a JSON file as it was."""
+    if isinstance(value, dict):
+        return all(type(name) is str and _is_json(item) for name, item in value.items())
+    if type(value) is list:
+        return all(map(_is_json, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def rows_of(windows: Windows) -> int:
@@ -56,6 +90,7 @@ def go_to(windows: Windows, then: Values, *, skip: bool) -> None:
         windows.window = length.updates_per_epoch
     elif skip:
         windows.window, again = divmod(then["micro"] * then["rows"], rows * length.accumulate)
+        windows.resumed = None if again else _fitting(windows, then)
     said = _sizes(windows, then, rows)
     if again:
         said.append(
@@ -68,9 +103,28 @@ def go_to(windows: Windows, then: Values, *, skip: bool) -> None:
             "rows that are grouped by length are grouped in another way; some of this epoch are seen again, and others"
             " not at all"
         )
+    if (readers := then.get("readers", 1)) != _readers(windows.loader) and windows.window:
+        said.append(
+            f"{_readers(windows.loader)} workers give the rows of a stream in another order than {readers}; some of"
+            " this epoch are seen again, others not at all"
+        )
     if said and windows.trainer._trainfn.world.ranks.rank == 0:
         said += _remedy(windows, then, rows)
         logger.warning(f"`trainer.train(resume_from_checkpoint=...)`: {'; '.join(said)}.")
+
+
+def _fitting(windows: Windows, then: Values) -> Nested:
+    """The state of this rank's stream in a checkpoint, unless it is that of another number of ranks or workers."""
+    ranks, loader = windows.trainer._trainfn.world.ranks, windows.loader
+    states = then.get("streams") or []
+    if len(states) != ranks.size:
+        return None
+    state = states[ranks.rank]
+    if not isinstance(loader, tfn.data.Stream):
+        return state if owner_of_state(loader) is not None else None
+    readers, same = _readers(loader), then["rows"] == rows_of(windows)
+    fits = tfn.data.has_state(loader.source) and len(state["readers"]) == readers and (same or readers == 1)
+    return state if fits else None
 
 
 def _same_order(loader: Loader) -> bool:
@@ -105,4 +159,6 @@ def _remedy(windows: Windows, then: Values, rows: int) -> list[str]:
         lines.append(f"a number of processes that divides {then['rows']}")
     if then["accumulate"] != windows.length.accumulate:
         lines.append(f"`gradient_accumulation_steps={then['accumulate']}`")
+    if then.get("readers", 1) != _readers(windows.loader):
+        lines.append(f"`dataloader_num_workers={then['readers']}`")
     return [f"for the same run, write {' and '.join(lines)}"] if lines else []
