@@ -28,6 +28,7 @@ from trainfn._marks import Again
 from trainfn._reached import is_settled, late_in, settled
 from trainfn._text import shortened
 from trainfn.errors import RecompileError
+from trainfn.process import SWAP
 
 _Signature = tuple[Hashable, ...]
 _MOST_KINDS = 256  # of arguments: each keeps its state's module alive
@@ -96,9 +97,10 @@ class Program:
             old, form = flatten((given[0]._replace(opt_state=settled(given[0].opt_state, late)), *given[1:]))
             donated = self._donated(form)
         new, made = donation(donated, form, old, out)
-        overwrite(donated, old, new)
-        first.retire(state)
-        return made.build(iter(new))
+        with SWAP:
+            overwrite(donated, old, new)
+            first.retire(state)
+            return made.build(iter(new))
 
     def ahead(self, state: Any, *rest: Any) -> Any:
         """Run eagerly. What would be compiled for these arguments is captured, and given to `helper` once."""
@@ -124,7 +126,11 @@ class Program:
                 entry = self._entry(signature, leaves)
         if entry is None or entry.stale() or not entry.outside.unchanged():
             entry = self._enter(entry, (state, *rest), leaves, signature)
-        made = entry(state, leaves)
+        if self.donate:
+            with SWAP:
+                made = entry(state, leaves)
+        else:
+            made = entry(state, leaves)
         if entry.state_size:
             self._remember(entry, *made[1:])
         return made[0]
