@@ -792,6 +792,31 @@ def test_another_save_is_not_the_best(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
 
 
+def test_only_a_checkpoint_that_was_written_is_the_best(tmp_path):
+    values = iter([2.0, 1.0, 3.0, 4.0])
+    trainer = with_evaluation(
+        tmp_path, metrics=lambda _: {"loss": next(values)}, max_steps=12, eval_strategy="steps", eval_steps=3,
+        save_strategy="steps", save_steps=2, metric_for_best_model="loss", greater_is_better=False,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 6 and trainer.state.best_model_checkpoint.endswith("checkpoint-6")
+    values = iter([1.0, 2.0, 3.0, 4.0])
+    trainer.train()
+    assert trainer.state.best_global_step == 3 and trainer.state.best_model_checkpoint is None
+
+
+def test_a_checkpoint_that_an_epochs_evaluation_finds_best_is_named(tmp_path):
+    values = iter([1.0, 2.0])
+    trainer = with_evaluation(
+        tmp_path, metrics=lambda _: {"loss": next(values)}, num_train_epochs=2, eval_strategy="epoch",
+        save_strategy="steps", save_steps=1, metric_for_best_model="loss", greater_is_better=False,
+    )  # fmt: skip
+    trainer.train()  # the checkpoint of the epoch's last step is older than the epoch's evaluation
+    best = trainer.state.best_global_step
+    assert 0 < best < trainer.state.global_step
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+
+
 def test_a_stream_knows_its_epoch(tmp_path):
     epochs = []
 

@@ -108,6 +108,8 @@ class Saving:
         """Save the present state in the background; return its folder. Every rank calls this."""
         trainer, run = self.trainer, self.run
         folder = output_dir(trainer) / f"checkpoint-{trainer.state.global_step}"
+        run.saved = trainer.state.global_step
+        _name_best(trainer)
         if trainer.push_in_progress is not None and trainer.args.save_total_limit:
             trainer.push_in_progress.wait_until_done()  # the rotation must not remove a folder during its upload
         ranks = trainer._trainfn.world.ranks
@@ -314,9 +316,15 @@ def note_best(trainer: TrainerLike, metrics: Metrics) -> bool:
     if math.isnan(value) or not (state.best_metric is None or better(value, state.best_metric)):
         return False
     state.best_metric, state.best_global_step = value, state.global_step
-    if trainer.args.save_strategy != "no":
-        state.best_model_checkpoint = str(output_dir(trainer) / f"checkpoint-{state.global_step}")
+    _name_best(trainer)
     return True
+
+
+def _name_best(trainer: TrainerLike) -> None:
+    """Name the checkpoint of this step as the best one, once it is both the best and saved."""
+    state, run = trainer.state, trainer._trainfn.run
+    if run is not None and run.saved == state.global_step == state.best_global_step:
+        state.best_model_checkpoint = str(output_dir(trainer) / f"checkpoint-{state.global_step}")
 
 
 def load_best(trainer: TrainerLike) -> None:

@@ -69,6 +69,7 @@ class TrainingRun:
         gradients: The parameters whose ``.grad`` callbacks can read now.
         began: When the loop began, in seconds since the epoch.
         first: The number of steps before the run.
+        saved: The step of the newest checkpoint of the run.
         tokens_before: The tokens that were seen before the loop began.
         restored: The checkpoint, while the run resumes from it.
         acts_alone: Whether a subclass overrides `_maybe_log_save_evaluate`, which is then called after every step.
@@ -89,6 +90,7 @@ class TrainingRun:
     gradients: list[Tensor] = dataclasses.field(default_factory=list, repr=False)
     began: float = dataclasses.field(default_factory=time.time)
     first: int = 0
+    saved: int | None = None
     tokens_before: int = 0
     restored: Restored | None = None
     acts_alone: bool = False
