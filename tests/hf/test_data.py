@@ -227,7 +227,9 @@ def test_streams(kind, own, workers, tmp_path):
             return super().get_train_dataloader()
 
     trainer = Own(Linear(), arguments(tmp_path, dataloader_num_workers=workers), train_dataset=kind())
-    trainer.train()
+    found = trainer.train().metrics
+    # Each is rounded to three digits after the point.
+    assert found["train_samples_per_second"] == pytest.approx(4 * found["train_steps_per_second"], abs=5e-3)
     rows = list(range(16)) if kind is Endless else [*range(8), *range(8)]
     assert [x for batch in trainer.seen for x in batch] == rows
     with pytest.raises(ValueError, match="max_steps"):
