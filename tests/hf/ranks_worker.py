@@ -174,6 +174,37 @@ def stream(folder, plan):
     return {"params": params(trainer)}
 
 
+class Placed(torch.utils.data.IterableDataset):
+    """A stream with a state, which counts its reads."""
+
+    def __init__(self):
+        self.place, self.reads = 0, 0
+
+    def __iter__(self):
+        rows = tokens(16)
+        while self.place < len(rows):
+            self.place, self.reads = self.place + 1, self.reads + 1
+            yield rows[self.place - 1]
+        self.place = 0
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+def placed(folder, plan):
+    """A run that resumes by the state of each rank's stream, and reads no row again."""
+    how = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, **plan}
+    rows, again = Placed(), Placed()
+    whole = Trainer(gpt2(), arguments(folder, **how), pad, rows)
+    whole.train()
+    resumed = Trainer(gpt2(), arguments(folder / "again", **how), pad, again)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    return {"params": params(resumed), "whole": params(whole), "reads": [rows.reads, again.reads]}
+
+
 class OwnLoader(Trainer):
     """Somebody else's loader, not divided."""
 
@@ -596,6 +627,7 @@ ONCE = {  # by DDP alone
     "grouped": (ungrouped, {}),
     "stream": (stream, {}),
     "own loader": (own_loader, {}),
+    "placed": (placed, {}),
     "divided": (divided, {}),
     "ordered": (ordered, {}),
     "sampled": (sampled, {}),
