@@ -111,10 +111,9 @@ def _with_sampler(
     how: Values = {"batch_size": batch_size, "sampler": sampler, "drop_last": args.dataloader_drop_last}
     if isinstance(sampler, BatchSampler) or (hasattr(sampler, "batch_size") and hasattr(sampler, "drop_last")):
         how = {"batch_sampler": sampler}
-        batch_size = cast("BatchSampler", sampler).batch_size
     if world.plan is None or not _splits(trainer):
         return dealt(world, _of_torch(trainer, dataset, collate, **how))
-    loader = _of_torch(trainer, dataset, Share(world, collate, batch_size), **how)
+    loader = _of_torch(trainer, dataset, Share(world, collate), **how)
     return cast("Loader", Parted(world, loader, split=True))
 
 
