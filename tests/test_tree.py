@@ -161,4 +161,10 @@ def test_states_of_two_modules_are_not_mapped_together():
         ValueError, match=r"the states are of two modules.*tfn\.tree\.map\(fn, state\.params, other\.params\)"
     ):
         tree.map(torch.add, one, other)
+    with pytest.raises(ValueError, match="the states are of two modules"):
+        tree.map(torch.add, {"a": one}, {"a": other})
+    with pytest.raises(ValueError, match="Expected an instance of dict"):  # another mistake keeps its own message
+        tree.map(torch.add, {"a": one}, [one])
+    with pytest.raises(TypeError, match=r"got a dict of 1 states.*state\['a'\], metrics = step\(state\['a'\], batch\)"):
+        tfn.train_step(lambda m, x: tfn.Mean.of(m(x)), tfn.optim.sgd(0.1))({"a": one}, torch.ones(1, 2))
     assert_close(tree.map(torch.add, one, one).params, tree.mul(one.params, 2.0))

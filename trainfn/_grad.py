@@ -24,7 +24,7 @@ from torch import Tensor
 from trainfn import tree
 from trainfn._bound import Running, bound
 from trainfn._keyed import Randomness
-from trainfn._marks import backward_pass
+from trainfn._marks import backward_pass, split_batch
 from trainfn._module import check_state
 from trainfn._types import Batch, Gradients, Loss, Mean, Metrics, Total, TrainState
 from trainfn.errors import InexactLossWarning, UnreachedWarning
@@ -344,14 +344,21 @@ def summed(
     """
     total: Gradients | None = None
     state = _shared_scale(state, count)
+
+    def run(state: TrainState, piece: Batch, row: Tensor) -> Gradients:
+        if count == 1:
+            return gradients(state, piece, row)
+        with split_batch():
+            return gradients(state, piece, row)
+
     for piece, first_row in pieces:
         row = torch.full((), first_row, dtype=torch.int64, device=state.step.device)
         if total is None:
-            total = gradients(state, piece, row)
+            total = run(state, piece, row)
             total = total._replace(grads=_owned(total.grads), terms=tuple(map(_owned, total.terms)))
         else:
             params = {**state.params, **total.written}
-            total = _add(total, gradients(state._replace(params=params, buffers=total.buffers), piece, row))
+            total = _add(total, run(state._replace(params=params, buffers=total.buffers), piece, row))
     if total is None:
         raise ValueError(report())
     return total

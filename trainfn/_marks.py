@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Generator
 from typing import Any
 
 from torch.fx import traceback
+
+_SPLIT: contextvars.ContextVar[bool] = contextvars.ContextVar("split", default=False)
+
+
+@contextlib.contextmanager
+def split_batch() -> Generator[None]:
+    """Mark this block as one in which a loss sees a part of a batch's rows."""
+    token = _SPLIT.set(True)
+    try:
+        yield
+    finally:
+        _SPLIT.reset(token)
+
+
+def is_split_batch() -> bool:
+    """Whether a loss sees a part of a batch's rows: micro-batches, or those of one rank of several."""
+    return _SPLIT.get()
 
 
 class Again(BaseException):

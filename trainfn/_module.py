@@ -187,11 +187,19 @@ def _empty(sites: tuple[Site, ...]) -> None:
 
 def check_state(state: object) -> None:
     """Raise if a step got something else than a state."""
-    if not isinstance(state, TrainState):
+    if isinstance(state, TrainState):
+        return
+    several: Any = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+    if several and all(isinstance(one, TrainState) for one in several):
+        place = next(iter(state)) if isinstance(state, dict) else 0
         raise TypeError(
-            f"step(state, batch) got a {type(state).__name__} for the state. Make one first:"
-            " `state = tfn.init(model, optimizer)`."
+            f"step(state, batch) got a {type(state).__name__} of {len(several)} states. A step takes one of them:"
+            f" `state[{place!r}], metrics = step(state[{place!r}], batch)`."
         )
+    raise TypeError(
+        f"step(state, batch) got a {type(state).__name__} for the state. Make one first:"
+        " `state = tfn.init(model, optimizer)`."
+    )
 
 
 def check_whole(state: TrainState) -> None:

@@ -49,8 +49,12 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 def _of_other_states(trees: list[Tree]) -> str | None:
     """How to go on, where the trees are states of different modules."""
-    kinds = {type(tree) for tree in trees}
-    if len(kinds) < 2 or not all(issubclass(kind, TrainState) for kind in kinds):
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, TrainState)
+
+    found = [[type(x) for x in optree.tree_leaves(tree, is_leaf=is_state) if is_state(x)] for tree in trees]
+    if not found[0] or any(len(kinds) != len(found[0]) for kinds in found) or all(k == found[0] for k in found):
         return None
     return (
         "tree.map(fn, state, other): the states are of two modules, and a state's type stands for its module. Map what"

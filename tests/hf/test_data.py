@@ -141,6 +141,40 @@ def test_the_methods_for_data_are_called_and_super_works(tmp_path):
     assert {x for batch in trainer.seen for x in batch} == set(range(100, 108))
 
 
+@pytest.mark.parametrize("calls_super", [True, False])
+def test_a_micro_batch_is_prepared_when_its_step_runs(calls_super, tmp_path):
+    """As in transformers: an override that generates from the model, or counts its calls, sees each in its turn."""
+
+    def run(library):
+        order = []
+
+        class Own(library.Trainer):
+            def _prepare_inputs(self, inputs):
+                order.append("prepare")
+                return {**super()._prepare_inputs(inputs), "labels": torch.full((2,), float(len(order)))}
+
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                order.append("step")
+                if calls_super:
+                    return super().training_step(model, inputs, num_items_in_batch)
+                loss = self.compute_loss(model, self._prepare_inputs(inputs)) / self.args.gradient_accumulation_steps
+                loss.backward()
+                return loss.detach()
+
+        args = library.TrainingArguments(
+            str(tmp_path), use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, optim="sgd", learning_rate=0.01,
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        trainer = Own(Linear(), args, train_dataset=points(8))
+        trainer.train()
+        return order, [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+    (ours, losses), (theirs, expected) = run(trainfn), run(transformers)
+    assert ours == theirs
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
 def test_columns_are_removed_by_the_method_for_it(tmp_path):
     class Own(Noting):
         def _remove_unused_columns(self, dataset, description=None):
@@ -193,7 +227,9 @@ def test_streams(kind, own, workers, tmp_path):
             return super().get_train_dataloader()
 
     trainer = Own(Linear(), arguments(tmp_path, dataloader_num_workers=workers), train_dataset=kind())
-    trainer.train()
+    found = trainer.train().metrics
+    # Each is rounded to three digits after the point.
+    assert found["train_samples_per_second"] == pytest.approx(4 * found["train_steps_per_second"], abs=5e-3)
     rows = list(range(16)) if kind is Endless else [*range(8), *range(8)]
     assert [x for batch in trainer.seen for x in batch] == rows
     with pytest.raises(ValueError, match="max_steps"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import trainfn as tfn
 import trainfn.testing as tt
 from tests.helpers import quick
 from trainfn import losses
@@ -365,3 +366,17 @@ def test_compiled_is_eager_and_compiles_once(row: Row) -> None:
         case = make(row, seed, 5, torch.float32)
         assert_close(compiled(case, weights), step(*case, weights), 1e-6)
     assert (compiled.explain().graphs, compiled.explain().traces) == (1, 1)
+
+
+@pytest.mark.parametrize("how", ["number", "stream", "compiled"])
+def test_in_batch_negatives_of_a_split_batch_are_a_warning(how: str) -> None:
+    def loss(p: Any, b: Any) -> Mean:
+        return tfn.losses.info_nce(b * p["w"], b, temperature=0.5)
+
+    sgd, b = tfn.optim.sgd(0.1), torch.eye(4)
+    state = tfn.init({"w": torch.ones(4)}, sgd)
+    step = tfn.train_step(loss, sgd, accumulate="stream" if how == "stream" else 2)
+    step = tfn.jit(step, backend="eager") if how == "compiled" else step
+    tfn.train_step(loss, sgd)(state, b)  # a whole batch is no reason to warn
+    with pytest.warns(tfn.errors.SplitWarning, match=r"sees 2 rows of a batch that is split.*`negatives=`"):
+        step(state, list(b.chunk(2)) if how == "stream" else b)

@@ -16,6 +16,7 @@ from torch import Tensor
 from trainfn import tree
 from trainfn._dtensor import Spec, full, is_distributed, local, spread_like
 from trainfn._grad import any_of, divided
+from trainfn._marks import split_batch
 from trainfn._plan._layout import Layout
 from trainfn._plan._no_rows import Idle
 from trainfn._plan._place import gradient_placements, is_sharded, placements
@@ -42,7 +43,7 @@ def gradients_on(plan: Layout, gradients: Callable[..., Gradients]) -> Callable[
         check_sharded(plan, state)
         if first_row is None:
             first_row, _ = first_rows(plan, state, batch)
-        with gathering(plan, training=True), _computing(plan, state):
+        with split_batch(), gathering(plan, training=True), _computing(plan, state):
             sums = gradients(state, batch, first_row)
         if isinstance(batch, Idle):
             sums = sums._replace(buffers=state.buffers)

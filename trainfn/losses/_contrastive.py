@@ -7,11 +7,15 @@ of your own, from a queue or another encoder, and it is additive again.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainfn._marks import is_split_batch
 from trainfn._types import Mean
+from trainfn.errors import SplitWarning
 from trainfn.losses._categorical import cross_entropy
 from trainfn.losses._checks import check_float, shape, widen
 
@@ -35,7 +39,7 @@ def info_nce(
     ======================== ================================= ======================
 
     So without ``negatives`` accumulating over micro-batches, or adding ranks, gives another loss than one
-    pass over the whole batch.
+    pass over the whole batch. A `SplitWarning` says so.
 
     Args:
         queries: ``queries[N, D]``; normalised here, so any length will do.
@@ -62,6 +66,14 @@ def info_nce(
         others = torch.einsum("nd,md->nm" if negatives.dim() == 2 else "nd,nmd->nm", q, _unit(negatives))
         similarity = torch.cat([(q * k).sum(-1, keepdim=True), others], 1)
         return cross_entropy(similarity / temperature, torch.zeros(len(q), dtype=torch.long, device=q.device))
+    if is_split_batch():
+        warnings.warn(
+            f"`info_nce(queries, keys)` sees {len(q)} rows of a batch that is split into micro-batches or over ranks,"
+            " and the rows are each other's negatives. Each row meets those of its own part only, so this trains"
+            " another loss than the whole batch does. Pass `negatives=`, or write `accumulate=1` on one process.",
+            SplitWarning,
+            stacklevel=2,
+        )
     similarity = q @ k.T / temperature
     own = torch.arange(len(q), device=q.device)
     loss = cross_entropy(similarity, own)

@@ -27,6 +27,7 @@ from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._reporting._logs import LossWindow
 from trainfn.hf._run._actions import act, agree, trial_of
 from trainfn.hf._run._data import Ended, Windows, arithmetic
+from trainfn.hf._run._position import rows_of
 from trainfn.hf._run._record import TrainingRun, newest_state, trained_of
 from trainfn.hf._run._setup import align_tokens, is_quantized, new_model, smoother
 from trainfn.hf._step import _manual
@@ -242,10 +243,17 @@ def _loop(trainer: TrainerLike, run: TrainingRun) -> TrainOutput:
         if open_epoch and windows.window:  # the loop was left inside or at the end of an epoch
             windows.end_epoch()
         run.first = first
-        rows = (run.length.num_examples or 0) * run.length.max_steps / run.length.updates_per_epoch
-        output = trainer._finalize_training(trial_of(trainer), rows, run.began)
+        output = trainer._finalize_training(trial_of(trainer), _rows(run), run.began)
         event(trainer, "on_train_end")
     return output
+
+
+def _rows(run: TrainingRun) -> float:
+    """The rows of all steps; of a stream, as many as full batches have."""
+    length = run.length
+    if length.num_examples is None:
+        return length.max_steps * length.accumulate * rows_of(run.windows)
+    return length.num_examples * length.max_steps / length.updates_per_epoch
 
 
 def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 import trainfn as tfn
-from trainfn.hf import _names
 from trainfn.hf._names import overridden
 from trainfn.hf._parallel._parameters import whole
 from trainfn.hf._run._record import trained_of
@@ -36,8 +35,8 @@ def training_step(
 
     An override that adds a backward pass or changes ``.grad`` then works in the same units.
     """
-    # An override prepares a batch once: it may generate from the model, or count its calls.
-    inputs = inputs if _names.overridden(trainer, "_prepare_inputs") else trainer._prepare_inputs(inputs)
+    # Here and not before the window: an override may generate from the model, or count its calls.
+    inputs = trainer._prepare_inputs(inputs)
     mean, _ = exact_loss(trainer, model, inputs, of_update=trainer._trainfn.update)
     weight = mean.weight.detach()
     (mean.total / torch.where(weight > 0, weight, 1.0)).backward()
