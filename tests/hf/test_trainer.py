@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.optimization import Adafactor, AdafactorSchedule
 
 import trainfn as tfn
 from tests.helpers import assert_close, assert_identical
@@ -43,6 +44,12 @@ def parameters(model):
 
 def trained(folder, model, data, kind=Trainer, **options):
     trainer = kind(model, arguments(folder, **options), train_dataset=data)
+    trainer.train()
+    return trainer
+
+
+def trained_with(model, folder, data, *, optimizers, **options):
+    trainer = Trainer(model, arguments(folder, **options), train_dataset=data, optimizers=optimizers)
     trainer.train()
     return trainer
 
@@ -580,6 +587,30 @@ def test_torch_optimizers_and_schedules_are_taken(tmp_path):
     both = (other, torch.optim.lr_scheduler.LambdaLR(other, lambda n: 1 / (n + 1)))
     theirs(twin, tmp_path, tokens(), optimizers=both, max_steps=5, train_sampling_strategy="sequential")
     assert_close(parameters(model), parameters(twin), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "scaled", "tolerance"), [(False, False, 1e-7), (True, False, 1e-7), (True, True, 1e-3)]
+)
+def test_the_rates_that_adafactor_computes_are_shown(warmup, scaled, tolerance, tmp_path):
+    logs, shown = [], []
+    for train in (trained_with, theirs):
+        model = llama()
+        optimizer = Adafactor(
+            model.parameters(), lr=None, relative_step=True, warmup_init=warmup, scale_parameter=scaled
+        )
+        both = optimizer, AdafactorSchedule(optimizer)
+        options = {
+            "max_steps": 4,
+            "logging_strategy": "steps",
+            "logging_steps": 1,
+            "train_sampling_strategy": "sequential",
+        }
+        trainer = train(model, tmp_path, tokens(), optimizers=both, **options)
+        logs.append([entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry])
+        shown.append(float(trainer.optimizer.state_dict()["param_groups"][0]["lr"]))
+    assert logs[0] == pytest.approx(logs[1], rel=tolerance)  # the size of a parameter is that after the update
+    assert shown[0] == pytest.approx(shown[1], rel=tolerance) and shown[0] > 0
 
 
 def test_tokens_and_operations_are_counted(tmp_path):
