@@ -12,6 +12,8 @@ from transformers import BertForSequenceClassification, TrainerCallback
 
 from tests.hf.models import bert, classes, gpt2, llama, t5, tokens
 from trainfn import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+from trainfn.hf._run._foreign import Foreign
+from trainfn.hf._run._position import rows_of
 
 NUMBERS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 ADAM = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}
@@ -172,6 +174,37 @@ def stream(folder, plan):
     return {"params": params(trainer)}
 
 
+class Placed(torch.utils.data.IterableDataset):
+    """A stream with a state, which counts its reads."""
+
+    def __init__(self):
+        self.place, self.reads = 0, 0
+
+    def __iter__(self):
+        rows = tokens(16)
+        while self.place < len(rows):
+            self.place, self.reads = self.place + 1, self.reads + 1
+            yield rows[self.place - 1]
+        self.place = 0
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+def placed(folder, plan):
+    """A run that resumes by the state of each rank's stream, and reads no row again."""
+    how = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, **plan}
+    rows, again = Placed(), Placed()
+    whole = Trainer(gpt2(), arguments(folder, **how), pad, rows)
+    whole.train()
+    resumed = Trainer(gpt2(), arguments(folder / "again", **how), pad, again)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    return {"params": params(resumed), "whole": params(whole), "reads": [rows.reads, again.reads]}
+
+
 class OwnLoader(Trainer):
     """Somebody else's loader, not divided."""
 
@@ -184,6 +217,53 @@ def own_loader(folder, plan):
     trainer = OwnLoader(gpt2(), arguments(folder, **plan), pad, tokens(10))
     trainer.train()
     return {"params": params(trainer)}
+
+
+def ordered(folder, plan):
+    """Each rank's rows are those of Accelerate's loader, which transformers makes, in two epochs."""
+    for options in ({}, {"split_batches": True}, {"even_batches": False}):
+        for drop in (False, True):
+            args = arguments(
+                folder, data_order="transformers", data_seed=5, dataloader_drop_last=drop, accelerator_config=options,
+                **{**plan, "per_device_train_batch_size": 2},
+            )  # fmt: skip
+            rows = [{"input_ids": torch.tensor(i)} for i in range(11)]
+            trainer = Trainer(gpt2(), args, train_dataset=rows)
+            sampler = torch.utils.data.RandomSampler(rows)
+            theirs = trainer.accelerator.prepare(torch.utils.data.DataLoader(rows, 2, sampler=sampler, drop_last=drop))
+            ours, read = trainer.get_train_dataloader(), []
+            for epoch in range(2):
+                theirs.set_epoch(epoch)
+                expected = [batch["input_ids"].tolist() for batch in theirs]
+                read = [batch["input_ids"].tolist() for batch in Foreign(ours, 0, epoch, 0)]
+                assert [batch for batch in read if batch] == expected, (options, drop, epoch)
+            assert len(ours) == len(read)
+    return {}
+
+
+class Backwards(Trainer):
+    """A sampler of somebody's."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return list(reversed(range(len(train_dataset))))
+
+
+class Uneven(Trainer):
+    """Batches of five rows, and of one."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        order = torch.utils.data.SequentialSampler(train_dataset)
+        return torch.utils.data.BatchSampler(order, 5, drop_last=False)
+
+
+def sampled(folder, plan):
+    """A batch of the sampler's is split over the ranks, also one that does not divide."""
+    options = {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": ROWS}
+    trainer = Backwards(gpt2(), arguments(folder, **options, **plan), pad, tokens(11))
+    trainer.train()
+    uneven = Uneven(gpt2(), arguments(folder, **options, **plan), pad, tokens(11))
+    uneven.train()
+    return {"params": params(trainer), "uneven": params(uneven), "rows": rows_of(trainer._trainfn.run.windows)}
 
 
 class Divided(Trainer):
@@ -557,7 +637,10 @@ ONCE = {  # by DDP alone
     "grouped": (ungrouped, {}),
     "stream": (stream, {}),
     "own loader": (own_loader, {}),
+    "placed": (placed, {}),
     "divided": (divided, {}),
+    "ordered": (ordered, {}),
+    "sampled": (sampled, {}),
     "batchwise": (batchwise, {}),
     "pairs": (pairs, {}),
     "tensors": (tensors, {}),

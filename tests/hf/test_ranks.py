@@ -85,6 +85,12 @@ def test_ranks_are_one_process(name, one, two):
     assert "'train_runtime'" not in silent
 
 
+def test_each_ranks_stream_resumes_by_its_state(two):
+    for found, *_ in two("placed, ddp"):
+        assert found["reads"] == [12, 8]
+        assert differs(found["whole"], found["params"])[0] == 0.0
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("planned", "configured"))])
 def test_a_deepspeed_configuration_is_reported_once(name, two):
     """By the arguments or by a launcher, and on rank 0 alone."""

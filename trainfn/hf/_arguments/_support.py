@@ -74,6 +74,8 @@ def _is_set(args: Arguments, name: str) -> bool:
     if isinstance(value, AcceleratorConfig):  # `split_batches` and `num_steps` are used
         more = (value.gradient_accumulation_kwargs or {}).keys() - {"num_steps"}
         rest = dataclasses.replace(value, split_batches=False, gradient_accumulation_kwargs=None)
+        if getattr(args, "data_order", None) == "transformers":
+            rest = dataclasses.replace(rest, even_batches=True)  # this order reads it
         return bool(more) or rest != AcceleratorConfig()
     return value != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
 

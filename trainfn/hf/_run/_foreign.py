@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Generator, Iterator
-from typing import Any, cast
+from typing import cast
 
 import datasets
 import numpy as np
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import trainfn as tfn
 from trainfn.hf._parallel._sharding import Dealt
-from trainfn.hf._types import Batch, Loader
+from trainfn.hf._types import Batch, Loader, Nested
 
 
 class Foreign(Iterator[Batch]):
@@ -31,14 +31,14 @@ class Foreign(Iterator[Batch]):
         state: The loader's state after these; without one they are read, and dropped.
     """
 
-    def __init__(self, loader: Loader, seed: int, epoch: int, skip: int, state: Any = None) -> None:
+    def __init__(self, loader: Loader, seed: int, epoch: int, skip: int, state: Nested = None) -> None:
         self._owner = owner_of_state(loader)
         self._batches = self._read(loader, (seed, epoch), skip, state)
 
     def __next__(self) -> Batch:
         return next(self._batches)
 
-    def state(self) -> Any:
+    def state(self) -> Nested:
         """The loader's state after the newest batch, or that of its stream; None if neither has one."""
         return None if self._owner is None else self._owner.state_dict()
 
@@ -46,7 +46,7 @@ class Foreign(Iterator[Batch]):
         """End the epoch."""
         self._batches.close()
 
-    def _read(self, loader: Loader, key: tuple[int, int], skip: int, state: Any) -> Generator[Batch]:
+    def _read(self, loader: Loader, key: tuple[int, int], skip: int, state: Nested) -> Generator[Batch]:
         for shuffles in shufflers(loader):
             if callable(set_epoch := getattr(shuffles, "set_epoch", None)):
                 set_epoch(key[1])
@@ -66,12 +66,12 @@ class Foreign(Iterator[Batch]):
                 except StopIteration:
                     return
             if state is not None and n == skip and isinstance(self._owner, datasets.IterableDataset):
-                self._owner.load_state_dict(cast("Any", None))  # it would begin a later run there, too
+                self._owner.load_state_dict(cast("Nested", None))  # it would begin a later run there, too
             if n >= skip:  # skipped batches are read too, so that the generators advance as in the first run
                 yield batch
 
 
-def owner_of_state(loader: Loader) -> Any:
+def owner_of_state(loader: Loader) -> Nested:
     """The loader, or the stream in it, if that has the methods ``state_dict`` and ``load_state_dict``.
 
     A stream's state is that of the batches so far only in a plain loader of torch without workers. Others read ahead.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import datasets
 import numpy as np
-from accelerate.data_loader import SeedableRandomSampler
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data import Sampler as TorchSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.hf._names import overridden
-from trainfn.hf._parallel._sharding import dealt
+from trainfn.hf._parallel._sharding import Own, Parted, Share, dealt
 from trainfn.hf._types import Collator, Dataset, Loader, SizedDataset, TrainerLike, Values
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def dataloader(
         if sampler is not None:
             return _with_sampler(trainer, dataset, sampler, batch_size, collate)
     if is_training and trainer.args.data_order == "transformers" and _is_sized(dataset):
-        return _with_sampler(trainer, dataset, _order_of_transformers(trainer.args, dataset), batch_size, collate)
+        return _order_of_transformers(trainer, dataset, batch_size, collate)
     size = together(trainer, batch_size)
     return (
         _training(trainer, dataset, size, collate)
@@ -83,26 +83,44 @@ def dataloader(
 _SAMPLERS = ("_get_train_sampler", "_get_eval_sampler")
 
 
-def _order_of_transformers(args: TrainingArguments, dataset: SizedDataset) -> TorchSampler[int]:
-    """The sampler that Accelerate puts in place of a `RandomSampler`: a permutation for each seed and epoch."""
-    if _strategy(args) == "sequential":
-        return SequentialSampler(dataset)
+def _order_of_transformers(trainer: TrainerLike, dataset: SizedDataset, batch_size: int, collate: Collator) -> Loader:
+    """The loader that Accelerate makes of a `RandomSampler`: a permutation for each seed and epoch.
+
+    Each rank has the batches that it has there, too: whole ones in turn, or with ``split_batches`` a part of each. With
+    ``even_batches``, the last ones are filled with the first rows.
+    """
+    args, world = trainer.args, trainer._trainfn.world
     seed = args.seed if args.data_seed is None else args.data_seed
-    return SeedableRandomSampler(dataset, data_seed=seed)
+    ordered = SequentialSampler(dataset)
+    if _strategy(args) != "sequential":
+        ordered = SeedableRandomSampler(dataset, data_seed=seed)
+    batches = BatchSampler(ordered, batch_size, args.dataloader_drop_last)
+    if world.plan is None:
+        return _of_torch(trainer, dataset, collate, batch_sampler=batches)
+    split, even = _splits(trainer), getattr(args.accelerator_config, "even_batches", True)
+    mine = BatchSamplerShard(batches, world.parts, world.part, split_batches=split, even_batches=even)
+    loader = _of_torch(trainer, dataset, collate, batch_sampler=mine)
+    return cast("Loader", Parted(world, loader, split=split) if even else Own(world, loader, split=split))
 
 
 def _with_sampler(
     trainer: TrainerLike, dataset: Dataset, sampler: Iterable[Any], batch_size: int, collate: Collator
 ) -> Loader:
     """A loader of torch with a sampler of single rows, or of batches."""
-    args = trainer.args
+    args, world = trainer.args, trainer._trainfn.world
     how: Values = {"batch_size": batch_size, "sampler": sampler, "drop_last": args.dataloader_drop_last}
     if isinstance(sampler, BatchSampler) or (hasattr(sampler, "batch_size") and hasattr(sampler, "drop_last")):
         how = {"batch_sampler": sampler}
-    workers = args.dataloader_num_workers
-    factor = args.dataloader_prefetch_factor if workers else None
-    loader = DataLoader(cast("Any", dataset), collate_fn=collate, num_workers=workers, prefetch_factor=factor, **how)
-    return dealt(trainer._trainfn.world, loader)
+    if world.plan is None or not _splits(trainer):
+        return dealt(world, _of_torch(trainer, dataset, collate, **how))
+    loader = _of_torch(trainer, dataset, Share(world, collate), **how)
+    return cast("Loader", Parted(world, loader, split=True))
+
+
+def _of_torch(trainer: TrainerLike, dataset: Dataset, collate: Collator, **how: Any) -> DataLoader[Any]:
+    workers = trainer.args.dataloader_num_workers
+    factor = trainer.args.dataloader_prefetch_factor if workers else None
+    return DataLoader(cast("Any", dataset), collate_fn=collate, num_workers=workers, prefetch_factor=factor, **how)
 
 
 def _training(trainer: TrainerLike, dataset: Dataset, size: int, collate: Collator) -> Loader:
@@ -130,15 +148,18 @@ def _eval(trainer: TrainerLike, dataset: Dataset, size: int, collate: Collator, 
     last = "drop" if args.dataloader_drop_last and _is_sized(dataset) else "short"
     _check_enough(trainer, dataset, description, "per_device_eval_batch_size", last, size)
     if not _is_sized(dataset):
-        return dealt(world, tfn.data.stream(dataset, size, last=last, collate=collate, **_workers(args)))
+        return dealt(world, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
     sampler = tfn.data.sequential(len(dataset), size, last=last)
     return dealt(world, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
 
 
 def together(trainer: TrainerLike, size: int) -> int:
     """The rows of a micro-batch on all ranks: ``size`` for each rank, or ``size`` in all with ``split_batches``."""
-    split = getattr(trainer.args.accelerator_config, "split_batches", False)
-    return size if split else size * trainer._trainfn.world.parts
+    return size if _splits(trainer) else size * trainer._trainfn.world.parts
+
+
+def _splits(trainer: TrainerLike) -> bool:
+    return bool(getattr(trainer.args.accelerator_config, "split_batches", False))
 
 
 def _is_sized(dataset: Dataset) -> TypeGuard[SizedDataset]:
@@ -165,6 +186,17 @@ def _check_enough(trainer: TrainerLike, dataset: Dataset, description: str, name
 def _workers(args: TrainingArguments) -> Values:
     workers = args.dataloader_num_workers
     return {"num_workers": workers, "prefetch": args.dataloader_prefetch_factor if workers else None}
+
+
+def _reader(args: TrainingArguments) -> Values:
+    """The options of an evaluation's stream, which one worker reads in the order of the dataset, and each row once."""
+    options = _workers(args)
+    if options["num_workers"] > 1:
+        logger.warning_once(
+            f"`TrainingArguments(dataloader_num_workers={options['num_workers']})`: an evaluation reads an iterable"
+            " dataset with one worker, in its own order. Pass a dataset with rows by number to read it with more."
+        )
+    return {**options, "num_workers": min(options["num_workers"], 1)}
 
 
 def prepared(trainer: TrainerLike, dataset: Dataset, description: str) -> tuple[Dataset, Collator]:

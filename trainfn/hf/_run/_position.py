@@ -72,7 +72,7 @@ def rows_of(windows: Windows) -> int:
         return loader.sampler.batch_size
     found = [getattr(each, "batch_size", None) for each in (loader, getattr(loader, "batch_sampler", None))]
     size = next((size for size in found if isinstance(size, int)), 1)
-    return size * loader.world.parts if isinstance(loader, Dealt) else size
+    return size * loader.shares if isinstance(loader, Dealt) else size
 
 
 def go_to(windows: Windows, then: Values, *, skip: bool) -> None:
