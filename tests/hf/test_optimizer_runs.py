@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 import trainfn as tfn
 from tests.hf.models import seeded
 from trainfn.hf import Trainer, TrainingArguments
+from trainfn.hf._optim import _schedules
 
 LR = torch.optim.lr_scheduler
 OURS, THEIRS = (Trainer, TrainingArguments), (transformers.Trainer, transformers.TrainingArguments)
@@ -391,3 +393,48 @@ def test_a_parameter_that_nothing_holds_is_an_error(tmp_path):
         ValueError, match=r"a tensor of shape \[2\] in its groups is not a parameter of the model.*self.head ="
     ):
         trained(OURS, tmp_path, more=more)
+
+
+class Recalls(LR.LRScheduler):
+    """Its rate follows from numbers of NumPy, and from a dict by step."""
+
+    def __init__(self, optimizer):
+        self.factor, self.past = np.float32(1.0), {0: 1.0}
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        self.factor = np.float32(self.factor * 0.75)
+        self.past[self.last_epoch] = 1.0
+        return [float(base * self.factor) * len(self.past) for base in self.base_lrs]
+
+
+def test_a_schedule_of_the_users_own_keeps_its_numbers(tmp_path):
+    case = {"more": optimizers(lambda m: torch.optim.SGD(m.parameters(), lr=0.1), Recalls)}
+    whole = trained(OURS, tmp_path, **case)
+    resumed = trained(OURS, tmp_path, resume=str(tmp_path / "checkpoint-4"), **case)
+    assert rates(resumed) == rates(whole)
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+def test_a_value_of_a_schedule_that_a_checkpoint_cannot_hold_is_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(_schedules.logger, "warning_once", told.append)
+    scheduler = Recalls(torch.optim.SGD([torch.zeros(1)], lr=1.0))
+    _schedules.state_of(scheduler)
+    assert told == []
+    scheduler.past = {1, 2}
+    _schedules.state_of(scheduler)
+    assert "'past' is a set" in told[0]
+
+
+def test_a_function_that_a_callback_sets_as_the_schedule_goes_on(tmp_path):
+    class Sets(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            trainer.lr_scheduler = tfn.schedules.linear(0.5, 8)
+
+    case = {"optim": "sgd", "save_strategy": "no", "lr_scheduler_type": "constant"}
+    trainer = made(OURS, tmp_path, calls=Sets, **case)
+    trainer.train()
+    named = trained(OURS, tmp_path, **{**case, "lr_scheduler_type": "linear", "learning_rate": 0.5})
+    torch.testing.assert_close(weights(trainer), weights(named), rtol=0, atol=1e-6)
+    assert rates(trainer) == [0.5 * (1 - n / 8) for n in range(8)]

@@ -14,7 +14,7 @@ from trainfn.hf._optim._facade import RunOptimizer, TransformOptimizer
 from trainfn.hf._optim._named import clipping, decay_names
 from trainfn.hf._optim._outside import trained_module
 from trainfn.hf._optim._schedules import as_scheduler, follows_metric, make_scheduler, stepped
-from trainfn.hf._types import Metrics, Optimizer, Scheduler, TrainerLike, Values
+from trainfn.hf._types import Metrics, Optimizer, Scheduler, Steps, TrainerLike, Values
 
 if TYPE_CHECKING:
     from trainfn.hf._arguments._training import TrainingArguments
@@ -133,7 +133,14 @@ def learning_rate(trainer: TrainerLike) -> float:
     scheduler = trainer.lr_scheduler
     if follows_metric(scheduler):
         return float(cast("torch.optim.Optimizer", trainer.optimizer).param_groups[0]["lr"])
-    return float(as_scheduler(scheduler, cast("torch.optim.Optimizer", trainer.optimizer)).get_last_lr()[0])
+    return float(steps_of(trainer, cast("torch.optim.Optimizer", trainer.optimizer)).get_last_lr()[0])
+
+
+def steps_of(trainer: TrainerLike, optimizer: torch.optim.Optimizer) -> Steps:
+    """The schedule of the run; a function that a callback has set becomes one that keeps its place."""
+    own = optimizer.optimizer if isinstance(optimizer, RunOptimizer) else optimizer
+    trainer.lr_scheduler = scheduler = as_scheduler(trainer.lr_scheduler, own)
+    return scheduler
 
 
 def advance(trainer: TrainerLike, optimizer: RunOptimizer, metrics: tfn.Metrics) -> None:
@@ -141,9 +148,8 @@ def advance(trainer: TrainerLike, optimizer: RunOptimizer, metrics: tfn.Metrics)
     # Only float16 skips updates. To know it, the host waits for the device, as in transformers.
     if "skipped" in metrics and bool(metrics["skipped"].total > 0):
         return
-    scheduler = trainer.lr_scheduler
-    if not follows_metric(scheduler):
-        stepped(as_scheduler(scheduler, optimizer.optimizer), optimizer.optimizer)
+    if not follows_metric(trainer.lr_scheduler):
+        stepped(steps_of(trainer, optimizer.optimizer), optimizer.optimizer)
 
 
 def after_evaluation(trainer: TrainerLike, metrics: Metrics) -> None:
@@ -183,9 +189,9 @@ def optimizer_of(trainer: TrainerLike) -> torch.optim.Optimizer:
 
 def saved(trainer: TrainerLike, optimizer: RunOptimizer) -> Values:
     """The groups and the schedule of a run, for a checkpoint."""
-    return optimizer.to_json(as_scheduler(trainer.lr_scheduler, optimizer.optimizer))
+    return optimizer.to_json(steps_of(trainer, optimizer.optimizer))
 
 
 def restore(trainer: TrainerLike, optimizer: RunOptimizer, values: Values) -> None:
     """Take back what `saved` returned."""
-    optimizer.load_json(as_scheduler(trainer.lr_scheduler, optimizer.optimizer), values)
+    optimizer.load_json(steps_of(trainer, optimizer.optimizer), values)

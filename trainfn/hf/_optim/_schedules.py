@@ -11,16 +11,19 @@ import json
 from collections.abc import Callable
 from typing import TypeGuard, cast
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers.optimization import Adafactor, AdafactorSchedule, GreedyLR, get_scheduler
+from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.errors import nearest
 from trainfn.hf._types import Steps, Values
 
+logger = logging.get_logger(__name__)
 Arguments = transformers.TrainingArguments
 
 
@@ -113,7 +116,18 @@ def state_of(scheduler: Steps) -> Values:
     3
     """
     made: Callable[[], Values] | None = getattr(scheduler, "state_dict", None)
-    return {} if made is None else cast("Values", to_json(made()))
+    if made is None:
+        return {}
+    state = made()
+    found = cast("Values", to_json(state))
+    lost = [name for name, value in state.items() if name not in found and not callable(value)]
+    if lost:
+        logger.warning_once(
+            f"`{type(scheduler).__name__}.state_dict()`: {lost[0]!r} is a {type(state[lost[0]]).__name__}, which the"
+            " JSON of a checkpoint can't hold. So a resumed run begins with its first value. Keep numbers, strings,"
+            " lists and dicts in it."
+        )
+    return found
 
 
 def load_state(scheduler: Steps, saved: Values) -> None:
@@ -192,7 +206,7 @@ def to_json(value: object) -> object:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.generic):
         return value.tolist()
     if isinstance(value, list | tuple):
         items = [to_json(each) for each in cast("list[object]", value)]
@@ -204,7 +218,9 @@ def to_json(value: object) -> object:
         kept = [(k, v) for k, v in pairs if v is not _LEFT_OUT]
         if isinstance(value, collections.Counter):
             return {"Counter": [list(pair) for pair in kept]}
-        return {k: v for k, v in kept if isinstance(k, str)}
+        if all(isinstance(k, str) for k, _ in kept):
+            return dict(kept)
+        return {"dict": [list(pair) for pair in kept]} if all(type(k) in (int, float) for k, _ in kept) else _LEFT_OUT
     return _LEFT_OUT
 
 
@@ -221,6 +237,9 @@ def from_json(value: object) -> object:
     held = cast("dict[str, object]", value)
     if held.keys() == {"tuple"}:
         return tuple(cast("list[object]", from_json(held["tuple"])))
+    if held.keys() == {"dict"}:
+        pairs = cast("list[tuple[int | float, object]]", held["dict"])
+        return {k: from_json(v) for k, v in pairs}
     if held.keys() == {"Counter"}:
         return collections.Counter({k: v for k, v in cast("list[tuple[int, int]]", held["Counter"])})
     return {k: from_json(v) for k, v in held.items()}

@@ -21,7 +21,7 @@ from trainfn.hf._checkpoints import _folders
 from trainfn.hf._installed import attribute
 from trainfn.hf._names import overridden
 from trainfn.hf._optim._gradients import clear_gradients, with_gradients
-from trainfn.hf._optim._resolve import advance, begin, transform_of
+from trainfn.hf._optim._resolve import advance, begin, steps_of, transform_of
 from trainfn.hf._parallel import _parameters
 from trainfn.hf._parallel._sharding import dealt
 from trainfn.hf._reporting._logs import LossWindow
@@ -265,6 +265,7 @@ def _changing(trainer: TrainerLike, run: TrainingRun) -> tfn.Step:
             state = change(state)
         run.changes.clear()
         run.frozen.keep()
+        steps_of(trainer, run.optimizer)  # a function that a callback has set writes its first rate here
         if run.optimizer.stale():
             run.step = make_step(trainer, run)
         state = run.optimizer.pushed(state)
