@@ -248,12 +248,22 @@ class Backwards(Trainer):
         return list(reversed(range(len(train_dataset))))
 
 
+class Uneven(Trainer):
+    """Batches of five rows, and of one."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        order = torch.utils.data.SequentialSampler(train_dataset)
+        return torch.utils.data.BatchSampler(order, 5, drop_last=False)
+
+
 def sampled(folder, plan):
-    """A batch of the sampler's is split over the ranks."""
+    """A batch of the sampler's is split over the ranks, also one that does not divide."""
     options = {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": ROWS}
     trainer = Backwards(gpt2(), arguments(folder, **options, **plan), pad, tokens(11))
     trainer.train()
-    return {"params": params(trainer), "rows": rows_of(trainer._trainfn.run.windows)}
+    uneven = Uneven(gpt2(), arguments(folder, **options, **plan), pad, tokens(11))
+    uneven.train()
+    return {"params": params(trainer), "uneven": params(uneven), "rows": rows_of(trainer._trainfn.run.windows)}
 
 
 class Divided(Trainer):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.optimization import Adafactor, AdafactorSchedule
 
 import trainfn as tfn
 from tests.helpers import assert_close, assert_identical
@@ -43,6 +44,12 @@ def parameters(model):
 
 def trained(folder, model, data, kind=Trainer, **options):
     trainer = kind(model, arguments(folder, **options), train_dataset=data)
+    trainer.train()
+    return trainer
+
+
+def trained_with(model, folder, data, *, optimizers, **options):
+    trainer = Trainer(model, arguments(folder, **options), train_dataset=data, optimizers=optimizers)
     trainer.train()
     return trainer
 
@@ -582,6 +589,30 @@ def test_torch_optimizers_and_schedules_are_taken(tmp_path):
     assert_close(parameters(model), parameters(twin), 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("warmup", "scaled", "tolerance"), [(False, False, 1e-7), (True, False, 1e-7), (True, True, 1e-3)]
+)
+def test_the_rates_that_adafactor_computes_are_shown(warmup, scaled, tolerance, tmp_path):
+    logs, shown = [], []
+    for train in (trained_with, theirs):
+        model = llama()
+        optimizer = Adafactor(
+            model.parameters(), lr=None, relative_step=True, warmup_init=warmup, scale_parameter=scaled
+        )
+        both = optimizer, AdafactorSchedule(optimizer)
+        options = {
+            "max_steps": 4,
+            "logging_strategy": "steps",
+            "logging_steps": 1,
+            "train_sampling_strategy": "sequential",
+        }
+        trainer = train(model, tmp_path, tokens(), optimizers=both, **options)
+        logs.append([entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry])
+        shown.append(float(trainer.optimizer.state_dict()["param_groups"][0]["lr"]))
+    assert logs[0] == pytest.approx(logs[1], rel=tolerance)  # the size of a parameter is that after the update
+    assert shown[0] == pytest.approx(shown[1], rel=tolerance) and shown[0] > 0
+
+
 def test_tokens_and_operations_are_counted(tmp_path):
     trainer = trained(tmp_path, gpt2(), tokens(), num_train_epochs=1, include_num_input_tokens_seen="all", optim="sgd")
     assert trainer.state.num_input_tokens_seen == 12 * 6
@@ -831,22 +862,18 @@ def test_a_stream_knows_its_epoch(tmp_path):
     assert epochs == [0, 1]
 
 
-def test_a_stream_is_read_by_one_worker_which_is_reported_once(tmp_path, caplog):
+def test_an_evaluation_reads_a_stream_with_one_worker_which_is_reported_once(tmp_path, caplog):
     class Rows(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(tokens(8))
 
-    options = {"max_steps": 3, "per_device_train_batch_size": 2, "optim": "sgd"}
-    alone = trained(tmp_path, gpt2(), Rows(), **options)
-    made = arguments(tmp_path, dataloader_num_workers=3, dataloader_prefetch_factor=4, **options)
+    made = arguments(tmp_path, dataloader_num_workers=2, dataloader_prefetch_factor=4)
     trainer = Trainer(gpt2(), made, train_dataset=Rows(), eval_dataset=Rows())
     with caplog.at_level(logging.WARNING, "trainfn"):
-        trainer.train()
-        loaders = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
-    assert [(loader.num_workers, loader.prefetch) for loader in loaders] == [(1, 4)] * 2
-    assert caplog.text.count("(dataloader_num_workers=3)`: an iterable dataset is read by one worker") == 1
-    assert_identical(parameters(trainer.model), parameters(alone.model))
-    assert trainer.evaluate()["eval_loss"] == alone.evaluate(tokens(8))["eval_loss"]
+        loaders = trainer.get_train_dataloader(), trainer.get_eval_dataloader(), trainer.get_eval_dataloader()
+    assert [(loader.num_workers, loader.prefetch) for loader in loaders] == [(2, 4), (1, 4), (1, 4)]
+    assert caplog.text.count("an evaluation reads an iterable dataset with one worker") == 1
+    assert trainer.evaluate()["eval_loss"] == Trainer(gpt2(), made).evaluate(tokens(8))["eval_loss"]
 
 
 def test_trying_a_head_out_leaves_its_statistics_alone(tmp_path):

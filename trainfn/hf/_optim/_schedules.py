@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from transformers.optimization import GreedyLR, get_scheduler
+from transformers.optimization import Adafactor, AdafactorSchedule, GreedyLR, get_scheduler
 
 import trainfn as tfn
 from trainfn.errors import nearest
@@ -164,7 +164,21 @@ def stepped(scheduler: Steps, optimizer: torch.optim.Optimizer) -> None:
     """Make the scheduler's step after an update."""
     # Torch counts the calls of `optimizer.step`, and would warn that there was none.
     optimizer._opt_called = True  # type: ignore[attr-defined]
-    scheduler.step()
+    if isinstance(scheduler, AdafactorSchedule) and all(group["relative_step"] for group in optimizer.param_groups):
+        _show_relative(scheduler, optimizer)
+    else:
+        scheduler.step()
+
+
+def _show_relative(scheduler: AdafactorSchedule, optimizer: torch.optim.Optimizer) -> None:
+    """Make the step of a schedule that shows the rates which Adafactor computes; it looks for them in its moments."""
+    scheduler.last_epoch += 1
+    scheduler._step_count += 1
+    for group in optimizer.param_groups:
+        first = cast("Tensor", group["params"][0]).detach().float()
+        held = {"step": scheduler.last_epoch, "RMS": float(first.square().mean().sqrt())}
+        group["lr"] = float(Adafactor._get_lr(group, held))
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 _LEFT_OUT = object()

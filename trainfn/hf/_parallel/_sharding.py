@@ -103,20 +103,19 @@ class Parted(Dealt):
 
 
 class Share:
-    """A collator of all rows of a batch, of which this rank gets its share.
+    """A collator of all rows of a batch, of which this rank gets its share; shares differ by at most one row.
 
     Every rank reads all rows, so that what rows and samplers draw stays the same on all.
 
     Args:
         world: The processes of the run.
         collate: A function from rows to a batch.
-        size: The rows of a full batch.
     """
 
-    def __init__(self, world: World, collate: Callable[[list[Any]], Any], size: int) -> None:
-        self.part, self.size, self.collate = world.part, size // world.parts, collate
+    def __init__(self, world: World, collate: Callable[[list[Any]], Any]) -> None:
+        self.part, self.parts, self.collate = world.part, world.parts, collate
 
     def __call__(self, rows: list[Any]) -> Any:
         """Return a batch of this rank's rows."""
-        mine = rows[self.part * self.size : (self.part + 1) * self.size]
-        return self.collate(mine) if mine else tfn.data.no_rows(self.collate(rows[:1]))
+        first, end = (len(rows) * part // self.parts for part in (self.part, self.part + 1))
+        return self.collate(rows[first:end]) if end > first else tfn.data.no_rows(self.collate(rows[:1]))

@@ -111,10 +111,9 @@ def _with_sampler(
     how: Values = {"batch_size": batch_size, "sampler": sampler, "drop_last": args.dataloader_drop_last}
     if isinstance(sampler, BatchSampler) or (hasattr(sampler, "batch_size") and hasattr(sampler, "drop_last")):
         how = {"batch_sampler": sampler}
-        batch_size = cast("BatchSampler", sampler).batch_size
     if world.plan is None or not _splits(trainer):
         return dealt(world, _of_torch(trainer, dataset, collate, **how))
-    loader = _of_torch(trainer, dataset, Share(world, collate, batch_size), **how)
+    loader = _of_torch(trainer, dataset, Share(world, collate), **how)
     return cast("Loader", Parted(world, loader, split=True))
 
 
@@ -149,7 +148,7 @@ def _eval(trainer: TrainerLike, dataset: Dataset, size: int, collate: Collator, 
     last = "drop" if args.dataloader_drop_last and _is_sized(dataset) else "short"
     _check_enough(trainer, dataset, description, "per_device_eval_batch_size", last, size)
     if not _is_sized(dataset):
-        return dealt(world, tfn.data.stream(dataset, size, last=last, collate=collate, **_workers(args)))
+        return dealt(world, tfn.data.stream(dataset, size, last=last, collate=collate, **_reader(args)))
     sampler = tfn.data.sequential(len(dataset), size, last=last)
     return dealt(world, tfn.data.loader(dataset, sampler, collate=collate, epochs=1, **_workers(args)))
 
@@ -187,6 +186,17 @@ def _check_enough(trainer: TrainerLike, dataset: Dataset, description: str, name
 def _workers(args: TrainingArguments) -> Values:
     workers = args.dataloader_num_workers
     return {"num_workers": workers, "prefetch": args.dataloader_prefetch_factor if workers else None}
+
+
+def _reader(args: TrainingArguments) -> Values:
+    """The options of an evaluation's stream, which one worker reads in the order of the dataset, and each row once."""
+    options = _workers(args)
+    if options["num_workers"] > 1:
+        logger.warning_once(
+            f"`TrainingArguments(dataloader_num_workers={options['num_workers']})`: an evaluation reads an iterable"
+            " dataset with one worker, in its own order. Pass a dataset with rows by number to read it with more."
+        )
+    return {**options, "num_workers": min(options["num_workers"], 1)}
 
 
 def prepared(trainer: TrainerLike, dataset: Dataset, description: str) -> tuple[Dataset, Collator]:
