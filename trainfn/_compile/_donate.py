@@ -91,8 +91,9 @@ def without_grown(donated: list[bool], buffers: range, old: Sequence[Any], new: 
 
 
 def _has_other_shape(old: object, new: object) -> bool:
-    both = isinstance(old, Tensor) and isinstance(new, Tensor)
-    return both and old.shape != new.shape and old.dtype == new.dtype
+    if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
+        return False
+    return old.shape != new.shape and old.dtype == new.dtype
 
 
 def check_same(donated: list[bool], old: Sequence[Any], new: Sequence[Any], buffers: range = range(0)) -> None:
