@@ -1,7 +1,9 @@
 """Overrides that are written for transformers' training step, and the mode and outputs that overrides see."""
 
 import contextlib
+import functools
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -9,6 +11,7 @@ from torch import nn
 
 from tests.hf.models import HEADS
 from trainfn import Trainer, TrainerCallback, TrainingArguments
+from trainfn.hf._step import _manual
 
 ROWS = [{"input_ids": torch.randint(3, 11, (6,), generator=torch.Generator().manual_seed(i)), "labels": i % 3}
         for i in range(16)]  # fmt: skip
@@ -91,6 +94,75 @@ def test_a_training_step_may_divide_by_the_accumulation(kind, tmp_path):
     own, own_loss = updated(kind, tmp_path, gradient_accumulation_steps=4)
     torch.testing.assert_close(own, weights, rtol=0, atol=1e-6)
     assert own_loss == pytest.approx(loss, rel=1e-6)
+
+
+class WeightedByArguments(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model(**inputs).loss / 4 + sum(p.square().sum() for p in model.parameters()) / 2
+        loss = loss / self.args.gradient_accumulation_steps
+        loss.backward()
+        return loss.detach()
+
+
+class WeightedByCurrent(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model(**inputs).loss / 4
+        loss = loss / getattr(self, "current_gradient_accumulation_steps", 1)
+        loss.backward()
+        return loss.detach()
+
+
+@pytest.mark.parametrize("kind", [WeightedByArguments, WeightedByCurrent])
+def test_a_weight_of_a_loss_is_not_taken_for_the_accumulation(kind, tmp_path):
+    weights, loss = updated(kind, tmp_path, per_device_train_batch_size=16)
+    own, own_loss = updated(kind, tmp_path, gradient_accumulation_steps=4)
+    torch.testing.assert_close(own, weights, rtol=0, atol=1e-6)
+    assert own_loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_division_that_is_only_guessed_is_told(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(_manual.logger, "warning_once", told.append)
+    updated(ByANumber, tmp_path, gradient_accumulation_steps=4)
+    assert told and all("which is undone" in text for text in told)
+    told.clear()
+    updated(ByArguments, tmp_path, gradient_accumulation_steps=4)
+    assert not told
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_trial_of_the_loss_leaves_no_trace(draws, tmp_path):
+    class Counting(Trainer):
+        calls, seen = 0, None
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self.calls += 1
+            self.seen = [*(self.seen or []), np.random.rand() if draws else 0.0]
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    np.random.seed(0)
+    trainer = Counting(
+        HEADS["bert classes"][0](), arguments(tmp_path, gradient_accumulation_steps=2, max_steps=2), train_dataset=ROWS
+    )
+    trainer.train()
+    assert np.random.rand() == np.random.RandomState(0).rand()
+    assert trainer.calls == len(trainer.seen)
+    if not draws:  # a step that finds draws of NumPy calls the loss again, with draws of its own
+        assert trainer.calls == 4
+
+
+def test_a_patch_with_the_methods_own_name_is_called(tmp_path):
+    trainer = Trainer(HEADS["bert classes"][0](), arguments(tmp_path, max_steps=2), train_dataset=ROWS)
+    calls, own = [], trainer.training_step
+
+    @functools.wraps(own)
+    def patched(*given, **options):
+        calls.append(given)
+        return own(*given, **options)
+
+    trainer.training_step = patched
+    trainer.train()
+    assert len(calls) == 2
 
 
 def test_the_numbers_of_micro_batches_are_back_after_a_step(tmp_path):

@@ -84,7 +84,9 @@ def overridden(owner: object, name: str) -> bool:
     """Whether a method of an object, or of a class, is not this package's own."""
     found = inspect.getattr_static(owner, name)
     function = getattr(found, "__func__", getattr(found, "fget", found))
-    return not str(getattr(function, "__module__", "")).startswith("trainfn.hf.")
+    # `functools.wraps` copies `__module__` from the method that a patch replaces, and not the globals.
+    module = getattr(function, "__globals__", {}).get("__name__", getattr(function, "__module__", ""))
+    return not str(module).startswith("trainfn.hf.")
 
 
 def check_overrides(cls: type, base: type) -> None:

@@ -150,6 +150,7 @@ def prepare(trainer: TrainerLike, run: TrainingRun) -> None:
         _parameters.see(trainer)
         _parameters.warn_of_callbacks(trainer)
     run.step = make_step(trainer, run)
+    trainer._trainfn.latest = (-1, {})  # of an evaluation in this run
     search = trainer._trainfn.search
     trainer.state = TrainerState(
         is_hyper_param_search=search is not None,

@@ -145,7 +145,8 @@ def new_model(trainer: TrainerLike) -> None:
     trial = None if record.search is None else record.search.trial
     trainer.model = trainer.model_wrapped = made_model(trainer, trial)
     placed(trainer)
-    record.shifts = record.parameter_count = trainer._signature_columns = None
+    record.shifts = record.divisor = record.parameter_count = trainer._signature_columns = None
+    record.examined, record.trials = False, 0
     set_use_cache(trainer.model, trainer.args)
 
 

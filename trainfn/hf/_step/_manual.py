@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Generator, Mapping
+from types import CodeType
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
+from transformers.utils import logging
 
 import trainfn as tfn
 from trainfn.hf._names import overridden
@@ -21,6 +24,9 @@ from trainfn.hf._step._counting import counted
 from trainfn.hf._step._held import opened
 from trainfn.hf._step._loss import exact_loss, head_loss, without_update
 from trainfn.hf._types import Batch, Outputs, TrainerLike
+
+logger = logging.get_logger(__name__)
+_NUMBERS = frozenset(("gradient_accumulation_steps", "current_gradient_accumulation_steps"))
 
 
 def overrides(trainer: TrainerLike) -> list[str]:
@@ -97,8 +103,8 @@ def step(trainer: TrainerLike, made: tfn.TrainStep) -> tfn.TrainStep:
 def _undivided(trainer: TrainerLike) -> Generator[Callable[[], float]]:
     """Let an override that divides by the number of micro-batches give the gradients of a mean all the same.
 
-    In the block these numbers are 1, so an override that reads them divides by 1. One that knows them otherwise is
-    found by the gradient of the loss. Yield a function that returns the factor which undoes the division.
+    In the block these numbers are 1, so an override that reads them divides by 1. One that does not name them may know
+    them otherwise, which the gradient of the loss shows. Yield a function that returns the factor which undoes it.
     """
     args, record = trainer.args, trainer._trainfn
     number, current = args.gradient_accumulation_steps, trainer.current_gradient_accumulation_steps
@@ -113,8 +119,15 @@ def _undivided(trainer: TrainerLike) -> Generator[Callable[[], float]]:
             watch(head_loss(outputs, {}))
 
     def factor() -> float:
-        found = {float(x) for x in factors}
-        return next((float(k) for k in {number, current} if k > 1 and any(abs(x * k - 1) < 1e-5 for x in found)), 1.0)
+        found = set[float]() if _reads_numbers(trainer) else {float(x) for x in factors}
+        k = next((k for k in (number, current) if k > 1 and any(abs(x * k - 1) < 1e-5 for x in found)), 1)
+        if k > 1:
+            logger.warning_once(
+                f"`{type(trainer).__name__}.training_step`: the gradient of its loss is 1/{k}, so it seems to divide by"
+                f" gradient_accumulation_steps={number}, which is undone. If 1/{k} is a weight of your own, write"
+                " `loss / self.args.gradient_accumulation_steps`. That number is 1 inside of `training_step`."
+            )
+        return float(k)
 
     record.watch = watch
     handle = trainer.model.register_forward_hook(of_outputs)
@@ -125,6 +138,25 @@ def _undivided(trainer: TrainerLike) -> Generator[Callable[[], float]]:
         handle.remove()
         record.watch = None
         args.gradient_accumulation_steps, trainer.current_gradient_accumulation_steps = number, current
+
+
+def _reads_numbers(trainer: TrainerLike) -> bool:
+    """Whether an override of `training_step` names the number of micro-batches in its code."""
+    owners = (vars(trainer), *(vars(k) for k in type(trainer).__mro__ if not k.__module__.startswith("trainfn.hf.")))
+    return any(
+        not _NUMBERS.isdisjoint(_names_in(inspect.unwrap(owner["training_step"])))
+        for owner in owners
+        if "training_step" in owner
+    )
+
+
+def _names_in(function: object) -> set[object]:
+    """The names and the strings in the code of a function, and of those that are written inside of it."""
+    code: CodeType | None = getattr(function, "__code__", function if isinstance(function, CodeType) else None)
+    if code is None:
+        return set()
+    inner = (_names_in(each) for each in code.co_consts if isinstance(each, CodeType))
+    return {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}.union(*inner)
 
 
 def _summand(param: Tensor, grad: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The containers of a subclass, kept while its loss is tried out."""
+"""The attributes and containers of a subclass, kept while its loss is tried out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 from collections import deque
 from collections.abc import Generator
 
+import trainfn as tfn
 from trainfn.hf._types import Nested, TrainerLike
 
 _CONTAINERS = (dict, list, set, deque)
@@ -16,7 +17,10 @@ _LARGEST = 1000  # a longer list is data, and not what a loss fills
 
 @contextlib.contextmanager
 def as_before(trainer: TrainerLike) -> Generator[None]:
-    """Restore the containers of a subclass after a block, such as lists of metrics that its loss fills."""
+    """Restore a subclass after a block: its attributes, the contents of its containers, and the global generators.
+
+    Examples are a count of calls, and a list of metrics that its loss fills.
+    """
     kinds = [kind for kind in type(trainer).__mro__ if not kind.__module__.startswith(("trainfn.", "builtins"))]
     found = [
         x
@@ -24,10 +28,14 @@ def as_before(trainer: TrainerLike) -> Generator[None]:
         for name, x in owner.items()
         if isinstance(x, _CONTAINERS) and len(x) <= _LARGEST and name not in _OURS and not name.startswith("__")
     ]
-    kept = [(x, _copied(x)) for x in found]
+    kept, attributes = [(x, _copied(x)) for x in found], dict(vars(trainer))
     try:
-        yield
+        with tfn.process.generators_kept():
+            yield
     finally:
+        for name in vars(trainer).keys() - attributes.keys():
+            delattr(trainer, name)
+        vars(trainer).update(attributes)
         for x, before in kept:
             _restore(x, before)
 
