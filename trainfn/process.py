@@ -15,6 +15,7 @@ handler, or saves and restores a generator's state.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import random
 import signal
@@ -119,8 +120,10 @@ class _Swap:
     def _again(self) -> None:
         if self._pending:
             self._pending = False
-            # To the main thread, which may sleep.
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            if hasattr(signal, "pthread_kill"):  # it wakes the main thread, which may sleep
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            else:
+                _thread.interrupt_main()
 
 
 SWAP = _Swap()

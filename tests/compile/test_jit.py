@@ -565,3 +565,37 @@ def test_compile_caches_are_shared_between_processes(tmp_path):
     assert run() == [1, 0, 1]
     graphs, hits, misses = run()
     assert graphs == 1 and hits >= 1 and misses == 0
+
+
+# --- buffers that grow ------------------------------------------------------------------------------------------------
+
+
+class Growing(nn.Module):
+    """Keeps the first number of each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+        self.register_buffer("seen", torch.empty(0))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen, self.count = torch.cat([self.seen, x[:, 0].detach()]), self.count + 1
+        return self.linear(x)
+
+
+def test_a_buffer_may_grow_in_an_eager_step_that_donates():
+    plain = tfn.train_step(lambda model, x: tfn.Mean.of(model(x).square()), tfn.optim.adamw(1e-2))
+    donating = tfn.jit(plain, compile=False, donate=True)
+    with torch.random.fork_rng(devices=[]):
+        state = tfn.init(Growing(), tfn.optim.adamw(1e-2), seed=0)
+    twin = tfn.copy(state)
+    weight = twin.params["linear.weight"]
+    for n in range(3):
+        state, metrics = plain(state, torch.full((2, 2), float(n)))
+        twin, expected = donating(twin, torch.full((2, 2), float(n)))
+        assert_identical((twin, metrics), (state, expected))
+    assert twin.buffers["seen"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert twin.params["linear.weight"] is weight  # others keep their memory
+    with pytest.raises(ValueError, match=r"float32 \[6\] became float32 \[8\]. So it can't take its memory"):
+        tfn.jit(plain, backend="eager", donate=True)(twin, torch.ones(2, 2))

@@ -184,3 +184,38 @@ def test_rows_of_somebody_elses_loader():
     sampler = torch.utils.data.BatchSampler(range(9), 3, drop_last=False)
     assert rows_of(place(0, 1, 1, loader=torch.utils.data.DataLoader(rows, batch_sampler=sampler))) == 3
     assert rows_of(place(0, 1, 1, loader=Dealt(two, rows))) == 2  # batches
+
+
+class Growing(torch.nn.Module):
+    """Keeps the first number of each row that it is trained on, in a buffer that grows."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 1)
+        torch.nn.init.ones_(self.linear.weight)
+        torch.nn.init.zeros_(self.linear.bias)
+        self.register_buffer("seen", torch.empty(0))
+
+    def forward(self, x, labels=None):
+        out = self.linear(x).squeeze(-1)
+        if self.training:
+            self.seen = torch.cat([self.seen, x[:, 0].detach()])
+        return {"loss": (out - labels).square().mean(), "logits": out}
+
+
+def test_a_buffer_that_grows_is_in_the_model_in_checkpoints_and_in_a_resumed_run(tmp_path):
+    rows = [{"x": torch.full((2,), float(i)), "labels": torch.tensor(1.0)} for i in range(8)]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=6, per_device_train_batch_size=2, save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, report_to="none", use_cpu=True, disable_tqdm=True, log_level="error",
+        train_sampling_strategy="sequential", learning_rate=1e-3,
+    )  # fmt: skip
+    whole, resumed = Growing(), Growing()
+    Trainer(whole, args, train_dataset=rows, eval_dataset=rows).train()
+    assert whole.seen.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+    Trainer(resumed, args, train_dataset=rows, eval_dataset=rows).train(str(tmp_path / "checkpoint-4"))
+    assert torch.equal(resumed.seen, whole.seen) and torch.equal(resumed.linear.weight, whole.linear.weight)
+    loaded = Growing()
+    trainer = Trainer(loaded, args, train_dataset=rows)
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    assert loaded.seen.tolist() == [0, 1, 2, 3]

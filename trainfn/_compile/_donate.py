@@ -84,10 +84,25 @@ def _storage(x: Any) -> int:
     return held(x).untyped_storage()._cdata
 
 
-def check_same(donated: list[bool], old: Sequence[Any], new: Sequence[Any]) -> None:
-    """Raise if a new leaf can't take an old one's place."""
-    pairs = zip(old, new, strict=False)
-    odd = next(((a, b) for (a, b), _ in zip(pairs, donated, strict=False) if _kind(a) != _kind(b)), None)
+def without_grown(donated: list[bool], buffers: range, old: Sequence[Any], new: Sequence[Any]) -> list[bool]:
+    """Return which leaves are overwritten: a buffer that has grown, or shrunk, has memory of its own."""
+    others = {i for i in buffers if _has_other_shape(old[i], new[i])} if len(new) >= len(donated) else ()
+    return [yes and i not in others for i, yes in enumerate(donated)] if others else donated
+
+
+def _has_other_shape(old: object, new: object) -> bool:
+    if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
+        return False
+    return old.shape != new.shape and old.dtype == new.dtype
+
+
+def check_same(donated: list[bool], old: Sequence[Any], new: Sequence[Any], buffers: range = range(0)) -> None:
+    """Raise if a new leaf can't take an old one's place; ``buffers`` may have other shapes."""
+    triples = enumerate(zip(old, new, donated, strict=False))
+    odd = next(
+        ((a, b) for i, (a, b, _) in triples if _kind(a) != _kind(b) and not (i in buffers and _has_other_shape(a, b))),
+        None,
+    )
     if len(new) < len(donated) or odd is not None:
         found = "" if odd is None else f": {_shown(odd[0])} became {_shown(odd[1])}"
         raise ValueError(

@@ -15,7 +15,7 @@ from trainfn._bound import CONSUMED, COPIED, Unprotected
 from trainfn._compile._ahead import Helper, order
 from trainfn._compile._backend import Built, Settings, build, is_built
 from trainfn._compile._capture import Call, capture
-from trainfn._compile._donate import check_result, overwrite
+from trainfn._compile._donate import check_result, overwrite, without_grown
 from trainfn._compile._entry import Early, Entry, Known, largest
 from trainfn._compile._outside import Outside, environment
 from trainfn._compile._report import Report
@@ -96,7 +96,9 @@ class Program:
         if late and not is_settled(given[0].opt_state, late):  # this step is the first that misses some parameters
             old, form = flatten((given[0]._replace(opt_state=settled(given[0].opt_state, late)), *given[1:]))
             donated = self._donated(form)
-        new, made = donation(donated, form, old, out)
+        buffers = _buffers(first)
+        new, made = donation(donated, form, old, out, buffers)
+        donated = without_grown(donated, buffers, old, new)
         with SWAP:
             overwrite(donated, old, new)
             first.retire(state)
@@ -329,6 +331,13 @@ def _separate(donated: list[bool], leaves: Leaves) -> None:
             memory = held(leaves[i]).untyped_storage()._cdata
             leaves[i] = leaves[i].clone() if memory in seen else leaves[i]
             seen.add(memory)
+
+
+def _buffers(state: Structure) -> range:
+    """The places of the buffers among the leaves of a state."""
+    before, buffers = state.children[:2], state.children[2]  # type: ignore[union-attr]
+    start = sum(child.size for child in before)
+    return range(start, start + buffers.size)
 
 
 def _batch_first(form: Structure) -> Structure:

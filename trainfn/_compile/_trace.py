@@ -110,15 +110,17 @@ class _Run:
         return tensors
 
 
-def donation(donated: list[bool], given: Structure, old: Sequence[Any], out: Any) -> tuple[Leaves, Structure]:
-    """Return the leaves of a donating step's result, and its structure.
+def donation(
+    donated: list[bool], given: Structure, old: Sequence[Any], out: Any, buffers: range = range(0)
+) -> tuple[Leaves, Structure]:
+    """Return the leaves of a donating step's result, and its structure; ``buffers`` may have other shapes.
 
     Raises:
         TypeError, ValueError: If the new state can't take the old one's place.
     """
     check_result(out)
     new, form = flatten(out)
-    check_same(donated, old, new if form.children[0] == given.children[0] else [])  # type: ignore[union-attr]
+    check_same(donated, old, new if form.children[0] == given.children[0] else [], buffers)  # type: ignore[union-attr]
     return new, form
 
 

@@ -340,7 +340,8 @@ def load_best(trainer: TrainerLike) -> None:
         with plain(trainer):
             load_weights(trainer.model, best)
         return
-    like = _adapters.without_base(newest_state(trainer), trainer.model, tfn.manifest(best).tree)
+    manifest = tfn.manifest(best)
+    like = _parts.grown(_adapters.without_base(newest_state(trainer), trainer.model, manifest.tree), manifest)
     _parts.place(trainer, tfn.restore(best, like=like, only="^model/"))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import trainfn as tfn
 from trainfn.hf._checkpoints import _adapters, _transformers
 from trainfn.hf._optim._resolve import restore as restore_optimizer
-from trainfn.hf._parallel._parameters import see
+from trainfn.hf._parallel._parameters import follow_buffers, see
 from trainfn.hf._run._record import Restored, TrainingRun, current_run, newest_state
 from trainfn.hf._types import TrainerLike, Values
 
@@ -30,7 +30,8 @@ def resume(trainer: TrainerLike, run: TrainingRun, folder: str, *, foreign: bool
         restored = Restored(folder, None, {"step": n})
     else:
         manifest = tfn.manifest(folder)
-        like, extra = _adapters.without_base(newest_state(trainer), trainer.model, manifest.tree), manifest.extra
+        like = grown(_adapters.without_base(newest_state(trainer), trainer.model, manifest.tree), manifest)
+        extra = manifest.extra
         state, where, n = extra["trainer_state"], extra["position"], 0
         restored = Restored(folder, tfn.restore(folder, like=like), extra)
         run.losses.load_state_dict(extra["losses"])
@@ -55,9 +56,11 @@ def load_weights(trainer: TrainerLike, folder: str, model: nn.Module | None = No
     if restored is not None and restored.state is not None and folder == restored.folder and model is None:
         place(trainer, restored.state)
     elif (Path(folder) / "manifest.json").exists():
-        like = tfn.init(trainer.model if model is None else model, tfn.optim.identity(), storage="adopt")
+        into = trainer.model if model is None else model
+        like = grown(tfn.init(into, tfn.optim.identity(), storage="adopt"), tfn.manifest(folder))
         chosen = tfn.restore(folder, like=like, only="^model/")
-        copy({**like.params, **like.buffers}, {**chosen.params, **chosen.buffers})
+        own = {name: tensor.detach() for name, tensor in into.named_parameters(remove_duplicate=False)}
+        copy({**own, **dict(into.named_buffers(remove_duplicate=False))}, {**chosen.params, **chosen.buffers})
     else:
         _transformers.load_weights(trainer.model if model is None else model, folder)
 
@@ -92,13 +95,26 @@ def place(trainer: TrainerLike, saved: tfn.TrainState) -> None:
         see(trainer)
         return
     copy({**mine.params, **mine.buffers}, {**saved.params, **saved.buffers})
+    follow_buffers(trainer)
+
+
+def grown(like: tfn.TrainState, manifest: tfn.Manifest) -> tfn.TrainState:
+    """The state with buffers of the shapes that a checkpoint has: a buffer may have grown since the model was made."""
+    saved = {name: manifest.tree.get(f"model/{name}") for name in like.buffers}
+    shapes = {name: leaf.shape for name, leaf in saved.items() if leaf is not None}
+    other = {name for name, shape in shapes.items() if shape != tuple(like.buffers[name].shape)}
+    made = {name: like.buffers[name].new_zeros(shapes[name]) for name in other}
+    return like._replace(buffers={**like.buffers, **made})
 
 
 def copy(into: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
-    """Copy values into tensors by name, which keep their memory."""
+    """Copy values into tensors by name, which keep their memory where they keep their shape."""
     with torch.no_grad():
         for name, tensor in values.items():
-            into[name].copy_(tensor)
+            if into[name].shape == tensor.shape:
+                into[name].copy_(tensor)
+            else:
+                into[name].data = tensor
 
 
 @contextlib.contextmanager

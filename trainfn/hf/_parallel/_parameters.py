@@ -35,6 +35,18 @@ def see(trainer: TrainerLike) -> None:
             tensor.data = tfn.tree.local(leaf).detach()
 
 
+def follow_buffers(trainer: TrainerLike) -> None:
+    """Let the model share the memory of buffers that have another shape than before, such as a list that grows."""
+    buffers = newest_state(trainer).buffers
+    shapes = [buffer.shape for buffer in buffers.values()]
+    if shapes == trainer._trainfn.shapes:  # as after most steps: a look at the model's tree takes longer
+        return
+    trainer._trainfn.shapes = shapes
+    for name, tensor in trained_of(trainer).named_buffers(remove_duplicate=False):
+        if name in buffers and tensor.shape != buffers[name].shape:
+            tensor.data = buffers[name]
+
+
 def fill(trainer: TrainerLike) -> None:
     """Gather the sharded parameters into the model; every rank calls this.
 

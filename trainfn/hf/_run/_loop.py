@@ -285,6 +285,7 @@ def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:
     """Fire the events of a completed step; then log, evaluate and save where due."""
     state, windows, length = trainer.state, run.windows, run.length
     run.saving.check()
+    _parameters.follow_buffers(trainer)
     if not run.announced:
         _before_update(trainer, run)
     event(trainer, "on_optimizer_step")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -117,6 +117,7 @@ class Record:
         shifts: Whether the model's loss shifts labels; None until it is known.
         divisor: What the loss is divided by, if a trial has shown it to be another than that of the model's class.
         examined: Whether the loss has been tried out.
+        shapes: The shapes of the state's buffers after the newest step.
         trials: How often that was begun.
         parameter_count: The model's parameters without embeddings; None until they are counted.
         released: Whether the parameters are sharded over ranks, so that the model does not hold them.
@@ -139,6 +140,7 @@ class Record:
     shifts: bool | None = None
     divisor: Count | None = None
     examined: bool = False
+    shapes: Sequence[tuple[int, ...]] = ()
     trials: int = 0
     parameter_count: int | None = None
     released: bool = False
