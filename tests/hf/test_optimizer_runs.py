@@ -438,3 +438,13 @@ def test_a_function_that_a_callback_sets_as_the_schedule_goes_on(tmp_path):
     named = trained(OURS, tmp_path, **{**case, "lr_scheduler_type": "linear", "learning_rate": 0.5})
     torch.testing.assert_close(weights(trainer), weights(named), rtol=0, atol=1e-6)
     assert rates(trainer) == [0.5 * (1 - n / 8) for n in range(8)]
+
+
+def test_a_schedule_over_the_shown_optimizer_steps_without_torchs_warning(tmp_path):
+    class Sets(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            trainer.lr_scheduler = LR.StepLR(optimizer, 4)
+
+    trainer = made(OURS, tmp_path, calls=Sets, save_strategy="no", learning_rate=1.0)
+    trainer.train()
+    assert rates(trainer) == pytest.approx([1.0] * 4 + [0.1] * 4)

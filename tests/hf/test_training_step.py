@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -149,6 +150,38 @@ def test_a_trial_of_the_loss_leaves_no_trace(draws, tmp_path):
     assert trainer.calls == len(trainer.seen)
     if not draws:  # a step that finds draws of NumPy calls the loss again, with draws of its own
         assert trainer.calls == 4
+
+
+def test_a_trial_of_the_loss_adds_nothing_to_a_long_list(tmp_path):
+    class Filling(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self.losses.append(0.0)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    trainer = Filling(HEADS["bert classes"][0](), arguments(tmp_path), eval_dataset=ROWS)
+    trainer.losses = [0.0] * 1500
+    trainer.evaluate()
+    assert len(trainer.losses) == 1500 + 2
+
+
+def test_substeps_are_those_of_an_overrides_windows(tmp_path):
+    class Varied(Trainer):
+        asked = 0
+
+        def get_batch_samples(self, epoch_iterator, num_batches, device):
+            self.asked += 1
+            return list(itertools.islice(epoch_iterator, 1 if self.asked == 1 else 3)), None
+
+    class Counts(TrainerCallback):
+        substeps = 0
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            self.substeps += 1
+
+    counts = Counts()
+    options = arguments(tmp_path, gradient_accumulation_steps=2, max_steps=2)
+    Varied(HEADS["bert classes"][0](), options, train_dataset=ROWS, callbacks=[counts]).train()
+    assert counts.substeps == 0 + 2
 
 
 def test_a_patch_with_the_methods_own_name_is_called(tmp_path):

@@ -177,7 +177,8 @@ def write_rates(scheduler: LRScheduler, optimizer: torch.optim.Optimizer) -> Non
 def stepped(scheduler: Steps, optimizer: torch.optim.Optimizer) -> None:
     """Make the scheduler's step after an update."""
     # Torch counts the calls of `optimizer.step`, and would warn that there was none.
-    optimizer._opt_called = True  # type: ignore[attr-defined]
+    for each in (optimizer, getattr(scheduler, "optimizer", optimizer)):  # a callback's schedule may have the one shown
+        each._opt_called = True  # type: ignore[attr-defined]
     if isinstance(scheduler, AdafactorSchedule) and all(group["relative_step"] for group in optimizer.param_groups):
         _show_relative(scheduler, optimizer)
     else:

@@ -305,8 +305,7 @@ def _after(trainer: TrainerLike, run: TrainingRun, info: tfn.StepInfo) -> None:
 
 def _before_update(trainer: TrainerLike, run: TrainingRun) -> None:
     """Fire the events before an update: inside of the step where a callback may read gradients, and else after it."""
-    windows = run.windows
-    for _ in range(windows.micro_done - (windows.window - 1) * run.length.accumulate - 1):
+    for _ in range(trainer.current_gradient_accumulation_steps - 1):
         event(trainer, "on_substep_end")
     event(trainer, "on_pre_optimizer_step")
     run.announced = True

@@ -12,7 +12,7 @@ from trainfn.hf._types import Nested, TrainerLike
 
 _CONTAINERS = (dict, list, set, deque)
 _OURS = {"_trainfn", "train_dataset", "eval_dataset"}
-_LARGEST = 1000  # a longer list is data, and not what a loss fills
+_LARGEST = 1000  # a longer list is not copied: it is data, or a loss adds to its end
 
 
 @contextlib.contextmanager
@@ -28,6 +28,7 @@ def as_before(trainer: TrainerLike) -> Generator[None]:
         for name, x in owner.items()
         if isinstance(x, _CONTAINERS) and len(x) <= _LARGEST and name not in _OURS and not name.startswith("__")
     ]
+    long = [(x, len(x)) for x in vars(trainer).values() if type(x) is list and len(x) > _LARGEST]
     kept, attributes = [(x, _copied(x)) for x in found], dict(vars(trainer))
     try:
         with tfn.process.generators_kept():
@@ -38,6 +39,8 @@ def as_before(trainer: TrainerLike) -> Generator[None]:
         vars(trainer).update(attributes)
         for x, before in kept:
             _restore(x, before)
+        for x, length in long:
+            del x[length:]
 
 
 def _copied(x: Nested) -> Nested:
