@@ -310,6 +310,10 @@ def test_a_step_of_ones_own_is_an_error(tmp_path):
     optimizer = trained(OURS, tmp_path, max_steps=1).optimizer
     with pytest.raises(RuntimeError, match=r"`optimizer.step\(\)` can't work.*write into `optimizer.param_groups`"):
         optimizer.step()
+    with pytest.raises(RuntimeError, match=r"register_step_post_hook.*a callback with the method `on_optimizer_step`"):
+        optimizer.register_step_post_hook(print)
+    with pytest.raises(RuntimeError, match=r"register_step_pre_hook.*the method `on_pre_optimizer_step`"):
+        optimizer.register_step_pre_hook(print)
     with pytest.raises(TypeError, match=r"deepcopy\(trainer.optimizer.state_dict\(\)\)"):
         copy.deepcopy(optimizer)
     optimizer.zero_grad()
@@ -448,3 +452,20 @@ def test_a_schedule_over_the_shown_optimizer_steps_without_torchs_warning(tmp_pa
     trainer = made(OURS, tmp_path, calls=Sets, save_strategy="no", learning_rate=1.0)
     trainer.train()
     assert rates(trainer) == pytest.approx([1.0] * 4 + [0.1] * 4)
+
+
+class Failing(TrainerCallback):
+    """Raises between the gradients and the update."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        raise FloatingPointError("seen")
+
+
+def test_gradients_are_cleared_after_an_error(tmp_path):
+    model = Line()
+    trainer = Trainer(model, TrainingArguments(**options(tmp_path)), train_dataset=ROWS, eval_dataset=ROWS,
+                      callbacks=[Failing()])  # fmt: skip
+    with pytest.raises(FloatingPointError, match="seen"):
+        trainer.train()
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -187,12 +187,6 @@ class Trainer(Loading, Running, Optimizing, Checkpointing, Reporting):
         stack.enter_context(self.autocast_smart_context_manager())
         return stack
 
-    def autocast_smart_context_manager(
-        self, cache_enabled: bool | None = True
-    ) -> contextlib.AbstractContextManager[Any]:
-        """Nothing, as in transformers: ``bf16`` and ``fp16`` cast by themselves."""
-        return contextlib.nullcontext()
-
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """One micro-batch forwards and backwards; only called if it is overridden."""
         return _manual.training_step(self, model, inputs, num_items_in_batch)

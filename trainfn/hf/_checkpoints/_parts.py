@@ -121,14 +121,18 @@ def copy(into: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None
 def same_tensors(model: nn.Module) -> Generator[None]:
     """Keep the model's own tensors, which the state shares, where a block puts others in their place; values stay."""
     kept = [(tensors, dict(tensors)) for m in model.modules() for tensors in (m._parameters, m._buffers)]
-    yield
-    for tensors, mine in kept:
-        for name, tensor in mine.items():
-            new = tensors.get(name)
-            if tensor is not None and new is not None and new is not tensor:
-                with torch.no_grad():
-                    tensor.copy_(new)
-                tensors[name] = tensor  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for tensors, mine in kept:
+            for name, tensor in mine.items():
+                new = tensors.get(name)
+                if tensor is not None and new is not None and new is not tensor:
+                    if tensor.shape != new.shape and not isinstance(tensor, nn.Parameter):
+                        tensor.data = new.detach()  # a buffer that has grown
+                    else:
+                        tensor.detach().copy_(new)
+                    tensors[name] = tensor  # type: ignore[assignment]
 
 
 def save_for_tune(trainer: TrainerLike, folder: str) -> None:

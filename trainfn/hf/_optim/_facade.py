@@ -236,6 +236,14 @@ class RunOptimizer(torch.optim.Optimizer):
         """Raise an error: a step of the Trainer contains the update."""
         _no_step("trainer.train()")
 
+    def register_step_pre_hook(self, hook: Callable[..., object]) -> NoReturn:
+        """Raise an error: no step of the optimizer is called."""
+        _no_hook("register_step_pre_hook", "on_pre_optimizer_step")
+
+    def register_step_post_hook(self, hook: Callable[..., object]) -> NoReturn:
+        """Raise an error: no step of the optimizer is called."""
+        _no_hook("register_step_post_hook", "on_optimizer_step")
+
     def train(self) -> None:
         """Do nothing: there is one set of weights."""
 
@@ -326,4 +334,11 @@ def _no_step(instead: str) -> NoReturn:
         f"`optimizer.step()` can't work: the update is part of the Trainer's step, which `{instead}` makes. To change"
         " it, write into `optimizer.param_groups`, or override `create_optimizer`. Code that calls `backward()` and"
         " `step()` by itself needs an optimizer of its own, such as `torch.optim.AdamW(model.parameters())`."
+    )
+
+
+def _no_hook(name: str, event: str) -> NoReturn:
+    raise RuntimeError(
+        f"`optimizer.{name}(...)` can't work: the update is part of the Trainer's step, so no hook of the optimizer is"
+        f" called. Write a callback with the method `{event}`."
     )

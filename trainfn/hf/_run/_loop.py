@@ -100,6 +100,7 @@ def _surroundings(trainer: TrainerLike, run: TrainingRun) -> Generator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     with contextlib.ExitStack() as stack:
         stack.callback(run.frozen.release)
+        stack.callback(clear_gradients, run)  # after an error in a step, too
         stack.enter_context(args.matmul_precision())
         if args.enable_jit_checkpoint:
             stack.enter_context(run.requests.termination())
