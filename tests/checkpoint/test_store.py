@@ -201,7 +201,7 @@ def test_other_things_in_the_folder_are_left_alone(tmp_path):
         for n in range(4, 7):
             checkpoints.save(small(n))
     assert checkpoints.steps() == [6]
-    assert (outside / "kept").exists() and len(list(folder.iterdir())) == 6  # with the lock
+    assert (outside / "kept").exists() and len(list(folder.iterdir())) == 6
 
 
 def test_a_checkpoint_that_can_not_be_removed_is_kept_with_a_warning(tmp_path, monkeypatch):
