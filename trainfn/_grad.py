@@ -137,7 +137,7 @@ class Passes:
 
 
 def _scale(state: TrainState, mean: Mean, common: Callable[[TrainState, Tensor], Tensor]) -> Tensor | None:
-    """By which to multiply the total, so that the mean is multiplied by the loss scale: almost.
+    """The factor of the total, by which the mean is multiplied by almost the loss scale.
 
     It is the power of two at or below, which divides out exactly.
     """
@@ -218,7 +218,7 @@ def divided(sums: Gradients) -> Gradients:
 
 
 def divisor(loss: Mean) -> Tensor:
-    """By which the update divides `Gradients.grads`; 1 where nothing counted, for the sums are 0 too."""
+    """The number that the update divides `Gradients.grads` by; 1 where nothing counted, for the sums are 0 too."""
     weight = torch.ones_like(loss.weight[0]) if isinstance(loss, Total) and len(loss.weight) > 1 else loss.weight
     weight = weight.reshape(())
     return torch.where(weight == 0, torch.ones_like(weight), weight)
