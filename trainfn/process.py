@@ -15,12 +15,10 @@ handler, or saves and restores a generator's state.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import random
 import signal
 import threading
-import time
 from collections.abc import Generator
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -78,55 +76,6 @@ def uninterrupted() -> Generator[Pending]:
     hold.pending = pending  # type: ignore[attr-defined]
     with _handled(signal.SIGINT, hold):
         yield pending
-
-
-class _Swap:
-    """The time in which a donating step overwrites a state, in a loop that holds nothing back itself.
-
-    Ctrl-C in it would leave neither the old state nor the new one. It is raised when the next step begins, and the
-    caller has the new state; or a moment later, if there is no next step.
-    """
-
-    _MOMENT = 0.02  # seconds in which a caller has stored what a step returned
-
-    def __init__(self) -> None:
-        self._busy, self._left, self._pending = False, 0.0, False
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if self._pending:
-            self._pending = False
-            raise KeyboardInterrupt
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._arrived)
-        self._busy = True
-
-    def __exit__(self, *error: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._left = time.perf_counter()
-            self._busy = False
-
-    def _arrived(self, number: int, frame: Any) -> None:
-        soon = self._busy or time.perf_counter() - self._left < self._MOMENT
-        if self._pending or not soon:  # the user insists, or no state is at stake
-            self._pending = False
-            signal.default_int_handler(number, frame)
-        self._pending = True
-        later = threading.Timer(2 * self._MOMENT, self._again)
-        later.daemon = True
-        later.start()
-
-    def _again(self) -> None:
-        if self._pending:
-            self._pending = False
-            if hasattr(signal, "pthread_kill"):  # it wakes the main thread, which may sleep
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            else:
-                _thread.interrupt_main()
-
-
-SWAP = _Swap()
 
 
 @contextlib.contextmanager

@@ -406,5 +406,7 @@ def test_the_state_of_a_schedule_is_json_and_continues(name):
 
 
 def test_what_json_cannot_hold_is_left_out():
-    assert to_json({"f": print, "of": {"f": [print], "n": 1}, 3: 4}) == {"of": {"n": 1}}
+    assert to_json({"f": print, "of": {"f": [print], "n": 1}, 3: 4}) == {"dict": [["of", {"n": 1}], [3, 4]]}
+    assert from_json(to_json({"a": 1, 3: 4})) == {"a": 1, 3: 4}
+    assert to_json({"of": {(1, 2): 3}, "n": 1}) == {"n": 1}
     assert from_json(to_json({"t": (1, (2.0, None)), "x": torch.tensor(3)})) == {"t": (1, (2.0, None)), "x": 3}

@@ -5,7 +5,6 @@ import os
 import signal
 import textwrap
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 
 import trainfn as tfn
 from tests.processes import succeeded
-from trainfn._compile._structure import Dict
 from trainfn.process import Requests, termination, uninterrupted
 
 OPTIMIZER = tfn.optim.sgd(0.1, momentum=0.9)
@@ -155,39 +153,6 @@ def test_the_error_of_a_donating_step_holds_the_newest_checkpoint_or_no_state(tm
     with pytest.raises(tfn.errors.NonFiniteError) as caught:
         tfn.fit(step, fresh(), poisoned, until=5, checkpoints=tfn.Checkpoints(tmp_path, every=1))
     assert bits(caught.value.state) == bits(tfn.fit(STEP, fresh(), [batch(0), batch(1)]))
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("then", ["a step", "nothing"])
-def test_ctrl_c_in_the_swap_of_a_state_leaves_the_new_one(then, compiled, monkeypatch):
-    """In a loop of one's own: it is raised at the next step, or a moment later."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        step = tfn.jit(STEP, backend="eager", compile=compiled, donate=True)
-        state, _ = step(fresh(), batch(0))
-        (entry,) = step._programs[0].entries() if compiled else (None,)
-        interrupts = []
-
-        def interrupted(retire):
-            def retired(*args):
-                if not interrupts:
-                    interrupts.append(signal.raise_signal(signal.SIGINT))
-                retire(*args)
-
-            return retired
-
-        if compiled:
-            monkeypatch.setattr(entry, "_retire", interrupted(entry._retire))
-        else:
-            monkeypatch.setattr(Dict, "retire", interrupted(Dict.retire))
-        state, _ = step(state, batch(1))  # the interrupt comes in here
-        with pytest.raises(KeyboardInterrupt):
-            if then == "a step":
-                step(state, batch(2))
-            time.sleep(10)
-        assert interrupts and bits(state) == bits(tfn.fit(STEP, fresh(), [batch(0), batch(1)]))
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_a_skipping_step_continues_as_if_the_batch_had_not_been():

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from trainfn._compile._outside import environment
 from trainfn._compile._structure import Function, Leaves, Structure, flatten
-from trainfn.process import SWAP
 
 _WARM = 2  # calls before the recording: the first compiles, the second lets libraries allocate what they need
 _MOST = 2  # recordings; each keeps its state's memory alive
@@ -87,8 +86,7 @@ class Launches:
         found = self._recordings.get(key)
         if found is not None and found.valid(fixed):
             self._recordings.move_to_end(key)
-            with SWAP:
-                return found.launch(state, leaves)
+            return found.launch(state, leaves)
         self._calls[key] = self._calls.get(key, 0) + 1
         if self._calls[key] <= _WARM:
             return self.run(state, *rest)

@@ -28,7 +28,6 @@ from trainfn._marks import Again
 from trainfn._reached import is_settled, late_in, settled
 from trainfn._text import shortened
 from trainfn.errors import RecompileError
-from trainfn.process import SWAP
 
 _Signature = tuple[Hashable, ...]
 _MOST_KINDS = 256  # of arguments: each keeps its state's module alive
@@ -99,10 +98,9 @@ class Program:
         buffers = _buffers(first)
         new, made = donation(donated, form, old, out, buffers)
         donated = without_grown(donated, buffers, old, new)
-        with SWAP:
-            overwrite(donated, old, new)
-            first.retire(state)
-            return made.build(iter(new))
+        overwrite(donated, old, new)
+        first.retire(state)
+        return made.build(iter(new))
 
     def ahead(self, state: Any, *rest: Any) -> Any:
         """Run eagerly. What would be compiled for these arguments is captured, and given to `helper` once."""
@@ -128,11 +126,7 @@ class Program:
                 entry = self._entry(signature, leaves)
         if entry is None or entry.stale() or not entry.outside.unchanged():
             entry = self._enter(entry, (state, *rest), leaves, signature)
-        if self.donate:
-            with SWAP:
-                made = entry(state, leaves)
-        else:
-            made = entry(state, leaves)
+        made = entry(state, leaves)
         if entry.state_size:
             self._remember(entry, *made[1:])
         return made[0]

@@ -221,7 +221,8 @@ def to_json(value: object) -> object:
             return {"Counter": [list(pair) for pair in kept]}
         if all(isinstance(k, str) for k, _ in kept):
             return dict(kept)
-        return {"dict": [list(pair) for pair in kept]} if all(type(k) in (int, float) for k, _ in kept) else _LEFT_OUT
+        plain = all(type(k) in (int, float, str) for k, _ in kept)
+        return {"dict": [list(pair) for pair in kept]} if plain else _LEFT_OUT
     return _LEFT_OUT
 
 
