@@ -82,6 +82,24 @@ def test_a_recipe_that_can_not_be_followed_is_made_again(cache):
     assert_identical(first_step(0), expected)
 
 
+def test_a_recipe_that_can_not_be_kept_harms_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(_recipes, "_file", lambda key: tmp_path / "of" / key)
+    ready = {"whole": _recipes.Piece(list, 1, "its key")}
+    source = _blocks.Source("def program(*args):\n    return _run_whole(list(args))", {})
+    _recipes.keep("lambda", source._replace(scope={"_value_0": lambda: 0}), ready)  # it can't be pickled
+    assert not (tmp_path / "of").exists()
+
+    def full(*_):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_recipes.os, "replace", full)
+        _recipes.keep("full", source, ready)
+    assert list((tmp_path / "of").iterdir()) == []
+    _recipes.keep("good", source, ready)
+    assert [file.name for file in (tmp_path / "of").iterdir()] == ["good"]
+
+
 def flat(fn, *args):
     from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -116,17 +116,29 @@ def _file(key: str) -> Path:
 
 
 def keep(key: str, source: Source, ready: Mapping[str, Run]) -> None:
-    """Write a recipe, if inductor keeps every piece."""
+    """Write a recipe, if inductor keeps every piece; the graph is compiled all the same where that fails."""
     pieces = {name: (run.key, run.count) for name, run in ready.items() if isinstance(run, Piece) and run.key}
     if len(pieces) < len(ready):
         return
     operations = {name: str(x) for name, x in source.scope.items() if isinstance(x, torch._ops.OpOverload)}
     values = {name: x for name, x in source.scope.items() if name not in operations}
-    file = _file(key)
+    try:
+        _write(_file(key), pickle.dumps(tuple(_Recipe(source.text, operations, values, pieces))))
+    except Exception as error:  # a full disk, a folder that can't be written, a value that can't be pickled
+        _LOG.debug("a recipe that can't be kept: %s: %s", type(error).__name__, error)
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write a file so that a reader sees all of it or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as new:
-        pickle.dump(tuple(_Recipe(source.text, operations, values, pieces)), new)
-    os.replace(new.name, file)  # a reader sees all of it or nothing
+        try:
+            new.write(data)
+            new.flush()
+            os.replace(new.name, file)
+        except BaseException:
+            os.unlink(new.name)
+            raise
 
 
 def follow(key: str | None) -> Callable[..., Any]:
