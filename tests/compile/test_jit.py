@@ -599,3 +599,12 @@ def test_a_buffer_may_grow_in_an_eager_step_that_donates():
     assert twin.params["linear.weight"] is weight  # others keep their memory
     with pytest.raises(ValueError, match=r"float32 \[6\] became float32 \[8\]. So it can't take its memory"):
         tfn.jit(plain, backend="eager", donate=True)(twin, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    "given", [{"w": torch.ones(2)}, torch.ones(2), [torch.ones(1)]], ids=["dict", "tensor", "list"]
+)
+def test_an_eager_step_that_donates_names_a_state_of_another_structure(given):
+    state = tfn.init({"w": torch.ones(2)}, tfn.optim.sgd(0.1))
+    with pytest.raises(ValueError, match="a state of another structure, shape or dtype than the one it got"):
+        tfn.jit(lambda s, b: (state, {}), compile=False, donate=True)(given, torch.ones(1))

@@ -27,6 +27,7 @@ from trainfn._dtensor import held, spec_of
 from trainfn._marks import Again
 from trainfn._reached import is_settled, late_in, settled
 from trainfn._text import shortened
+from trainfn._types import TrainState
 from trainfn.errors import RecompileError
 
 _Signature = tuple[Hashable, ...]
@@ -233,7 +234,7 @@ class Program:
             made = self._made_early(args, leaves, signature)
             if made is None:
                 made = self._made(args, leaves, [str(change) for change in changes])
-        # What was compiled for the old value of something outside can't be used again, and holds the old module alive.
+        # A program for an old value of something outside can't be used again, and it holds the old module alive.
         self._prune(entry, changed=bool(changes))
         self._entries.setdefault(signature, []).append(made)
         while len(self._entries) > _MOST_KINDS:
@@ -328,10 +329,11 @@ def _separate(donated: list[bool], leaves: Leaves) -> None:
 
 
 def _buffers(state: Structure) -> range:
-    """The places of the buffers among the leaves of a state."""
-    before, buffers = state.children[:2], state.children[2]  # type: ignore[union-attr]
-    start = sum(child.size for child in before)
-    return range(start, start + buffers.size)
+    """The places of the buffers among the leaves of a state; nothing else has any."""
+    if not isinstance(state, Row) or not issubclass(state.kind, TrainState):
+        return range(0)
+    start = sum(child.size for child in state.children[:2])  # step and params
+    return range(start, start + state.children[2].size)
 
 
 def _batch_first(form: Structure) -> Structure:
